@@ -85,7 +85,9 @@ def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeErr
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
     found = data.get("schema_version")
     if found != schema_version:
-        raise error(f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae")
+        raise error(
+            f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae"
+        )
     return data
 
 
