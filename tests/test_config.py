@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from msae.config import from_mapping, read_toml, to_mapping
+from msae.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    kind: Literal["topk", "relu"] = "topk"
+    levels: tuple[int, ...] | None = None
+    lr: float = 0.1
+    epochs: int = 3
+    resume: bool = False
+    out: Path | None = None
+
+
+def test_mapping_and_back():
+    settings = from_mapping(Settings, {"levels": [1, 2], "lr": 1, "out": "a/b"}, where="x")
+    assert settings == Settings(levels=(1, 2), lr=1.0, out=Path("a/b"))
+    assert from_mapping(Settings, to_mapping(settings), where="x") == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, "f.toml: unknown setting 'epoch'; did you mean 'epochs'"),
+        ({"epochs": "three"}, "f.toml: epochs = 'three' is a str; give a int"),
+        ({"epochs": True}, "epochs = True is a bool"),
+        ({"epochs": 2.5}, "epochs = 2.5 is a float"),
+        ({"kind": "topp"}, "kind = 'topp' is not one of topk, relu; did you mean 'topk'"),
+        ({"levels": [1, "x"]}, "levels"),
+        ({"resume": 1}, "resume = 1 is a int"),
+    ],
+)
+def test_wrong_values_are_named(values, message):
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Settings, values, where="f.toml")
+    assert message in str(caught.value)
+
+
+def test_toml_errors_name_file_and_line(tmp_path):
+    file = tmp_path / "f.toml"
+    file.write_text("lr = = 3")
+    with pytest.raises(ConfigError, match=r"f\.toml is not readable TOML .*line 1"):
+        read_toml(file)
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_toml(tmp_path / "g.toml")

@@ -1,0 +1,173 @@
+import json
+import pickle
+
+import pytest
+import torch
+
+from msae.errors import ConfigError, RunError
+from msae.sae import SAE, SAEConfig, normalize_rows_, remove_radial_gradient
+from msae.standardize import Standardizer, fit_statistics
+
+X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) + 2
+KINDS = {
+    "matryoshka": {"levels": (4, 16, 48)},
+    "topk": {"k": 5},
+    "batchtopk": {"k": 5},
+    "jumprelu": {"k": 5},
+    "relu": {},
+}
+
+
+def make(kind="matryoshka", **changes):
+    config = SAEConfig(**{"d_in": 12, "d_sae": 48, "kind": kind, **KINDS[kind], **changes})
+    standardizer = Standardizer({m: fit_statistics(lambda s=s: [X * s]) for m, s in (("image", 1), ("text", 3))})
+    sae = SAE(config, standardizer, seed=3)
+    if sae.threshold is not None:
+        sae.threshold.fill_(0.11)
+    return sae
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_reloaded_sae_encodes_and_decodes_the_same_bits(kind, cap, tmp_path):
+    sae = make(kind, soft_cap=cap, encoder="owner/clip", encoder_revision="abc")
+    sae.save(tmp_path)
+    again = SAE.load(tmp_path)
+    assert again.config == sae.config
+    for modality in ("image", "text"):
+        z = sae.encode(X, modality)
+        assert torch.equal(again.encode(X, modality), z)
+        assert torch.equal(again.decode(z, modality), sae.decode(z, modality))
+    assert torch.equal(again.encode(X, k=3), sae.encode(X, k=3))
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    make().save(tmp_path / "a")
+    make().save(tmp_path / "b")
+    assert (tmp_path / "a/sae.safetensors").read_bytes() == (tmp_path / "b/sae.safetensors").read_bytes()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_initial_weights_follow_the_recipe():
+    sae = make()
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48))
+    assert torch.allclose(sae.W_enc, 0.1 * sae.W_dec.T)
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+    assert not torch.equal(sae.W_dec, SAE(sae.config, seed=4).W_dec)
+
+
+def test_trained_inference_of_each_kind():
+    h = torch.randn(9, 48)
+    assert torch.equal(make("matryoshka").activate(h), h.relu())
+    assert torch.equal(make("relu").activate(h), h.relu())
+    assert int((make("topk").activate(h) > 0).sum(1).max()) <= 5
+    assert torch.equal(make("batchtopk").activate(h), torch.where(h > 0.11, h, 0))
+    assert torch.equal(make("jumprelu").activate(h), torch.where(h > 0.1, h, 0))
+    for kind in KINDS:
+        assert torch.equal(make(kind).activate(h, inference="relu"), h.relu())
+
+
+def test_batchtopk_inference_does_not_depend_on_the_batch():
+    sae = make("batchtopk")
+    assert torch.allclose(sae.encode(X)[:7], sae.encode(X[:7]), atol=1e-6)  # the product's summation order may differ
+
+
+def test_radial_gradient_is_removed():
+    sae = make()
+    sae.reconstruct(torch.rand(4, 48)).square().sum().backward()
+    remove_radial_gradient(sae.W_dec)
+    assert float((sae.W_dec.grad * sae.W_dec.detach()).sum(1).abs().max()) < 1e-4 * float(sae.W_dec.grad.norm())
+
+
+def test_normalised_rows_have_unit_norm():
+    W = torch.randn(5, 8) * 7
+    normalize_rows_(W)
+    assert torch.allclose(W.norm(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_sae": 0}, "at least 1"),
+        ({"kind": "topk", "levels": None, "k": None}, "--k 64"),
+        ({"kind": "topk", "levels": None, "k": 49}, "k 49 is not between 1 and d_sae 48"),
+        ({"levels": (4, 99)}, "level 99 is above d_sae 48"),
+        ({"levels": None}, "needs levels"),
+        ({"soft_cap": -1.0}, "soft cap -1.0"),
+    ],
+)
+def test_contradicting_configs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+def test_wrong_width_is_refused():
+    with pytest.raises(ConfigError, match="width 13, but this SAE reads width 12"):
+        make().encode(torch.zeros(2, 13))
+
+
+def damage_json(folder):
+    (folder / "sae.json").write_text("{")
+
+
+def damage_key(folder):
+    data = json.loads((folder / "sae.json").read_text())
+    (folder / "sae.json").write_text(json.dumps({**data, "kidn": "topk"}))
+
+
+def damage_schema(folder):
+    data = json.loads((folder / "sae.json").read_text())
+    (folder / "sae.json").write_text(json.dumps({**data, "schema_version": 99}))
+
+
+def damage_size(folder):
+    data = json.loads((folder / "sae.json").read_text())
+    (folder / "sae.json").write_text(json.dumps({**data, "d_sae": 64}))
+
+
+def truncate_weights(folder):
+    file = folder / "sae.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_weights(folder):
+    (folder / "sae.safetensors").write_bytes(pickle.dumps({"W_dec": [1.0]}))
+
+
+def remove_weights(folder):
+    (folder / "sae.safetensors").unlink()
+
+
+def nan_weights(folder):
+    sae = make()
+    with torch.no_grad():
+        sae.W_enc[0, 0] = float("nan")
+    sae.save(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_json, "not readable JSON"),
+        (damage_key, "unknown setting 'kidn'; did you mean 'kind'"),
+        (damage_schema, "schema version 99"),
+        (damage_size, "do not belong together"),
+        (truncate_weights, "damaged"),
+        (pickle_weights, "damaged"),
+        (remove_weights, "does not exist"),
+        (nan_weights, "NaN or infinite values in W_enc"),
+    ],
+)
+def test_a_damaged_sae_is_one_clear_line(damage, message, tmp_path):
+    make().save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(RunError, match=message) as caught:
+        SAE.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_run_says_what_to_give(tmp_path):
+    with pytest.raises(RunError, match="does not exist; give the folder that msae train"):
+        SAE.load(tmp_path / "nowhere/deep/run")
+    with pytest.raises(RunError, match=r"holds no sae\.json"):
+        SAE.load(tmp_path)
