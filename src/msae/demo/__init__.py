@@ -1,1 +1,24 @@
-"""The embedded default: a small world of scenes, and a small CLIP that has seen it."""
+"""The embedded default: a small world of drawn scenes whose truth is known, and a CLIP trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msae.demo.drawing import Rendered, draw, render
+from msae.demo.scenes import ATTRIBUTES, VOCABULARY, Object, Scene, attributes, caption, sample_scene
+
+CLIP_FOLDER = Path(__file__).parent / "clip"  # an ordinary transformers folder: load it as any hub model
+
+__all__ = [
+    "ATTRIBUTES",
+    "CLIP_FOLDER",
+    "VOCABULARY",
+    "Object",
+    "Rendered",
+    "Scene",
+    "attributes",
+    "caption",
+    "draw",
+    "render",
+    "sample_scene",
+]
