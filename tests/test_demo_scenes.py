@@ -58,9 +58,7 @@ def test_attributes_of_lone_objects_are_even_and_independent() -> None:
     names = [name for name in ATTRIBUTES if name not in ("count", "relation")]
     for name in names:
         shares = [count / len(rows) for count in Counter(row[name] for row in rows).values()]
-        expected = (
-            [0.75, 0.25] if ATTRIBUTES[name] == (False, True) else [1 / len(ATTRIBUTES[name])] * len(shares)
-        )
+        expected = [0.75, 0.25] if ATTRIBUTES[name] == (False, True) else [1 / len(ATTRIBUTES[name])] * len(shares)
         # 0.025 is four standard errors of a share of a quarter among 6,000
         assert all(abs(a - b) < 0.025 for a, b in zip(sorted(shares), sorted(expected), strict=True)), name
     for one, two in combinations(names, 2):

@@ -82,7 +82,7 @@ def test_one_level_is_plain_topk():
 
 
 def test_levels_at_or_above_the_number_of_positives_change_nothing():
-    x, W_enc, b_enc, W_dec, b_dec = problem(torch.float64)
+    x, W_enc, b_enc, _, b_dec = problem(torch.float64)
     most = int((torch.addmm(b_enc, x - b_dec, W_enc) > 0).sum(1).max())
     assert most < D_SAE - 1, "the problem must leave room above"
     full = loss_at((D_SAE,)).item()

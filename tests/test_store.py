@@ -119,9 +119,7 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_their_files(tmp_path):
     changed = IMAGE.copy()
     changed[N // 2, 3] += 1
     save_file({"image": changed, "text": TEXT}, tmp_path / "changed.safetensors")
-    assert (
-        as_store(tmp_path / "changed.safetensors").fingerprint != as_store(safetensors(tmp_path)).fingerprint
-    )
+    assert as_store(tmp_path / "changed.safetensors").fingerprint != as_store(safetensors(tmp_path)).fingerprint
 
 
 @settings(deadline=None, max_examples=30)
@@ -131,9 +129,7 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_their_files(tmp_path):
     batch_size=st.integers(1, N + 3),
     start=st.integers(0, N - 1),
 )
-def test_neither_parts_nor_shards_nor_batches_change_a_row(
-    tmp_path_factory, cuts, shard_rows, batch_size, start
-):
+def test_neither_parts_nor_shards_nor_batches_change_a_row(tmp_path_factory, cuts, shard_rows, batch_size, start):
     path = tmp_path_factory.mktemp("store") / "s.store"
     edges = [0, *sorted(cuts), N]
     parts = [part(first, last) for first, last in itertools.pairwise(edges)]
@@ -175,9 +171,7 @@ def test_embeddings_stay_on_disk(tmp_path):
         ("id", "image"),
     ],
 )
-def test_a_plain_file_is_text_where_it_has_captions_and_neither_images_nor_labels(
-    columns, modality, tmp_path
-):
+def test_a_plain_file_is_text_where_it_has_captions_and_neither_images_nor_labels(columns, modality, tmp_path):
     np.save(tmp_path / "x.npy", IMAGE[:1])
     (tmp_path / "x.csv").write_text(f"{columns}\n{','.join('a' for _ in columns.split(','))}\n")
     assert as_store(tmp_path / "x.npy").modalities == (modality,)
@@ -283,15 +277,9 @@ BAD = {
     "img_emb_2.npy is empty (0 bytes)": damaged(lambda p: truncate(p / "img_emb" / "img_emb_2.npy", 0)),
     "25 image rows but 15 metadata rows": damaged(lambda p: (p / "metadata" / "metadata_1.parquet").unlink()),
     "25 image rows but 15 text rows": damaged(lambda p: (p / "text_emb" / "text_emb_1.npy").unlink()),
-    "metadata_0.parquet is no readable parquet": damaged(
-        lambda p: truncate(p / "metadata" / "metadata_0.parquet", 99)
-    ),
-    "is 5 wide (float16) but img_emb_0.npy is 6 wide": file(
-        "w", lambda p: two_shards(p, IMAGE, IMAGE[:, :5])
-    ),
-    "different widths: 6 (image) and 5 (text)": file(
-        "v", lambda p: two_shards(p, IMAGE, IMAGE[:, :5], "text_emb")
-    ),
+    "metadata_0.parquet is no readable parquet": damaged(lambda p: truncate(p / "metadata" / "metadata_0.parquet", 99)),
+    "is 5 wide (float16) but img_emb_0.npy is 6 wide": file("w", lambda p: two_shards(p, IMAGE, IMAGE[:, :5])),
+    "different widths: 6 (image) and 5 (text)": file("v", lambda p: two_shards(p, IMAGE, IMAGE[:, :5], "text_emb")),
     "shape (25,); wanted two dimensions": file("a.npy", lambda p: np.save(p, IMAGE[:, 0])),
     "holds int64; wanted float16": file("b.npy", lambda p: np.save(p, IMAGE.astype(np.int64))),
     "object: pickled, never opened": file("c.npy", lambda p: np.save(p, np.array([[{}]]), allow_pickle=True)),
@@ -307,9 +295,7 @@ BAD = {
     "the file is empty": file("j.npy", with_csv("")),
     "two columns of one name": file("k.npy", with_csv("a,a\n" + "1,2\n" * N)),
     "bytes hold no whole header": file("a.safetensors", lambda p: p.write_bytes(b"\x00")),
-    "no readable safetensors file": file(
-        "b.safetensors", lambda p: p.write_bytes(b"\x02" + b"\x00" * 7 + b"[]")
-    ),
+    "no readable safetensors file": file("b.safetensors", lambda p: p.write_bytes(b"\x02" + b"\x00" * 7 + b"[]")),
     "tensor 'x' ends beyond the file": file(
         "c.safetensors", lambda p: (save_file({"x": IMAGE}, p), truncate(p, p.stat().st_size - 1))
     ),

@@ -1,3 +1,56 @@
-"""Matryoshka sparse autoencoders for CLIP and SigLIP embeddings."""
+"""Matryoshka sparse autoencoders for CLIP and SigLIP embeddings: train, evaluate, name, search, audit."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msae.embedding import Embedder, embed
+    from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.sae import SAE, SAEConfig
+    from msae.store import EmbeddingStore
+    from msae.training import TrainSettings, train
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Embedder": "embedding",
+    "embed": "embedding",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "poster_table": "evaluation",
+    "SAE": "sae",
+    "SAEConfig": "sae",
+    "EmbeddingStore": "store",
+    "TrainSettings": "training",
+    "train": "training",
+}
+_MODULES = ("losses", "metrics")
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `msae --help` need not wait for torch, and nobody for what they do not use.
+    if name in _HOME:
+        return getattr(importlib.import_module(f"msae.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"msae.{name}")
+    raise AttributeError(f"module 'msae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])
+
+
+__all__ = [
+    "SAE",
+    "Embedder",
+    "EmbeddingStore",
+    "Evaluation",
+    "SAEConfig",
+    "TrainSettings",
+    "embed",
+    "evaluate",
+    "poster_table",
+    "train",
+]

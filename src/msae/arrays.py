@@ -150,9 +150,7 @@ def open_npy(path: Path, error: Error) -> Rows:
             file.seek(0)
             version = np.lib.format.read_magic(file)
             read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read_header(file)
             start = file.tell()
@@ -160,16 +158,12 @@ def open_npy(path: Path, error: Error) -> Rows:
         raise error(f"{path} cannot be read as .npy ({_line(err)}); make it again") from err
     if dtype.kind != "f" or dtype.itemsize > 8:
         reason = "object: pickled, never opened" if dtype.hasobject else str(dtype)
-        raise error(
-            f"{path} holds {reason}; wanted float16, float32 or float64: save it with .astype('float16')"
-        )
+        raise error(f"{path} holds {reason}; wanted float16, float32 or float64: save it with .astype('float16')")
     if len(shape) != 2:
         raise error(f"{path} holds an array of shape {shape}; wanted two dimensions: (rows, d_in)")
     wanted, found = start + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if found < wanted:
-        raise error(
-            f"{path} is truncated: {found:,} bytes where its header promises {wanted:,}; make it again"
-        )
+        raise error(f"{path} is truncated: {found:,} bytes where its header promises {wanted:,}; make it again")
     if 0 in shape:
         raise error(f"{path} is empty: an array of shape {shape}; wanted at least one row")
     return Rows(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
@@ -200,13 +194,9 @@ def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[st
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
             n_bytes = math.prod(shape) * np.dtype(stored).itemsize
             if not 0 <= first <= last or last - first != n_bytes:
-                raise error(
-                    f"{path} is damaged: tensor {name!r} has offsets that do not fit its shape; make it again"
-                )
+                raise error(f"{path} is damaged: tensor {name!r} has offsets that do not fit its shape; make it again")
             if 8 + length + last > size:
-                raise error(
-                    f"{path} is truncated: tensor {name!r} ends beyond the file; copy or make it again"
-                )
+                raise error(f"{path} is truncated: tensor {name!r} ends beyond the file; copy or make it again")
             values: NDArray[Any] = np.empty(shape, stored)
             if n_bytes:
                 values = np.memmap(path, dtype=stored, mode="r", offset=8 + length + first, shape=shape)

@@ -34,6 +34,10 @@ class TrainingError(MsaeError):
     """Training cannot go on, for example because the loss diverged."""
 
 
+class Interrupted(MsaeError):
+    """Ctrl-C was pressed; what was done is saved, and the message says how to go on."""
+
+
 class MissingDependencyError(MsaeError):
     """An optional package is needed for this and is not installed."""
 

@@ -126,7 +126,8 @@ def l1_penalty(x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> Float
 
     Source: Gao et al. 2024, arXiv:2406.04093 (normalised L1), as in the poster's ReLU baselines.
     """
-    return (z.sum(1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).mean()
+    norm: Tensor = x.norm(dim=1)
+    return (z.sum(1) / norm.clamp_min(torch.finfo(x.dtype).tiny)).mean()
 
 
 def l0_target_penalty(active: Float[Tensor, " n"], target: int) -> Float[Tensor, ""]:

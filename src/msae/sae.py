@@ -222,7 +222,7 @@ def normalize_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
 
 
 @torch.no_grad()
-def remove_radial_gradient(W_dec: nn.Parameter) -> None:
+def remove_radial_gradient(W_dec: Tensor) -> None:
     """Subtract from the gradient of each unit-norm decoder row its part along the row."""
     assert W_dec.grad is not None
     W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec

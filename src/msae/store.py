@@ -128,9 +128,7 @@ class EmbeddingStore:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             outside = int(rows.min() if rows.min() < 0 else rows.max())
-            raise StoreError(
-                f"row {outside} is asked of {self.path}, which has the rows 0 to {len(self) - 1}"
-            )
+            raise StoreError(f"row {outside} is asked of {self.path}, which has the rows 0 to {len(self) - 1}")
         x = source.take(rows)
         bad = first_bad_row(x)
         if bad is not None:
@@ -240,9 +238,7 @@ class EmbeddingStore:
 
     def _of(self, modality: Modality) -> ShardedRows:
         if modality not in self.rows:
-            raise StoreError(
-                f"{self.path} has no {modality} embeddings, only {' and '.join(self.modalities)}"
-            )
+            raise StoreError(f"{self.path} has no {modality} embeddings, only {' and '.join(self.modalities)}")
         return self.rows[modality]
 
     def _not_finite(self, row: int, modality: Modality) -> StoreError:
@@ -357,9 +353,7 @@ def _content(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
 
 def _check_is_clip_retrieval(path: Path) -> None:
     if (path / PARTIAL).is_dir():
-        raise StoreError(
-            f"{path} is unfinished: embedding was interrupted; to go on, type: {resume_command(path)}"
-        )
+        raise StoreError(f"{path} is unfinished: embedding was interrupted; to go on, type: {resume_command(path)}")
     if not any((path / folder).is_dir() for folder in FOLDERS.values()):
         is_run = (path / "sae.json").exists()
         hint = "it is a run: give the store to use it on" if is_run else "to make one, type: msae embed"

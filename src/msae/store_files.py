@@ -44,9 +44,7 @@ def open_folder(path: Path) -> Opened:
         raise StoreError(f"{path} is an empty store: no .npy file in img_emb/ or text_emb/; embed again")
     if len({array.d_in for array in rows.values()}) > 1:
         widths = " and ".join(f"{array.d_in} ({modality})" for modality, array in rows.items())
-        raise StoreError(
-            f"{path} holds embeddings of different widths: {widths}; wanted one encoder: embed again"
-        )
+        raise StoreError(f"{path} holds embeddings of different widths: {widths}; wanted one encoder: embed again")
     tables = _numbered(path / "metadata", ".parquet")
     metadata = Metadata.open(list(tables.values()), StoreError) if tables else Metadata.none()
     _check_counts(path, rows, metadata)
@@ -79,9 +77,7 @@ def open_file(path: Path, modality: Modality | None) -> Opened:
 
 def _check_counts(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
     """Refuse modalities and metadata that are not about the same rows, shard by shard."""
-    counts = {
-        f"{modality} rows": [shard.shape[0] for shard in array.shards] for modality, array in rows.items()
-    }
+    counts = {f"{modality} rows": [shard.shape[0] for shard in array.shards] for modality, array in rows.items()}
     if metadata.counts:
         counts["metadata rows"] = metadata.counts
     first, *others = counts.items()
@@ -120,9 +116,7 @@ def _guess_modality(columns: Sequence[str]) -> Modality:
 
 def _tensors(path: Path) -> dict[Modality | None, Rows]:
     """The tensors of a .safetensors file that are embeddings."""
-    tensors = {
-        name: rows for name, rows in open_safetensors(path, StoreError)[0].items() if len(rows.shape) == 2
-    }
+    tensors = {name: rows for name, rows in open_safetensors(path, StoreError)[0].items() if len(rows.shape) == 2}
     named: dict[Modality | None, Rows] = {name: tensors[name] for name in MODALITIES if name in tensors}
     if not named and "embeddings" in tensors:
         named = {None: tensors["embeddings"]}
@@ -176,8 +170,6 @@ def _vectors(path: Path, name: str, table: Metadata) -> Rows:
     values = column.flatten()
     is_fixed = pa.types.is_fixed_size_list(column.type)
     if values.null_count or not len(values) or not (is_fixed or len(column.value_lengths().unique()) == 1):
-        raise StoreError(
-            f"column {name!r} of {path} has rows of different lengths; wanted one width: embed again"
-        )
+        raise StoreError(f"column {name!r} of {path} has rows of different lengths; wanted one width: embed again")
     array = values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
     return Rows(path, array, array.dtype.name)

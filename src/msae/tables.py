@@ -34,9 +34,7 @@ def read_table(path: Path, error: Error) -> pa.Table:
     try:
         table: pa.Table = readers[path.suffix.lower()](path)
     except (pa.ArrowException, OSError) as err:
-        raise error(
-            f"{path} cannot be read as {path.suffix[1:]} ({first_line(err)}); mend or make it again"
-        ) from err
+        raise error(f"{path} cannot be read as {path.suffix[1:]} ({first_line(err)}); mend or make it again") from err
     for field in table.schema:
         if path.suffix.lower() != ".parquet" and pa.types.is_binary(field.type):
             raise error(f"column {field.name!r} of {path} is not UTF-8; save the file as UTF-8")
@@ -180,9 +178,7 @@ class Metadata:
             footers = [pq.read_metadata(path) for path in paths]
             schemas = [footer.schema.to_arrow_schema() for footer in footers]
         except (pa.ArrowException, OSError) as err:
-            raise error(
-                f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again"
-            ) from err
+            raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
         schema = common_schema(schemas)
         schema = pa.schema([column for column in schema if column.name not in without])
 

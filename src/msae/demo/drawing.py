@@ -280,9 +280,7 @@ def _paint_sky(pen: ImageDraw.ImageDraw, draws: Draws, light: int, side: int) ->
     for _ in range(4):
         x, y = draws.uniform(0, side), draws.uniform(0, side)
         for shift, size in ((-18, 9), (0, 13), (18, 10)):
-            pen.ellipse(
-                (x + shift - 2 * size, y - size, x + shift + 2 * size, y + size), fill=(240, 246, 252)
-            )
+            pen.ellipse((x + shift - 2 * size, y - size, x + shift + 2 * size, y + size), fill=(240, 246, 252))
 
 
 def _paint_sand(pen: ImageDraw.ImageDraw, draws: Draws, light: int, side: int) -> None:

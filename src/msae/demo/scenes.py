@@ -164,16 +164,13 @@ def _check(seed: int, fixed: Mapping[str, Value]) -> None:
     for name, value in fixed.items():
         if name not in ATTRIBUTES:
             raise ConfigError(
-                f"a scene has no attribute {name!r}{nearest(name, ATTRIBUTES)}; "
-                f"it has {', '.join(ATTRIBUTES)}"
+                f"a scene has no attribute {name!r}{nearest(name, ATTRIBUTES)}; it has {', '.join(ATTRIBUTES)}"
             )
         if value not in ATTRIBUTES[name]:
             known = ", ".join(repr(known) for known in ATTRIBUTES[name])
             raise ConfigError(f"a scene's {name} cannot be {value!r}; give one of {known}")
     if "relation" in fixed and fixed.get("count", 2) != 2:
-        raise ConfigError(
-            f"a relation is between two objects, but count is {fixed['count']}; drop one of the two"
-        )
+        raise ConfigError(f"a relation is between two objects, but count is {fixed['count']}; drop one of the two")
 
 
 def attributes(scene: Scene) -> dict[str, Value | None]:
