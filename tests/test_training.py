@@ -1,0 +1,272 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msae.errors import ConfigError, Interrupted, RunError, StoreError, TrainingError
+from msae.sae import SAE, SAEConfig
+from msae.training import TrainSettings, learning_rate, shuffled_batches, train, train_step
+
+SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
+KINDS = {
+    "matryoshka": {"levels": (4, 16, 64)},
+    "topk": {"k": 8},
+    "batchtopk": {"k": 8},
+    "jumprelu": {"k": 8},
+    "relu": {},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """1,000 rows that are sparse mixtures of 32 directions in 16 dimensions."""
+    rng = np.random.default_rng(0)
+    mixture = rng.exponential(size=(1000, 32)) * (rng.random((1000, 32)) < 0.1)
+    rows = (mixture @ rng.normal(size=(32, 16)) + 0.05 * rng.normal(size=(1000, 16)) + 2).astype(np.float16)
+    path = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(path, rows)
+    return path
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "sae.safetensors").read_bytes()
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_reconstructs_better_and_keeps_unit_rows(kind, store, tmp_path):
+    sae = train(store, out=tmp_path / "run", kind=kind, **SMALL, **KINDS[kind])
+    lines = lines_of(tmp_path / "run")
+    assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    assert [line["step"] for line in lines] == [*range(5, 61, 5)]
+    assert torch.equal(SAE.load(tmp_path / "run").W_enc, sae.W_enc)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        *(["checkpoints"] if (tmp_path / "run/checkpoints").exists() else []),
+        "config.json", "metrics.jsonl", "sae.json", "sae.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [{"auxiliary": 0.03}, {"soft_cap": 5.0}, {"precision": "bfloat16"}])
+def test_options_train_too(extra, store, tmp_path):
+    train(store, out=tmp_path / "run", **SMALL, levels=(4, 64), **extra)
+    lines = lines_of(tmp_path / "run")
+    assert lines[-1]["fvu"] < 0.8 * lines[0]["fvu"]
+
+
+def test_auxiliary_loss_revives_dead_latents_and_reconstructs_better():
+    dead, error = zip(*(_train_with_half_the_latents_asleep(auxiliary) for auxiliary in (0.0, 0.03)), strict=True)
+    assert dead[0] >= 15 and dead[1] <= 5
+    assert error[1] < 0.9 * error[0]
+
+
+def _train_with_half_the_latents_asleep(auxiliary: float) -> tuple[int, float]:
+    """48 sparse directions, 48 latents of which 24 begin with a bias that keeps them out of the top k."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(48, 16, generator=generator)
+    settings = TrainSettings(kind="topk", k=4, auxiliary=auxiliary)
+    sae = SAE(SAEConfig(16, 48, kind="topk", k=4))
+    with torch.no_grad():
+        sae.b_enc[24:] = -0.2
+    optimizer = torch.optim.AdamW(sae.parameters(), lr=1e-3, weight_decay=0.0)
+    rows_since_fired = torch.zeros(48, dtype=torch.int64)
+    for _ in range(600):
+        mixture = torch.rand(128, 48, generator=generator) * (torch.rand(128, 48, generator=generator) < 0.06)
+        result = train_step(sae, mixture @ directions, optimizer, settings, rows_since_fired >= 2000)
+        rows_since_fired = (rows_since_fired + 128).masked_fill(result.fired, 0)
+    return int((rows_since_fired >= 2000).sum()), float(result.reconstruction)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(store, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(store, out=tmp_path / name, seed=seed, **SMALL)
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_and_resumed_run_equals_uninterrupted_run(kind, store, tmp_path):
+    options = {**SMALL, **KINDS[kind], "kind": kind, "checkpoint_every": 7, "auxiliary": 0.03}
+    train(store, out=tmp_path / "whole", **options)
+    # A real SIGINT to this process once two checkpoints were made.
+    stop = _interrupt_when(lambda: (tmp_path / "cut/checkpoints/step-000014").exists())
+    with pytest.raises(Interrupted, match=r"interrupted at step \d+ of 60, which is saved; .* --resume"):
+        train(store, out=tmp_path / "cut", **{**options, "log_every": 1})
+    stop()
+    assert not (tmp_path / "cut/sae.json").exists()
+    train(store, out=tmp_path / "cut", resume=True, **{**options, "log_every": 1})
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    assert [line["step"] for line in lines_of(tmp_path / "cut")] == [*range(1, 61)]
+
+
+def _interrupt_when(is_time):
+    import threading
+
+    done = threading.Event()
+
+    def watch():
+        while not done.is_set():
+            if is_time():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return lambda: (done.set(), thread.join())
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from msae.training import train
+store, whole, killed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+
+def start(out):
+    child = os.fork()  # torch is imported but has computed nothing yet, so a fork is safe and saves the imports
+    if child == 0:
+        train(store, out=out, resume=True, kind="batchtopk", k=8, d_sae=512, batch_size=64, epochs=10,
+              lr=1e-3, checkpoint_every=3, log_every=2, device="cpu")
+        os._exit(0)
+    return child
+
+assert os.waitpid(start(whole), 0)[1] == 0
+names = lambda: sorted(p.name for p in killed.glob("checkpoints/*"))
+rng, kills = random.Random(0), 0
+while kills < 10:
+    before, child = names(), start(killed)
+    while names() == before and os.waitpid(child, os.WNOHANG)[0] == 0:
+        time.sleep(0.0005)
+    time.sleep(rng.random() * 0.03)  # at a random moment of training, logging or saving
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    print(kills, names(), flush=True)
+assert not (killed / "sae.json").exists(), "the run finished before it could be killed ten times"
+assert os.waitpid(start(killed), 0)[1] == 0
+"""
+
+
+def test_killed_ten_times_and_resumed_gives_the_same_bytes(store, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, "-c", KILLER, str(store), str(whole), str(killed)], check=True, timeout=120)
+    assert weights_of(killed) == weights_of(whole)
+    assert [line["step"] for line in lines_of(killed)] == [line["step"] for line in lines_of(whole)]
+    assert not list(killed.rglob("*.tmp")) and not list((killed / "checkpoints").iterdir())
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(store, tmp_path):
+    train(store, out=tmp_path / "run", **SMALL)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    train(store, out=tmp_path / "run", resume=True, **SMALL)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+
+def test_a_diverging_loss_names_the_step_and_keeps_the_last_checkpoint(store, tmp_path):
+    with pytest.raises(TrainingError, match=r"diverged to .* at step \d+ of .*lower --lr"):
+        train(store, out=tmp_path / "run", **{**SMALL, "lr": 1e6, "checkpoint_every": 1, "epochs": 20})
+    for checkpoint in (tmp_path / "run/checkpoints").glob("step-*"):
+        SAE.load(checkpoint)  # refuses NaN
+    assert not (tmp_path / "run/sae.json").exists()
+
+
+def test_learning_rate_rises_holds_and_falls_to_nearly_zero():
+    settings = TrainSettings(lr=1.0, warmup=0.1, decay=0.2)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:80] == [1.0] * 71
+    assert rates[80] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.05)
+    flat = [learning_rate(TrainSettings(lr=1.0, warmup=0.0), step, 100) for step in range(100)]
+    assert flat[:80] == [1.0] * 80
+
+
+def test_an_epoch_visits_rows_at_most_once_and_epochs_differ():
+    first, again, second = (shuffled_batches(1000, 64, seed=3, epoch=e) for e in (0, 0, 1))
+    rows = np.concatenate(first)
+    assert len(first) == 15 and len(np.unique(rows)) == len(rows) == 960
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(np.concatenate(second), rows)
+
+
+def test_the_poster_recipe_is_the_papers():
+    class Rows:
+        d_in = 768
+
+        def __len__(self):
+            return 2_905_936
+
+    rates = {"matryoshka": 1e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-5}
+    for kind, rate in rates.items():
+        settings = TrainSettings(kind=kind, recipe="poster").resolve(Rows())
+        assert (settings.lr, settings.batch_size, settings.epochs, settings.d_sae) == (rate, 4096, 30, 6144)
+        assert (settings.warmup, settings.decay, settings.auxiliary, settings.max_grad_norm) == (0, 0.2, 0, 1)
+    nested = TrainSettings(recipe="poster", weighting="reverse").resolve(Rows())
+    assert nested.levels == (64, 128, 256, 512, 1024, 2048, 4096, 6144) and nested.weights == tuple(range(8, 0, -1))
+    assert TrainSettings(recipe="poster", expansion=32).resolve(Rows()).epochs == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kidn": "topk"}, ConfigError, "unknown setting 'kidn'; did you mean 'kind'"),
+        ({"kind": "topp"}, ConfigError, "not one of matryoshka"),
+        ({"kind": "topk", "k": 65}, ConfigError, "k 65 is not between 1 and d_sae 64"),
+        ({"levels": (16, 4)}, ConfigError, "do not strictly increase"),
+        ({"levels": (4, 999)}, ConfigError, "level 999 is above d_sae 64"),
+        ({"levels": (4, 8), "weights": (1.0,)}, ConfigError, "one weight for each"),
+        ({"weights": (1.0,)}, ConfigError, "--weights without --levels"),
+        ({"kind": "topk", "weighting": "reverse"}, ConfigError, "belong to matryoshka"),
+        ({"lr": -1.0}, ConfigError, "--lr -1.0 is not positive"),
+        ({"epochs": 0}, ConfigError, "--epochs 0 is not positive"),
+        ({"decay": 2.0}, ConfigError, "a share of the steps"),
+        ({"l1": -1.0}, ConfigError, "--l1 -1.0 is negative"),
+        ({"device": "abacus"}, ConfigError, "device abacus cannot be used here"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(options, error, message, store, tmp_path):
+    with pytest.raises(error, match=message) as caught:
+        train(store, out=tmp_path / "run", **{**SMALL, **options})
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_way_is_refused_and_left_alone(store, tmp_path):
+    train(store, out=tmp_path / "run", **SMALL)
+    before = weights_of(tmp_path / "run")
+    with pytest.raises(RunError, match="already holds a run; add --resume"):
+        train(store, out=tmp_path / "run", **SMALL)
+    with pytest.raises(RunError, match=r"was started with lr 0\.001, not 0\.5"):
+        train(store, out=tmp_path / "run", resume=True, **{**SMALL, "lr": 0.5})
+    other = tmp_path / "other.npy"
+    np.save(other, np.random.default_rng(1).normal(size=(100, 16)).astype(np.float32))
+    with pytest.raises(RunError, match="trained on another store"):
+        train(other, out=tmp_path / "run", resume=True, **SMALL)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/dog.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        train(store, out=tmp_path / "photos", **SMALL)
+    assert weights_of(tmp_path / "run") == before
+
+
+def test_nan_rows_stop_training_with_their_row(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    rows[137, 3] = np.nan
+    np.save(tmp_path / "x.npy", rows)
+    with pytest.raises(StoreError, match="137"):
+        train(tmp_path / "x.npy", out=tmp_path / "run", **SMALL)
+
+
+def test_settings_file_and_options_meet(store, tmp_path):
+    file = tmp_path / "f.toml"
+    file.write_text('kind = "topk"\nk = 8\nd_sae = 64\nepochs = 1\nbatch-size = 64\n')
+    sae = train(store, out=tmp_path / "run", config=file, k=5)
+    assert (sae.config.kind, sae.config.k, sae.d_sae) == ("topk", 5, 64)
