@@ -526,3 +526,20 @@ def _ctrl_c() -> Iterator[Any]:
         yield event.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def describe_run(folder: str | Path) -> dict[str, Any]:
+    """What a run folder holds, for `msae info`: settings, store, and how far it came."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    is_finished = (folder / "sae.json").exists()
+    state = "finished" if is_finished else f"interrupted at {checkpoints[-1].name if checkpoints else 'the start'}"
+    return {
+        "run": str(folder),
+        "state": state,
+        "store": config["store"],
+        "n_rows": config["n_rows"],
+        "d_in": config["d_in"],
+        **{key: value for key, value in config["train"].items() if value not in (None, [])},
+    }

@@ -1,0 +1,5 @@
+"""`python -m msae`."""
+
+from msae.cli import main
+
+main()

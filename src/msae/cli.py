@@ -1,0 +1,286 @@
+"""The command line: each verb is the Python function of the same name, its options read by tyro."""
+
+# No `from __future__ import annotations` here: tyro reads the real types of functions made inside functions.
+import contextlib
+import itertools
+import json as json_format
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msae import __version__
+from msae.errors import Interrupted, MsaeError, nearest
+from msae.files import atomic_path
+
+OVERVIEW = """\
+usage: msae VERB [options]        msae VERB --help explains one verb
+
+Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
+
+  demo       the whole chain on a small world that comes with the package, offline
+  embed      images or captions -> a store of embeddings
+  train      a store -> a sparse autoencoder in a run folder
+  evaluate   runs -> the poster's metrics and table
+  info       what a store or a run holds
+
+Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb and leave with its exit code: 0 done, 1 a named error, 2 wrong usage, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(OVERVIEW)
+        sys.exit(0)
+    if arguments[0] == "--version":
+        sys.stdout.write(f"msae {__version__}\n")
+        sys.exit(0)
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        _say(f"msae: there is no verb {verb!r}{nearest(verb, VERBS)}; msae --help lists them")
+        sys.exit(2)
+    debug = "--debug" in rest
+    rest = [argument for argument in rest if argument != "--debug"]
+    sys.exit(_run(verb, rest, debug=debug))
+
+
+def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
+    try:
+        import tyro
+
+        function = VERBS[verb](arguments)
+        tyro.cli(function, prog=f"msae {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        sys.stdout.flush()
+    except Interrupted as err:
+        _say(f"msae {verb}: {err}")
+        return 130
+    except KeyboardInterrupt:
+        _say(f"msae {verb}: interrupted; nothing half-written was left, type the same command to start again")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; say nothing more to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MsaeError, OSError, MemoryError) as err:
+        if debug:
+            raise
+        _say(f"msae {verb}: {_one_line(err)}")
+        return 1
+    except Exception as err:
+        if debug:
+            raise
+        _say(f"msae {verb}: unexpected {type(err).__name__}: {_one_line(err)}; --debug shows where, please report it")
+        return 1
+    return 0
+
+
+def _one_line(err: BaseException) -> str:
+    if isinstance(err, OSError) and err.filename is not None:
+        return f"{err.filename}: {err.strerror}; check the path, its permissions and the free space"
+    return " ".join(str(err).split()) or type(err).__name__
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _report(text: str, data: Any, json: str | None) -> None:
+    """Print `text`, and write `data` where --json says; with `-` the data alone goes to stdout."""
+    if json == "-":
+        sys.stdout.write(_as_json(data))
+        return
+    if json is not None:
+        with atomic_path(Path(json)) as temporary:
+            temporary.write_text(_as_json(data), encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+def _as_json(data: Any) -> str:
+    return json_format.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+Modality = Literal["image", "text"]
+Json = Annotated[str | None, "Write the result as JSON to this file; - is stdout."]
+
+
+def _demo(_: list[str]) -> Callable[..., None]:
+    from msae.demo.chain import demo
+
+    def run(out: Path = Path("msae-demo"), seed: int = 0, json: str | None = None) -> None:
+        """The whole chain on the embedded default, offline: scenes, embeddings, SAEs, the poster's table.
+
+        Args:
+            out: Folder for everything it makes; a finished step in it is not done again.
+            seed: Of the scenes and of the training.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        say = (lambda line: _say(line)) if json == "-" else (lambda line: (print(line, flush=True), None)[1])  # noqa: T201
+        result = demo(out, seed=seed, say=say)
+        _report(result.closing, result.to_dict(), json)
+
+    return run
+
+
+def _embed(_: list[str]) -> Callable[..., None]:
+    from msae.embedding import embed
+
+    def run(
+        source: str,
+        /,
+        *,
+        encoder: str,
+        out: Path,
+        batch_size: int = 64,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        revision: str | None = None,
+        json: str | None = None,
+    ) -> None:
+        """Embed images or captions into a store; the same command goes on after an interruption.
+
+        Args:
+            source: A folder of images, a .txt/.csv/.jsonl/.parquet of captions or image paths, webdataset tars,
+                or hf://DATASET.
+            encoder: A CLIP, SigLIP or SigLIP 2 model: a folder, a hub id, or demo for the one in the package.
+            out: The store to make.
+            batch_size: Images or captions per forward pass.
+            device: auto, cpu, cuda, cuda:1 …
+            dtype: Arithmetic of the encoder.
+            revision: Of a hub model.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        store = embed(
+            source, encoder=encoder, out=out, batch_size=batch_size, device=device, dtype=dtype, revision=revision
+        )
+        skipped = f", {len(store.skipped)} inputs skipped (listed in store.json)" if store.skipped else ""
+        text = f"{out}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
+        _report(text, store.describe(), json)
+
+    return run
+
+
+def _train(arguments: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.config import from_mapping, read_toml, to_mapping
+    from msae.training import TrainSettings, train
+
+    # The file's values become the defaults, so that an option given on the command line wins over it.
+    file = next((b for a, b in itertools.pairwise(arguments) if a == "--config"), None)
+    file = file or next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
+    defaults = from_mapping(TrainSettings, read_toml(Path(file)), where=file) if file else TrainSettings()
+
+    def run(
+        store: str,
+        /,
+        *,
+        out: Path,
+        settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = defaults,
+        config: Path | None = None,  # noqa: ARG001  # read above, for the defaults
+        resume: bool = False,
+        json: str | None = None,
+    ) -> None:
+        """Train a sparse autoencoder on a store and write it into a run folder.
+
+        Args:
+            store: A store, clip-retrieval folder, .npy, .parquet or .safetensors of embeddings.
+            out: The run folder to make.
+            settings: What to train and how.
+            config: A TOML file of these settings; options given here win over it.
+            resume: Go on with an interrupted run, or start one where there is none.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        sae = train(store, out=out, resume=resume, settings=settings)
+        last = json_format.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        text = (
+            f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
+            f"FVU {last['fvu']:.3f} at sparsity {last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
+        )
+        _report(text, {"run": str(out), "settings": to_mapping(settings), "last": last}, json)
+
+    return run
+
+
+def _evaluate(_: list[str]) -> Callable[..., None]:
+    from msae.evaluation import evaluate, poster_table
+
+    def run(
+        runs: tuple[str, ...],
+        /,
+        *,
+        on: str,
+        modality: Modality = "image",
+        inference: Literal["relu", "trained", "topk"] = "relu",
+        k: int | None = None,
+        labels: str | None = None,
+        probe_train: str | None = None,
+        recovery: bool = False,
+        latex: bool = False,
+        seed: int = 0,
+        device: str = "auto",
+        json: str | None = None,
+    ) -> None:
+        """Evaluate runs on a store with the poster's metrics; several runs print the poster's table.
+
+        Args:
+            runs: Run folders, or hub repositories with an SAE.
+            on: The store to evaluate on.
+            modality: Which embeddings of the store.
+            inference: relu is the poster's; trained is the activation of training; topk keeps the --k largest.
+            k: Latents kept by --inference topk.
+            labels: A metadata column of the store: adds a linear probe and its agreement, KL and accuracies.
+            probe_train: The store on whose original embeddings the probe is trained.
+            recovery: Also FVU, cosine, CKNNA and dead latents of the k strongest latents for k = 1, 2, 4, …
+            latex: Print the table in LaTeX.
+            seed: Of the batches that CKNNA is averaged over.
+            device: auto, cpu, cuda …
+            json: Write the records as JSON to this file; - is stdout.
+        """
+        results = evaluate(
+            list(runs), on, modality=modality, inference=inference, k=k, labels=labels, probe_train=probe_train,
+            recovery=recovery, seed=seed, device=device,
+        )  # fmt: skip
+        _report(poster_table(results, style="latex" if latex else "markdown"), [r.to_dict() for r in results], json)
+
+    return run
+
+
+def _info(_: list[str]) -> Callable[..., None]:
+    def run(path: str, /, *, json: str | None = None) -> None:
+        """What a store or a run holds.
+
+        Args:
+            path: A store or a run folder.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        data = _describe(Path(path))
+        width = max(map(len, data))
+        _report("\n".join(f"{key:<{width}}  {value}" for key, value in data.items()), data, json)
+
+    return run
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if (path / "sae.json").exists() or (path / "config.json").exists():
+        from msae.training import describe_run
+
+        return describe_run(path)
+    from msae.store import EmbeddingStore
+
+    return EmbeddingStore.open(path).describe()
+
+
+VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
+    "demo": _demo,
+    "embed": _embed,
+    "train": _train,
+    "evaluate": _evaluate,
+    "info": _info,
+}
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()
