@@ -125,13 +125,13 @@ def test_default_levels_double_and_end_with_d_sae():
 @pytest.mark.parametrize(
     ("levels", "weights", "message"),
     [
-        ((4, 4), (1, 1), "do not strictly increase"),
-        ((8, 4), (1, 1), "do not strictly increase"),
-        ((0, 4), (1, 1), "from at least 1"),
-        ((4, 8), (1,), "one weight for each"),
+        ((4, 4), (1.0, 1.0), "do not strictly increase"),
+        ((8, 4), (1.0, 1.0), "do not strictly increase"),
+        ((0, 4), (1.0, 1.0), "from at least 1"),
+        ((4, 8), (1.0,), "one weight for each"),
         ((), (), "one weight for each"),
-        ((4, 8), (1, -1), "non-negative"),
-        ((4, 8), (0, 0), "not all zero"),
+        ((4, 8), (1.0, -1.0), "non-negative"),
+        ((4, 8), (0.0, 0.0), "not all zero"),
     ],
 )
 def test_wrong_levels_are_refused(levels, weights, message):
