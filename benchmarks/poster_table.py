@@ -10,10 +10,10 @@ import json
 import time
 from pathlib import Path
 
-from results import FIGURES, write_section
-
 from msae.evaluation import evaluate, poster_table
+
 from msae.training import train
+from results import FIGURES, write_section
 
 ROWS = {
     "relu-0.03": {"kind": "relu", "l1": 0.03},
