@@ -96,7 +96,7 @@ def _parse(verb: str, arguments: list[str]) -> Callable[[], None]:
 
 def _usage_line(complaint: str) -> str:
     """tyro's page about a wrong option as one line: what is wrong, and the nearest option where it names one."""
-    # Frame characters or dashes, as the terminal's encoding has it; the first section after the title says what is wrong.
+    # Framed or dashed, as the terminal has it; the first section after the title says what is wrong.
     title, *sections = [" ".join(part.split()) for part in re.split(r"[-─]{6,}", re.sub("[│╭╮╰╯]", " ", complaint))]
     what = sections[0] if sections else title
     what = re.sub(r"^Missing from msae \w+: (\S+).*", r"\1 is missing", what).removesuffix(".")

@@ -294,10 +294,12 @@ class _Run:
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
-        self._claim(resume=resume)
+        is_begun = self._is_begun(resume=resume)
         if (self.folder / "sae.json").exists():
             return SAE.load(self.folder)
         state = self._latest_checkpoint() or self._start()
+        if not is_begun:  # only now: a store that cannot be trained on leaves no folder behind
+            write_json(self.folder / "config.json", self._identity(), schema_version=SCHEMA_VERSION)
         loggers = Loggers(
             self.settings.loggers, self.folder, settings=to_mapping(self.settings), resume_step=state.step
         )
@@ -383,9 +385,9 @@ class _Run:
             batches = shuffled_batches(len(self.store), self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
             yield from batches[max(0, first_step - epoch * self.steps_per_epoch) :]
 
-    def _claim(self, *, resume: bool) -> None:
-        """Make the folder ours: write its config, or check that the one there is this very run."""
-        mine = {
+    def _identity(self) -> dict[str, Any]:
+        """What makes this run this run: goes into config.json."""
+        return {
             "store": str(self.store.path.resolve()),
             "store_fingerprint": self.store.fingerprint,
             "n_rows": len(self.store),
@@ -393,18 +395,21 @@ class _Run:
             "modality": self.settings.modality,
             "train": to_mapping(self.settings),
         }
+
+    def _is_begun(self, *, resume: bool) -> bool:
+        """Whether the folder holds this very run; refuses a folder that holds anything else."""
         file = self.folder / "config.json"
         if not file.exists():
             if self.folder.exists() and any(p for p in self.folder.iterdir() if not p.name.startswith(".")):
                 raise RunError(f"{self.folder} is not empty and holds no run; give another --out")
-            write_json(file, mine, schema_version=SCHEMA_VERSION)
-            return
+            return False
         if not resume:
             raise RunError(f"{self.folder} already holds a run; add --resume to go on with it, or give another --out")
         theirs = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
-        _refuse_other_settings(self.folder, mine, theirs)
+        _refuse_other_settings(self.folder, self._identity(), theirs)
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "checkpoints")
+        return True
 
     def _start(self) -> _State:
         standardizer = Standardizer()
