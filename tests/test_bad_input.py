@@ -193,5 +193,5 @@ def test_a_place_that_is_not_writable_is_one_line(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     (world / "locked").mkdir(mode=0o500)
     with pytest.raises(SystemExit) as leave:
-        main("train good.npy --out locked/run --device cpu".split())
+        main(["train", "good.npy", "--out", "locked/run", "--device", "cpu"])
     assert leave.value.code == 1 and "locked" in capsys.readouterr().err
