@@ -285,7 +285,7 @@ def _embed_chunks(
     n_chunks = len(list_chunks(folder))
     start = n_chunks * chunk_items
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-    bar = progress("embedding", total=source.total, unit="rows", done=start)
+    bar = progress("embedding", total=source.total, unit="rows", start=start)
     with quiet_about_size() if source.has_images else contextlib.nullcontext(), bar as advance:
         try:
             cut = _cut(source.items(start), chunk_items, batch_size)
