@@ -7,6 +7,11 @@ from msae.errors import ConfigError
 from msae.probe import C, Probe, fit_probe, unit_norm
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr("msae.probe.MINIBATCH_STEPS", 120)
+
+
 def clouds(n=300, n_classes=4, d_in=10, spread=0.6, seed=0):
     """Rows around one centre per class, of very different norms, and their labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +68,6 @@ def test_the_same_seed_gives_the_same_probe(solver):
 
 def test_many_classes_go_to_minibatches(monkeypatch):
     monkeypatch.setattr("msae.probe.LBFGS_WORK", 300 * 4 * 10 - 1)
-    monkeypatch.setattr("msae.probe.MINIBATCH_STEPS", 50)
     assert fit(*clouds()).solver == "minibatch"
 
 

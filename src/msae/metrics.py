@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.linalg import vecdot
 
 from msae.errors import ConfigError
 
@@ -89,7 +90,8 @@ def fvu_per_sample(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -
     Source: Zaigrajew et al. 2025, arXiv:2502.20578, the text.
     """
     x, x_hat = x.double(), x_hat.double()
-    return _ratio((x - x_hat).square().sum(1), x.square().sum(1))
+    error = x - x_hat
+    return _ratio(vecdot(error, error), vecdot(x, x))
 
 
 def fvu_authors(x_raw: Float[Tensor, "n d_in"], x_hat_raw: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:
@@ -108,8 +110,8 @@ def fvu_authors(x_raw: Float[Tensor, "n d_in"], x_hat_raw: Float[Tensor, "n d_in
 def cosine(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:
     """Cosine of each row and its reconstruction, from -1 to 1; 0 where either is the zero vector."""
     x, x_hat = x.double(), x_hat.double()
-    norms = x.norm(dim=1) * x_hat.norm(dim=1)
-    return torch.where(norms > 0, (x * x_hat).sum(1) / norms, 0.0)
+    norms = vecdot(x, x).sqrt() * vecdot(x_hat, x_hat).sqrt()
+    return torch.where(norms > 0, vecdot(x, x_hat) / norms, 0.0)
 
 
 class ReconstructionScore:
@@ -125,8 +127,9 @@ class ReconstructionScore:
 
     def update(self, x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> None:
         x, x_hat = x.double(), x_hat.double()
-        self._squared_error += float((x - x_hat).square().sum())
-        self._absolute_error += float((x - x_hat).abs().sum())
+        error = x - x_hat
+        self._squared_error += float(vecdot(error, error).sum())
+        self._absolute_error += float(error.abs_().sum())
         self._absolute += float(x.abs().sum())
         self._rows.update(x)
         self._fvu_per_sample.update(fvu_per_sample(x, x_hat))
@@ -187,11 +190,11 @@ class LatentUse:
 
     def __init__(self, d_sae: int) -> None:
         self._fired = torch.zeros(d_sae, dtype=torch.bool)
-        self._sparsity = RunningMean()
+        self._l0 = RunningMean()
 
     def update(self, z: Float[Tensor, "n d_sae"]) -> None:
         self._fired |= (z != 0).any(0).cpu()
-        self._sparsity.update(sparsity(z))
+        self._l0.update(l0(z).double())
 
     def dead(self) -> int:
         """Number of latents that were never non-zero."""
@@ -199,11 +202,12 @@ class LatentUse:
 
     def sparsity(self) -> Summary:
         """Mean and spread of `sparsity`."""
-        return self._sparsity.summary()
+        mean, std, n = self._l0.summary()
+        return Summary(1 - mean / len(self._fired), std / len(self._fired), n)
 
     def l0(self) -> float:
         """Mean number of non-zero activations of a row."""
-        return (1 - self._sparsity.summary().mean) * len(self._fired)
+        return self._l0.summary().mean
 
 
 def dead(z: Float[Tensor, "n d_sae"]) -> int:
@@ -242,7 +246,7 @@ class Recovery:
     def update(self, x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> None:
         values, latents = z.sort(dim=1, descending=True, stable=True)
         n_active = int((values > 0).sum(1).max()) if len(z) else 0
-        x_hat = self._b_dec.expand(len(x), -1).clone()
+        x, x_hat = x.double(), self._b_dec.expand(len(x), -1).clone()
         for low, k in zip((0, *self.ks), self.ks, strict=False):
             high = min(k, n_active)
             if low < high:
@@ -350,11 +354,30 @@ def nearest_neighbors(rows: Float[Tensor, "n d"], k: int = 10, *, block: int = 1
             offer(slice(stop, n), products[:, stop - start :].T, start)
 
     neighbors = Neighbors(where[:, :k].contiguous(), best[:, :k].double())
-    if width > k:
+    last = best[:, k - 1]
+    rounding = 4 * torch.finfo(torch.float32).eps * math.sqrt(rows.shape[1])
+    if bool((rows >= 0).all()):  # activations: no terms cancel, so the error is relative, and 0 is exactly 0
+        _fill_with_smallest_indices_(neighbors, (last == 0).nonzero().flatten())
+        unclear = (last - best[:, -1] <= rounding * last) & (last > 0)
+    else:
         norms = rows.norm(dim=1)
-        rounding = 4 * torch.finfo(torch.float32).eps * math.sqrt(rows.shape[1]) * norms * norms.max()
-        _decide_in_float64_(neighbors, rows, (best[:, k - 1] - best[:, k] <= rounding).nonzero().flatten())
+        unclear = last - best[:, -1] <= rounding * norms * norms.max()
+    if width > k:
+        _decide_in_float64_(neighbors, rows, unclear.nonzero().flatten())
     return neighbors
+
+
+def _fill_with_smallest_indices_(neighbors: Neighbors, some: Tensor) -> None:
+    """Of the many rows of product 0, give those numbered `some` the ones with the smallest indices."""
+    k = neighbors.indices.shape[1]
+    related = neighbors.products[some] > 0
+    used = torch.cat([torch.where(related, neighbors.indices[some], -1), some[:, None]], 1)
+    candidates = torch.arange(min(2 * k + 1, len(neighbors.indices)), device=some.device)
+    is_used = (candidates[None, :, None] == used[:, None, :]).any(2)
+    free = candidates[is_used.to(torch.int8).argsort(dim=1, stable=True)[:, :k]]
+    # the related ones come first: shift the free ones behind them
+    place = (torch.arange(k, device=some.device) - related.sum(1, keepdim=True)).clamp_min(0)
+    neighbors.indices[some] = torch.where(related, neighbors.indices[some], free.gather(1, place))
 
 
 def _decide_in_float64_(neighbors: Neighbors, rows: Tensor, unclear: Tensor, *, block: int = 512) -> None:
