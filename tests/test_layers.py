@@ -10,8 +10,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers"},
-    {"activations", "losses", "metrics", "standardize", "kernels"},
-    {"store", "sources", "sae", "probe", "concepts"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "effects", "interventions"},
+    {"store", "sources", "sae", "probe", "concepts", "classifier"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},
     {"cli", "explorer"},
