@@ -13,7 +13,7 @@ LAYERS = [
     {"activations", "losses", "metrics", "standardize", "kernels", "effects", "interventions", "evidence"},
     {"store", "sources", "sae", "probe", "concepts", "classifier"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo"},
+    {"report", "auditreport", "interop", "distributed", "demo"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {
