@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.auditing import Audit, audit
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
     from msae.sae import SAE, SAEConfig
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "auditing",
     "Embedder": "embedding",
+    "audit": "auditing",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
@@ -44,11 +47,13 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "Audit",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
     "SAEConfig",
     "TrainSettings",
+    "audit",
     "embed",
     "evaluate",
     "poster_table",
