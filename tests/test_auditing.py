@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from msae.auditing import audit
-from msae.auditing.association import associate
+from msae.auditing.association import associate, taught
 from msae.auditing.controls import matched_groups
 from msae.classifier import LinearClassifier
 from msae.errors import ConfigError, RunError, StoreError
@@ -19,6 +19,7 @@ from msae.sae import SAE, SAEConfig
 from msae.standardize import Standardizer, fit_statistics
 from msae.store import StorePart, write_store
 from tests.oracles import audits as oracle
+from tests.oracles import effects as effects_oracle
 
 D_IN, D_SAE, N = 12, 24, 600
 NAMES = {"own": [0], "planted": [1], "pair": [2, 3], "other": [4], "silent": [5], "rest": [6, 7, 8]}
@@ -139,16 +140,54 @@ def test_group_gaps_are_those_of_classifying_every_row_with_the_concept_removed(
 
 
 def test_a_planted_correlation_is_found_and_removing_it_helps_the_worst_group(found):
-    names = [one.name for one in found.concepts]
-    assert names[0] in ("planted", "own")  # the class itself has an effect too
+    assert found.concepts[0].name in ("planted", "own")  # the class itself has an effect too
     planted = found["planted"]
     assert planted.given_true.q < 0.05 and planted.given_true.effect_size > 0.3
     assert abs(planted.by_true.effect_size) < 0.2  # the audited store does not have the correlation
     assert planted.remove.change < -0.1 < 0.1 < planted.set_p99.change
     assert planted.control.beaten >= 0.9  # the one random latent that may beat it is the class itself
     assert planted.effect > 2 * planted.control.set_p99
-    assert planted.debiasing.worst_removed > planted.debiasing.worst + 0.1
-    assert not {"other", "pair"} & {one.name for one in found.reported()}
+    assert planted.debiasing.worst_levelled > planted.debiasing.worst + 0.1
+    assert planted.test == "taught" and planted.taught.q < 0.05
+    # its direction is not orthogonal to the others', so they carry some of it
+    assert planted.taught.effect_size == max(one.taught.effect_size for one in found.concepts if one.taught)
+
+
+def test_on_the_unbiased_twin_nothing_is_reported(sae, store, folder):
+    twin = make_store(folder / "twin.store", *world(1500, seed=7))
+    result = audit(sae, store, "y", train_store=twin, names=NAMES, n_permutations=400)
+    assert result.reported() == []
+
+
+def test_taught_counts_every_pair_of_a_training_and_another_row_of_one_class():
+    rng = np.random.default_rng(0)
+    strengths = (rng.gamma(2, 1, (60, 2)) * (rng.random((60, 2)) < 0.6)).astype(np.float32)
+    is_training, truth = rng.random(60) < 0.5, rng.integers(0, 3, 60)
+    draw = {"n_permutations": 50, "n_resamples": 10, "rng": rng}
+    found = taught(strengths, is_training, truth, ("a", "b", "c"), positive=1, **draw)
+    for one, column in zip(found, strengths.T, strict=True):
+        sides = [
+            effects_oracle.cliffs_delta(column[side], is_training[side], truth[side])
+            for side in (truth == 1, truth != 1)
+        ]
+        assert one.effect_size == pytest.approx((sides[0] - sides[1]) / 2, abs=1e-6)
+
+
+def test_taught_p_values_are_uniform_where_training_and_audited_rows_are_alike():
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 2, 400)
+    strengths = (truth[:, None] + rng.normal(size=(400, 400))).clip(0).astype(np.float32)  # all follow the class
+    draw = {"n_permutations": 1000, "n_resamples": 10, "rng": rng}
+    found = taught(strengths, np.arange(400) < 150, truth, ("a", "b"), positive=1, **draw)
+    assert scipy.stats.kstest([one.p for one in found], "uniform").pvalue > 0.01
+
+
+def test_the_words_of_the_class_itself_come_last(sae, store, biased):
+    names = {"B": [0], "planted": [1], "silent": [5]}
+    result = audit(sae, store, "y", train_store=biased, names=names, n_permutations=20)
+    assert [(one.name, one.is_target) for one in result.concepts] == [
+        ("planted", False), ("silent", False), ("B", True),
+    ]  # fmt: skip
 
 
 def test_concepts_come_strongest_causal_effect_first(found):

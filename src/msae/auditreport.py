@@ -75,7 +75,7 @@ def _head(audit: Audit) -> str:
 def _table(audit: Audit) -> str:
     head = (
         "concept", "latents", "class", "remove", "set to p99", "control (p99)", "beats controls", "flips",
-        "Cliff's delta", "p", "q", "worst group", "once removed", "overall", "once removed",
+        "Cliff's delta", "p", "q", "q of errors", "worst group", "once levelled", "overall", "once levelled",
     )  # fmt: skip
     rows = []
     for concept in audit.concepts:
@@ -95,19 +95,20 @@ def _cells(concept: ConceptAudit) -> list[str]:
         for edit in (concept.remove, concept.set_p99)
     ]
     accuracies = [None] * 4 if groups is None else [
-        groups.worst, groups.worst_removed, groups.overall, groups.overall_removed
+        groups.worst, groups.worst_levelled, groups.overall, groups.overall_levelled
     ]  # fmt: skip
     return [
         concept.name + (" (target)" if concept.is_target else ""),
         latents,
         concept.class_ or "-",
         *edits,
-        _number(control and control.set_p99),
+        _number(None if control is None else control.set_p99),
         "-" if control is None else f"{control.beaten:.0%}",
-        _number(concept.remove and concept.remove.flip_rate),
+        _number(None if concept.remove is None else concept.remove.flip_rate),
         "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
         "-" if main is None else f"{main.p:.2g}",
         "-" if main is None else f"{main.q:.2g}",
+        "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
         *(_number(share) for share in accuracies),
     ]
 
@@ -173,17 +174,15 @@ def _draw_boxes(
 
 
 def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
-    axes.set(title="accuracy, and (hollow) once removed", ylim=(0, 1.02))
+    axes.set(title="accuracy, and (red) once levelled", ylim=(0, 1.02))
     known = [group for group in (concept.debiasing.groups if concept.debiasing else ()) if group.accuracy is not None]
     for place, group in enumerate(known):
         axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
-        axes.plot([place - 0.35, place + 0.35], [group.accuracy_removed] * 2, color="#ee6677", linewidth=2)
+        axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
     labels = [_plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
     axes.set_xticks(range(len(known)), labels, fontsize=7)
     if not known:
         axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
-    else:
-        axes.set_title("accuracy, and (red) once removed")
 
 
 def _draw_sweep(axes: Any, concept: ConceptAudit) -> None:

@@ -80,9 +80,28 @@ def bootstrap_interval(
     n_resamples: int,
     rng: np.random.Generator,
 ) -> Interval:
-    """95 % percentile interval of Cliff's delta over rows drawn with replacement.
+    """95 % percentile interval of Cliff's delta over rows drawn with replacement."""
+    resampled = resampled_deltas(values, is_positive, strata, n_resamples=n_resamples, rng=rng)
+    return percentiles(resampled)
 
-    Resampled deltas are computed to first order in the rows' multiplicities (Poisson, mean 1): re-ranking hundreds of
+
+def percentiles(resampled: Float[np.ndarray, "b c"]) -> Interval:
+    """The middle 95 % of resampled effect sizes."""
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return Interval(low.clip(-1, 1), high.clip(-1, 1))
+
+
+def resampled_deltas(
+    values: Float[np.ndarray, "n c"],
+    is_positive: np.ndarray,
+    strata: Int[np.ndarray, " n"],
+    *,
+    n_resamples: int,
+    rng: np.random.Generator,
+) -> Float[np.ndarray, "b c"]:
+    """Cliff's deltas of rows drawn with replacement.
+
+    They are computed to first order in the rows' multiplicities (Poisson, mean 1): re-ranking hundreds of
     columns a thousand times would take hours and moves the ends by the order of 1 / n.
 
     Source: Efron & Tibshirani 1993, ch. 13; the first-order part is that of DeLong et al. 1988.
@@ -101,8 +120,7 @@ def bootstrap_interval(
         shape = (min(step, n_resamples - first), len(values))
         extra = rng.poisson(1.0, shape).astype(np.float32) - 1
         resampled[first : first + step] = delta + extra @ influence
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    return Interval(low.clip(-1, 1), high.clip(-1, 1))
+    return resampled
 
 
 def permutation_p(

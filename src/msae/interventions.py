@@ -56,8 +56,12 @@ class Concepts:
             return per_latent
         return per_latent.new_zeros(len(per_latent), self.n).index_add_(1, self.owner, per_latent)
 
+    def strengths(self, z: Float[Tensor, "n l"]) -> Float[Tensor, "n c"]:
+        """How much of each concept there is."""
+        return z if self.n == len(self.owner) else self.sum(z * self.reader)
+
     def removal(self, u: Float[Tensor, "n d"], z: Float[Tensor, "n l"]) -> Push:
-        """The push that sets every latent of a concept to 0."""
+        """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
         along_rows = u @ self.rows.T
         to_classes = self.rows @ self.weight.T
         logit = torch.stack([self.sum(z * column) for column in to_classes.T], dim=2)

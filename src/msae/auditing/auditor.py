@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from msae.auditing.association import associate, with_q
+from msae.auditing.association import associate, taught, with_q
 from msae.auditing.controls import Sizes, control_sizes
 from msae.auditing.measure import Bench, Measured, Tally, measure_edits, probabilities, quantiles
 from msae.auditing.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
@@ -28,7 +28,7 @@ WORST_GROUP_ROWS = 10
 """The accuracy of fewer rows says nothing."""
 SWEEP_POINTS = 33
 Z_95 = 1.959963984540054
-ASSOCIATIONS = ("by_predicted", "by_true", "given_true")
+ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
 
 
 class _Part(NamedTuple):
@@ -63,7 +63,7 @@ class Auditor:
         self.predicted: Int64[np.ndarray, " n"] = np.empty(0, np.int64)
 
     def run(self) -> tuple[list[ConceptAudit], Sample]:
-        """Every concept, strongest causal effect first, and the rows for plots."""
+        """Every concept, strongest causal effect first and the class's own words last, and the rows for plots."""
         parts = []
         with progress("auditing", total=len(self.groups), unit="concepts") as advance:
             for some in self._passes():
@@ -82,7 +82,7 @@ class Auditor:
                 theirs = {name: associations[name][number] for name in ASSOCIATIONS}
                 audits.append(self._concept(part, column, number, controls[number], theirs))
                 number += 1
-        order = sorted(range(len(audits)), key=lambda i: -audits[i].effect)
+        order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
         truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
         sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
@@ -118,7 +118,7 @@ class Auditor:
         mean = torch.zeros(self.bench.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
         concepts = self.bench.concepts(groups, mean)
-        strengths = z if concepts.n == len(latents) else concepts.sum(torch.from_numpy(z) * concepts.reader).numpy()
+        strengths = concepts.strengths(torch.from_numpy(z)).numpy()
         amounts = quantiles(strengths)
         measured = measure_edits(self.bench, rows, truth, concepts, z, amounts)
         self.predicted = measured.predicted
@@ -126,7 +126,7 @@ class Auditor:
         return _Part(
             measured,
             amounts,
-            self._associations(strengths),
+            {**self._associations(strengths), "taught": self._taught(strengths, concepts, latents)},
             [self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)],
             sample,
         )
@@ -145,6 +145,20 @@ class Auditor:
             for name, (labels, strata) in tests.items()
         }  # fmt: skip
         return {name: found.get(name, [None] * strengths.shape[1]) for name in ASSOCIATIONS}
+
+    def _taught(
+        self, strengths: Float32[np.ndarray, "n c"], concepts: Concepts, latents: list[int]
+    ) -> list[Association | None]:
+        training, truth = self.subject.training, self.subject.truth
+        if training is None or truth is None:
+            return [None] * strengths.shape[1]
+        z = self.bench.activations(training.rows, latents, training.store)
+        theirs = concepts.strengths(torch.from_numpy(z)).numpy()
+        return taught(
+            np.concatenate([theirs, strengths]), np.arange(len(theirs) + len(strengths)) < len(theirs),
+            np.concatenate([training.truth, truth]), self.subject.classifier.classes, positive=self.bench.positive,
+            n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
+        )  # fmt: skip
 
     def _concept(
         self, part: _Part, column: int, number: int, sizes: Sizes, associations: dict[str, Association | None]
@@ -168,7 +182,7 @@ class Auditor:
             note = "rows of one true class are all predicted alike, so nothing is left to test given the truth"
         return ConceptAudit(
             name, group, is_target, fires, classes[self.bench.watched[place]], effect,
-            associations["by_predicted"], associations["by_true"], associations["given_true"],
+            associations["by_predicted"], associations["by_true"], associations["given_true"], associations["taught"],
             edits["remove"], edits["set_p50"], edits["set_p90"], edits["set_p99"], _control(sizes, effect),
             debiasing=None if self.subject.truth is None else _debiasing(part.measured, column, classes),
             sweep=part.sweeps[column], note=note,
@@ -261,15 +275,18 @@ def _control(sizes: Sizes, effect: float) -> Control | None:
 
 
 def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Debiasing:
-    n, before, after = (one[:, :, column] for one in (measured.n_rows, measured.correct, measured.correct_removed))
+    n = measured.n_rows[:, :, column]
+    kinds = (measured.correct, measured.correct_removed, measured.correct_levelled)
+    correct = torch.stack([one[:, :, column] for one in kinds])
     groups = []
     for true, name in enumerate(classes):
         for present in (False, True):
             size = int(n[true, int(present)])
-            shares = [float(one[true, int(present)]) / size if size else None for one in (before, after)]
-            groups.append(Group(name, present, size, *shares))
-    large = [group for group in groups if group.n >= WORST_GROUP_ROWS]
-    worst = min((group.accuracy for group in large if group.accuracy is not None), default=None)
-    removed = min((group.accuracy_removed for group in large if group.accuracy_removed is not None), default=None)
-    total = float(n.sum())
-    return Debiasing(tuple(groups), worst, removed, float(before.sum()) / total, float(after.sum()) / total)
+            before, removed, levelled = [
+                float(hits) / size if size else None for hits in correct[:, true, int(present)]
+            ]
+            groups.append(Group(name, present, size, before, removed, levelled))
+    shares = (correct / n)[:, n >= WORST_GROUP_ROWS]
+    worst = [float(kind.min()) if shares.shape[1] else None for kind in shares]
+    overall = (correct.sum((1, 2)) / n.sum()).tolist()
+    return Debiasing(tuple(groups), worst[0], worst[1], worst[2], overall[0], overall[1], overall[2])

@@ -44,7 +44,7 @@ def control_sizes(
     number_of = {group: number for number, group in enumerate(distinct)}
     concepts = bench.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
-    strengths = concepts.sum(torch.from_numpy(own_z) * concepts.reader).numpy()
+    strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
     amounts = {"set_p99": quantiles(strengths)["set_p99"]}
     measured = measure_edits(bench, rows, None, concepts, own_z, amounts)
     sizes = []

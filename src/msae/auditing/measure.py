@@ -41,11 +41,14 @@ class Bench:
         n = len(self.subject.classifier.classes)
         return list(range(n)) if self.positive is None else [self.positive]
 
-    def batches(self, rows: Int64[np.ndarray, " n"], size: int) -> Iterator[tuple[slice, Float[Tensor, "b d_in"]]]:
+    def batches(
+        self, rows: Int64[np.ndarray, " n"], size: int, store: EmbeddingStore | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "b d_in"]]]:
         """Raw embeddings of `rows`, with their places among them."""
+        store = store or self.store
         for first in range(0, len(rows), size):
             own = slice(first, min(first + size, len(rows)))
-            yield own, torch.from_numpy(self.store.take(rows[own], self.modality))
+            yield own, torch.from_numpy(store.take(rows[own], self.modality))
 
     def concepts(self, groups: Sequence[Sequence[int]], mean: Float[Tensor, " d_sae"]) -> Concepts:
         """`groups` as the classifier sees them."""
@@ -55,13 +58,16 @@ class Bench:
 
     @torch.no_grad()
     def activations(
-        self, rows: Int64[np.ndarray, " n"], latents: Sequence[int] | None = None
+        self,
+        rows: Int64[np.ndarray, " n"],
+        latents: Sequence[int] | None = None,
+        store: EmbeddingStore | None = None,
     ) -> Float32[np.ndarray, "n l"]:
         """Of some latents, or of all; of the kinds whose latents do not compete only those are computed."""
         chosen = list(range(self.sae.d_sae)) if latents is None else list(latents)
         z = np.empty((len(rows), len(chosen)), np.float32)
         size = max(1, min(65_536, BATCH_ENTRIES // self.sae.d_sae))
-        for own, x in self.batches(rows, size):
+        for own, x in self.batches(rows, size, store):
             z[own] = self.sae.encode(x, self.modality, inference=self.inference)[:, chosen].numpy()
         return z
 
@@ -99,6 +105,7 @@ class Measured:
     """Rows by true class, absence or presence of the concept, and concept."""
     correct: Float[Tensor, "t 2 c"]
     correct_removed: Float[Tensor, "t 2 c"]
+    correct_levelled: Float[Tensor, "t 2 c"]
     predicted: NDArray[np.int64]
     """The predicted class of each row before any edit."""
 
@@ -132,7 +139,10 @@ def measure_edits(
     n_classes = len(classifier.classes)
     tallies = {name: Tally.empty(concepts.n, len(bench.watched)) for name in ("remove", *amounts)}
     nothing = torch.zeros(n_classes, 2, concepts.n, dtype=torch.float64)
-    measured = Measured(tallies, nothing, nothing.clone(), nothing.clone(), np.empty(len(rows), np.int64))
+    counts = [nothing.clone() for _ in range(4)]
+    predicted = np.empty(len(rows), np.int64)
+    measured = Measured(tallies, counts[0], counts[1], counts[2], counts[3], predicted)
+    mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
     blocks = _blocks(concepts, 128)
     per_row = max(len(block.concepts.owner) for block in blocks) * n_classes
     for own, x in bench.batches(rows, max(1, min(8192, EDIT_ENTRIES // per_row))):
@@ -146,7 +156,8 @@ def measure_edits(
             edited = batch.edit(block.concepts.removal(u, own_z))
             tallies["remove"].add(block.owns, fires, edited.change, edited.flipped)
             if labels is not None:
-                _add_groups(measured, block.owns, labels, fires, batch.predicted, edited.predicted)
+                levelled = batch.edit(block.concepts.removal(u, own_z - mean[block.latents]))
+                _add_groups(measured, block.owns, labels, fires, batch.predicted, edited.predicted, levelled.predicted)
             for name, strength in amounts.items():
                 edited = batch.edit(block.concepts.raising(u, strength[block.owns]))
                 tallies[name].add(block.owns, ~fires & (strength[block.owns] > 0), edited.change, edited.flipped)
@@ -211,9 +222,15 @@ def _blocks(concepts: Concepts, n: int) -> list[_Block]:
 
 
 def _add_groups(
-    measured: Measured, owns: slice, labels: Tensor, fires: Tensor, predicted: Tensor, removed: Tensor
+    measured: Measured,
+    owns: slice,
+    labels: Tensor,
+    fires: Tensor,
+    predicted: Tensor,
+    removed: Tensor,
+    levelled: Tensor,
 ) -> None:
-    """Count rows, and correct ones before and after removal, by true class and presence."""
+    """Count rows, and correct ones before and after, by true class and presence."""
     n_classes = measured.n_rows.shape[0]
     one_hot = torch.nn.functional.one_hot(labels, n_classes).float().T
     right = (predicted == labels)[:, None]
@@ -222,3 +239,4 @@ def _add_groups(
         measured.correct[:, present, owns] += one_hot @ (has & right).float()
         after = (removed == labels[:, None]) if present else right
         measured.correct_removed[:, present, owns] += one_hot @ (has & after).float()
+        measured.correct_levelled[:, present, owns] += one_hot @ (has & (levelled == labels[:, None])).float()

@@ -72,18 +72,26 @@ class Group:
     accuracy: float | None
     accuracy_removed: float | None
     """Once the concept is removed from every row."""
+    accuracy_levelled: float | None
+    """Once the concept is at its mean in every row."""
 
 
 @dataclass(frozen=True)
 class Debiasing:
-    """Accuracy before and after the concept is removed from every row."""
+    """Accuracy before and after the concept is taken out as a clue.
+
+    Two ways: removed, that is 0 in every row; or levelled, that is at its mean in every row. A classifier that has
+    learnt "no hat, so a circle" says so of rows without hats, and removal makes all rows such; levelling does not.
+    """
 
     groups: tuple[Group, ...]
     worst: float | None
     """Accuracy of the worst group that has at least ten rows."""
     worst_removed: float | None
+    worst_levelled: float | None
     overall: float
     overall_removed: float
+    overall_levelled: float
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,8 @@ class ConceptAudit:
     by_true: Association | None = None
     given_true: Association | None = None
     """By predicted class among rows of the same true class: what the truth does not explain."""
+    taught: Association | None = None
+    """By true class, in the training rows beyond the audited ones; where a training store was given."""
     remove: Effect | None = None
     set_p50: Effect | None = None
     set_p90: Effect | None = None
@@ -132,8 +142,14 @@ class ConceptAudit:
 
     @property
     def main(self) -> Association | None:
-        """The association that is reported first: given the true class where that is known."""
-        return self.given_true or self.by_predicted
+        """The association that `q` is of: `taught`, else `given_true`, else `by_predicted`, whichever is known."""
+        return self.taught or self.given_true or self.by_predicted
+
+    @property
+    def test(self) -> str | None:
+        """The name of `main`."""
+        names = ("taught", "given_true", "by_predicted")
+        return next((name for name in names if getattr(self, name) is not None), None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
@@ -144,6 +160,7 @@ class ConceptAudit:
             "effect_size": main and main.effect_size,
             "p": main and main.p,
             "q": main and main.q,
+            "test": self.test,
             "flip_rate": self.remove and self.remove.flip_rate,
         }
         rest: dict[str, Any] = _plain(self)
@@ -163,7 +180,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a classifier relies on, concept by concept, the strongest causal effect first."""
+    """What a classifier relies on, concept by concept, the strongest causal effect first.
+
+    Concepts that bear the name of a class come last: a classifier of squares should react to squares.
+    """
 
     target: str | None
     on: str
@@ -193,7 +213,19 @@ class Audit:
 
     def table(self, n: int = 20) -> str:
         """The ranked table in Markdown."""
-        head = ("concept", "class", "effect", "remove", "set p99", "control", "flips", "delta", "q", "worst group")
+        head = (
+            "concept",
+            "class",
+            "effect",
+            "remove",
+            "set p99",
+            "control",
+            "flips",
+            "delta",
+            "q",
+            "q of errors",
+            "worst group",
+        )
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(_cells(concept)) + " |" for concept in self.concepts[:n]]
         if len(self.concepts) > n:
@@ -212,7 +244,8 @@ def _cells(concept: ConceptAudit) -> list[str]:
         "-" if concept.remove is None else f"{concept.remove.flip_rate:.3f}",
         "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
         "-" if main is None else f"{main.q:.2g}",
-        "-" if groups is None or groups.worst is None else f"{groups.worst:.3f} > {groups.worst_removed:.3f}",
+        "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
+        "-" if groups is None or groups.worst is None else f"{groups.worst:.3f} > {groups.worst_levelled:.3f}",
     ]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,19 @@ from msae.store import EmbeddingStore, as_store
 
 MAX_CLASSES = 50
 """More are no classes but, say, ages; each costs a column of every table."""
+MAX_TRAINING = 200_000
+"""Training rows that are compared with the audited ones."""
 TEXT_LOGIT_SCALE = 100.0
 """What CLIP multiplies cosines with to make logits; every CLIP of OpenAI ended its training at this bound."""
+
+
+class Training(NamedTuple):
+    """Labelled rows of the training store; of more than `MAX_TRAINING`, a random sample."""
+
+    store: EmbeddingStore
+    rows: Int64[np.ndarray, " n"]
+    truth: Int64[np.ndarray, " n"]
+    """Numbers in the classifier's classes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,8 @@ class Subject:
     classifier: LinearClassifier
     n_train: int | None
     """Rows that the classifier was trained on here."""
+    training: Training | None = None
+    """Where it was trained, if that is another store."""
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
@@ -98,8 +112,17 @@ def make_subject(
         theirs = labels_of(other, target)
         n_train = sum(label is not None for label in theirs)
         fitted = _fit(sae, other, modality, theirs, np.arange(len(other)), str(other.path), seed)
-        rows = labelled
+        subject = _with_given(store, labels, fitted, rows=labelled, n_train=n_train)
+        return dataclasses.replace(subject, training=_training(other, theirs, fitted, seed))
     return _with_given(store, labels, fitted, rows=rows, n_train=n_train)
+
+
+def _training(store: EmbeddingStore, labels: Sequence[str | None], classifier: LinearClassifier, seed: int) -> Training:
+    number_of = {name: number for number, name in enumerate(classifier.classes)}
+    rows = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
+    if len(rows) > MAX_TRAINING:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAINING, replace=False))
+    return Training(store, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
 
 
 def _with_given(
