@@ -74,8 +74,8 @@ def _head(audit: Audit) -> str:
 
 def _table(audit: Audit) -> str:
     head = (
-        "concept", "latents", "class", "remove", "set to p99", "control (p99)", "beats controls", "flips",
-        "Cliff's delta", "p", "q", "q of errors", "worst group", "once levelled", "overall", "once levelled",
+        "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
+        "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors", "worst group", "once levelled", "overall", "once levelled",
     )  # fmt: skip
     rows = []
     for concept in audit.concepts:
@@ -92,7 +92,7 @@ def _cells(concept: ConceptAudit) -> list[str]:
     latents = ", ".join(f"#{latent}" for latent in concept.latents[:3]) + (" …" if len(concept.latents) > 3 else "")
     edits = [
         "-" if edit is None else f"{edit.change:+.3f} [{edit.low:+.3f}, {edit.high:+.3f}]"
-        for edit in (concept.remove, concept.set_p99)
+        for edit in (concept.remove, concept.set_p50, concept.set_p99)
     ]
     accuracies = [None] * 4 if groups is None else [
         groups.worst, groups.worst_levelled, groups.overall, groups.overall_levelled
@@ -101,8 +101,9 @@ def _cells(concept: ConceptAudit) -> list[str]:
         concept.name + (" (target)" if concept.is_target else ""),
         latents,
         concept.class_ or "-",
+        _number(concept.effect),
         *edits,
-        _number(None if control is None else control.set_p99),
+        _number(None if control is None else control.largest),
         "-" if control is None else f"{control.beaten:.0%}",
         _number(None if concept.remove is None else concept.remove.flip_rate),
         "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",

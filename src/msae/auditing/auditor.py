@@ -28,6 +28,7 @@ WORST_GROUP_ROWS = 10
 """The accuracy of fewer rows says nothing."""
 SWEEP_POINTS = 33
 Z_95 = 1.959963984540054
+RANKED_BY = ("remove", "set_p50")
 ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
 
 
@@ -174,7 +175,7 @@ class Auditor:
             kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
             for kind, tally in part.measured.tallies.items()
         }
-        effect = max(abs(edit.change) for kind in ("remove", "set_p99") if (edit := edits[kind]) is not None)
+        effect = float(np.mean([abs(edit.change) for kind in RANKED_BY if (edit := edits[kind]) is not None]))
         note = None
         if edits["set_p99"] is None:
             note = "fires in every row, so it can be removed but not set"
@@ -244,12 +245,10 @@ class Auditor:
 
 
 def _moved_most(measured: Measured, column: int) -> int:
-    """Place among the watched classes of the one whose probability removal and p99 move most."""
-    moved = [
-        (tally.change[column] / tally.n[column].clamp_min(1)).abs()
-        for tally in (measured.tallies["remove"], measured.tallies["set_p99"])
-    ]
-    return int(torch.maximum(*moved).argmax())
+    """Place among the watched classes of the one whose probability is moved most."""
+    tallies = [measured.tallies[kind] for kind in RANKED_BY]
+    moved = [(tally.change[column] / tally.n[column].clamp_min(1)).abs() for tally in tallies]
+    return int((moved[0] + moved[1]).argmax())
 
 
 def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | None:
@@ -265,13 +264,11 @@ def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | 
 def _control(sizes: Sizes, effect: float) -> Control | None:
     if not len(sizes.remove):
         return None
-    largest = np.fmax(sizes.remove, sizes.set_p99)
-    mean, most = [], []
-    for one in sizes:
-        known = one[~np.isnan(one)]
-        mean.append(float(known.mean()) if len(known) else None)
-        most.append(float(known.max()) if len(known) else None)
-    return Control(len(largest), mean[0], most[0], mean[1], most[1], float((largest < effect).mean()))
+    effects = np.stack([getattr(sizes, kind) for kind in RANKED_BY])
+    known = ~np.isnan(effects)
+    theirs = np.where(known, effects, 0).sum(0) / known.sum(0).clip(1)
+    means = [float(one[~np.isnan(one)].mean()) if not np.isnan(one).all() else None for one in sizes]
+    return Control(len(theirs), means[0], means[1], means[2], float(theirs.max()), float((theirs < effect).mean()))
 
 
 def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Debiasing:

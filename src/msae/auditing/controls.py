@@ -18,6 +18,7 @@ class Sizes(NamedTuple):
     """Mean size of the change of the class's probability, for each random group; NaN where there was no row to edit."""
 
     remove: Float32[np.ndarray, " g"]
+    set_p50: Float32[np.ndarray, " g"]
     set_p99: Float32[np.ndarray, " g"]
 
 
@@ -40,12 +41,13 @@ def control_sizes(
     distinct = sorted({group for several in drawn for group in several})
     if not distinct:
         nothing = np.empty(0, np.float32)
-        return [Sizes(nothing, nothing) for _ in groups]
+        return [Sizes(nothing, nothing, nothing) for _ in groups]
     number_of = {group: number for number, group in enumerate(distinct)}
     concepts = bench.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
     strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
-    amounts = {"set_p99": quantiles(strengths)["set_p99"]}
+    natural = quantiles(strengths)
+    amounts = {name: natural[name] for name in Sizes._fields if name in natural}
     measured = measure_edits(bench, rows, None, concepts, own_z, amounts)
     sizes = []
     for name in Sizes._fields:

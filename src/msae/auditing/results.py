@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +54,10 @@ class Control:
     """Random latents, or random groups of as many latents as the concept has."""
     remove: float | None
     """Mean size of their change of the class's probability."""
-    remove_max: float | None
+    set_p50: float | None
     set_p99: float | None
-    set_p99_max: float | None
+    largest: float | None
+    """The largest causal effect among them."""
     beaten: float
     """Share of them whose causal effect is smaller than the concept's."""
 
@@ -119,7 +119,9 @@ class ConceptAudit:
     class_: str | None = None
     """The class whose probability the edits are about: with more than two, the one that they move most."""
     effect: float = 0.0
-    """The causal effect by which concepts are ranked: the larger of the sizes of `remove` and `set_p99`."""
+    """The causal effect by which concepts are ranked: the mean size of `remove` and `set_p50`, of rows with the concept
+    and of rows without it at a strength that is typical. By `set_p99` the concepts with a long tail would come first.
+    """
     by_predicted: Association | None = None
     by_true: Association | None = None
     given_true: Association | None = None
@@ -214,18 +216,9 @@ class Audit:
     def table(self, n: int = 20) -> str:
         """The ranked table in Markdown."""
         head = (
-            "concept",
-            "class",
-            "effect",
-            "remove",
-            "set p99",
-            "control",
-            "flips",
-            "delta",
-            "q",
-            "q of errors",
-            "worst group",
-        )
+            "concept", "class", "effect", "remove", "set p50", "set p99", "controls to", "flips", "delta", "q",
+            "q of errors", "worst group",
+        )  # fmt: skip
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(_cells(concept)) + " |" for concept in self.concepts[:n]]
         if len(self.concepts) > n:
@@ -239,8 +232,8 @@ def _cells(concept: ConceptAudit) -> list[str]:
         concept.name.replace("|", "\\|") + (" (target)" if concept.is_target else ""),
         concept.class_ or "",
         f"{concept.effect:.3f}",
-        *(f"{edit.change:+.3f}" if edit else "-" for edit in (concept.remove, concept.set_p99)),
-        "-" if control is None else f"{_larger(control.remove, control.set_p99):.3f}",
+        *(f"{edit.change:+.3f}" if edit else "-" for edit in (concept.remove, concept.set_p50, concept.set_p99)),
+        "-" if control is None else _number(control.largest),
         "-" if concept.remove is None else f"{concept.remove.flip_rate:.3f}",
         "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
         "-" if main is None else f"{main.q:.2g}",
@@ -249,8 +242,8 @@ def _cells(concept: ConceptAudit) -> list[str]:
     ]
 
 
-def _larger(*values: float | None) -> float:
-    return max((value for value in values if value is not None), default=math.nan)
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _plain(value: Any) -> Any:
