@@ -1,6 +1,9 @@
 """The audit's page opens offline, shows names as text whatever they are, and is the same bytes for the same audit."""
 
+import inspect
 import re
+import shlex
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 
 from msae.auditing import audit
 from msae.auditreport import concept_svg, section, write_html
-from msae.cli import main
+from msae.cli import _audit, main
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")
@@ -94,3 +97,13 @@ def test_the_command_says_what_is_missing_in_one_line(folder, capsys):
             main(["audit", str(folder / "run"), "--on", str(folder / "on.store"), *options])
         error = capsys.readouterr().err
         assert left.value.code == 1 and message in error and error.count("\n") == 1
+
+
+def test_the_recipes_use_options_that_exist():
+    recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
+    assert len(commands) >= 5
+    known = set(inspect.signature(_audit([])).parameters)
+    for command in commands:
+        options = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
+        assert options <= known and {"on", "target"} <= options

@@ -75,7 +75,8 @@ def _head(audit: Audit) -> str:
 def _table(audit: Audit) -> str:
     head = (
         "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
-        "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors", "worst group", "once levelled", "overall", "once levelled",
+        "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors",
+        "worst group", "once levelled", "overall", "once levelled",
     )  # fmt: skip
     rows = []
     for concept in audit.concepts:
