@@ -25,7 +25,7 @@ from msae.errors import EmbedderError, MsaeError, SourceError, StoreError
 from msae.images import read_picture
 from msae.sources import Source, SourceItem
 from msae.store import EmbeddingStore
-from tiny_clip import make_encoder
+from tests.tiny_clip import make_encoder
 
 KINDS = ("clip", "siglip", "siglip2")
 CAPTIONS = [
