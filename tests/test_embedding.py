@@ -114,15 +114,14 @@ def test_embeddings_are_those_of_transformers_called_directly(kind, encoders):
     images = [picture(i, (40 + i, 64 - i)) for i in range(5)]
     with torch.no_grad():
         wanted_images = [
-            model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output
-            for image in images
+            model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output for image in images
         ]
         wanted_texts = []
         for caption in CAPTIONS:  # one by one: neither batch nor padding may matter
             padding = {} if kind == "clip" else {"padding": "max_length"}
-            tokens = tokenizer(
-                caption.lower(), return_tensors="pt", max_length=12, truncation=True, **padding
-            )["input_ids"]
+            tokens = tokenizer(caption.lower(), return_tensors="pt", max_length=12, truncation=True, **padding)[
+                "input_ids"
+            ]
             wanted_texts.append(model.get_text_features(input_ids=tokens).pooler_output)
     for found, wanted in [
         (embedder.embed_images(images), wanted_images),
@@ -145,9 +144,7 @@ def test_bfloat16_embeddings_point_where_float32_ones_do(kind, encoders):
         (exact.embed_images(images), rough.embed_images(images)),
         (exact.embed_texts(CAPTIONS), rough.embed_texts(CAPTIONS)),
     ]:
-        assert (a * b).sum(
-            1
-        ).min() > 0.995  # 8 bits of mantissa through random weights ten times the usual size
+        assert (a * b).sum(1).min() > 0.995  # 8 bits of mantissa through random weights ten times the usual size
 
 
 def test_a_caption_beyond_the_context_is_cut_and_counted(clip):
@@ -275,9 +272,7 @@ def test_a_resumed_run_embeds_nothing_twice_and_ends_in_the_same_bytes(stop_at, 
     n_kept = 8 * len(list(out.glob(".partial/chunks/*")))
     assert n_kept >= stop_at - 32  # some samples were read ahead
     if n_kept:
-        with pytest.raises(
-            StoreError, match="unfinished: embedding was interrupted; to go on, type: msae embed"
-        ):
+        with pytest.raises(StoreError, match="unfinished: embedding was interrupted; to go on, type: msae embed"):
             EmbeddingStore.open(out)
     else:
         assert not out.exists()
@@ -293,9 +288,7 @@ def test_embedding_killed_at_ten_random_moments_ends_in_the_same_bytes(encoders,
     command = [sys.executable, str(Path(__file__).parent / "killed_embedding.py")]
     arguments = [str(source), str(encoders["clip"]), str(tmp_path), "10"]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines()]
     wanted = files(tmp_path / "whole.store")
