@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from msae.evaluation import evaluate, poster_table
-
 from msae.training import train
 from results import FIGURES, write_section
 
