@@ -65,8 +65,8 @@ class Embedder:
         Args:
             id: A folder in the format of transformers, a hub id, or `demo` for the small CLIP inside msae.
             device: `auto` is the first of cuda, mps and cpu that is there.
-            dtype: `auto` is bfloat16 on a CUDA device and on a CPU that multiplies it in hardware, where it
-                is several times faster; docs/store-format.md says what that costs.
+            dtype: What the model computes in; `auto` is bfloat16 on a CUDA device and on a CPU with AMX, else
+                float32. docs/store-format.md says what bfloat16 gains and costs.
             revision: Branch, tag or commit on the hub.
 
         Raises:
@@ -139,11 +139,11 @@ class Embedder:
             max_length=self.max_tokens,
             return_tensors="pt",
         )
-        if self._is_siglip:  # and it attends to the padding, so its mask must not reach the model
-            inputs = {"input_ids": inputs["input_ids"]}
+        # SigLIP attends to its padding: the mask must not reach it
+        names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
         with torch.inference_mode():
             return _unit_rows(
-                self._model.get_text_features(**{name: x.to(self.device) for name, x in inputs.items()})
+                self._model.get_text_features(**{name: inputs[name].to(self.device) for name in names})
             )
 
     def count_truncated(self, texts: Sequence[str]) -> int:
@@ -201,10 +201,10 @@ def choose_dtype(dtype: Precision, device: str) -> Literal["float32", "bfloat16"
         raise EmbedderError(f"dtype {dtype!r} is unknown; wanted auto, float32 or bfloat16")
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # private, so feature-tested: torch has no public name for these in the versions that msae takes
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    in_hardware = any(getattr(torch.cpu, name, bool)() for name in tests)
-    return "bfloat16" if device == "cpu" and in_hardware else "float32"
+    # AMX alone: with AVX512-BF16 and no AMX, bfloat16 was measured to be half as fast as float32.
+    # Private, so feature-tested: torch has no public name for it in all the versions that msae takes.
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return "bfloat16" if device == "cpu" and has_amx else "float32"
 
 
 def _choose_device(device: str) -> str:
