@@ -9,9 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
-    {"errors", "files", "config", "progress", "loggers"},
-    {"activations", "losses", "metrics", "standardize", "kernels"},
-    {"store", "sources", "sae", "probe", "concepts"},
+    {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "store_files", "tars"},
+    {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},
     {"cli", "explorer"},
@@ -19,6 +19,7 @@ LAYERS = [
 SIDEWAYS = {
     ("losses", "activations"), ("losses", "kernels"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
+    ("arrays", "errors"), ("tables", "errors"), ("images", "errors"),
 }  # fmt: skip
 MODULES = sorted(SRC.rglob("*.py"))
 
