@@ -47,9 +47,7 @@ def list_chunks(folder: Path) -> list[Path]:
     files = sorted(folder.glob("chunk_*.safetensors"))
     for number, file in enumerate(files):
         if file != chunk_path(folder, number):
-            raise StoreError(
-                f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again"
-            )
+            raise StoreError(f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again")
     return files
 
 
