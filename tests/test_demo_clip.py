@@ -88,10 +88,7 @@ def test_the_folder_is_small_and_safe() -> None:
 
 def test_no_word_of_the_world_is_unknown(clip: Clip) -> None:
     phrases = [phrase for words in VOCABULARY.values() for ways in words.values() for phrase in ways]
-    told = [
-        caption(sample_scene(seed), wording=seed)
-        for seed in range(UNSEEN_SEEDS.start, UNSEEN_SEEDS.start + 2000)
-    ]
+    told = [caption(sample_scene(seed), wording=seed) for seed in range(UNSEEN_SEEDS.start, UNSEEN_SEEDS.start + 2000)]
     tokens = clip.tokenizer(phrases + told, padding=True, return_tensors="pt").input_ids
     assert not bool((tokens == clip.tokenizer.unk_token_id).any())
     assert tokens.shape[1] <= clip.model.config.text_config.max_position_embeddings
