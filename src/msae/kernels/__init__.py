@@ -7,9 +7,6 @@ arrive in the parameters through `backward`, so any optimiser and DistributedDat
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,12 +18,13 @@ from torch import Tensor
 
 from msae.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.kernels import reference
+from msae.kernels.adamw import adamw_step_
+from msae.kernels.loading import load
 from msae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
-__all__ = ["Kernel", "SAELoss", "Selection", "sae_loss"]
+__all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
 Kernel = Literal["auto", "reference", "cpu", "cuda"]
-_logger = logging.getLogger(__name__)
 
 
 def sae_loss(
@@ -143,21 +141,7 @@ def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
     if is_odd:
         raise ConfigError(f"kernel {kernel} works in float32 and without a soft cap on JumpReLU; give kernel reference")
     name = x.device.type if kernel == "auto" else kernel
-    implementation, reason = _load(name)
+    implementation, reason = load(name)
     if implementation is None and kernel != "auto":
         raise MissingDependencyError(f"kernel {name} cannot be used here ({reason}); give kernel auto or reference")
     return implementation or reference
-
-
-@functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str]:
-    """The module of an implementation, or None and the reason. Imported late: numba and triton take their time."""
-    try:
-        implementation = importlib.import_module(f"msae.kernels.{name}")
-        implementation.self_test()
-    except Exception as err:  # noqa: BLE001 (a compiler that does not fit its Python can fail in any way)
-        reason = f"{type(err).__name__}: {err}".splitlines()[0]
-        hint = "pip install 'msae[fast]' is many times faster" if name == "cpu" else "training is slower"
-        _logger.warning("the %s kernel cannot be used (%s); going on in plain torch: %s", name, reason, hint)
-        return None, reason
-    return implementation, ""
