@@ -8,6 +8,7 @@ arrive in the parameters through `backward`, so any optimiser and DistributedDat
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -134,14 +135,27 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
 def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
     if kernel not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    # A soft cap hides by how much an activation exceeds its threshold, which the fused kernels would need.
-    is_odd = x.dtype != torch.float32 or (objective.soft_cap is not None and objective.selection.bandwidth is not None)
-    if kernel == "reference" or (kernel == "auto" and (is_odd or x.device.type not in ("cpu", "cuda"))):
-        return reference
-    if is_odd:
-        raise ConfigError(f"kernel {kernel} works in float32 and without a soft cap on JumpReLU; give kernel reference")
     name = x.device.type if kernel == "auto" else kernel
+    if kernel == "reference" or (kernel == "auto" and (name not in ("cpu", "cuda") or _obstacle(name, x, objective))):
+        return reference
+    obstacle = _obstacle(name, x, objective)
+    if obstacle:
+        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
     implementation, reason = load(name)
     if implementation is None and kernel != "auto":
         raise MissingDependencyError(f"kernel {name} cannot be used here ({reason}); give kernel auto or reference")
     return implementation or reference
+
+
+def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
+    """What an implementation leaves to the reference, or the empty string."""
+    if x.dtype != torch.float32:
+        return str(x.dtype).removeprefix("torch.")
+    if x.device.type != name and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {x.device.type}"
+    if objective.selection.bandwidth is not None:
+        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
+            return "JumpReLU"
+        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
+            return "JumpReLU with a soft cap"
+    return ""
