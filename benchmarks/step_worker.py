@@ -1,14 +1,13 @@
-"""Makes training steps of one library, when told to: a child process of `train_step.py`, in that library's environment.
+"""Makes training steps of one library, when told to: a child of `train_step.py`, in that library's own environment.
 
-Reads one JSON request per line and answers each with one line. `{"build": case}` sets up a model, `{"step": 1}` makes one
-step and answers its CPU and wall seconds. Every library gets the same rows, the same sizes, the same share of positive
-pre-activations (through the encoder's bias) and a learning rate so small that this share stays.
+Reads one JSON request per line and answers each with one line. `{"build": case}` sets up a model, `{"step": 1}` makes
+one step and answers its CPU and wall seconds. Every library gets the same rows, the same sizes, where its encoder has a
+bias the same share of positive pre-activations, and a learning rate so small that this share stays.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -62,7 +61,7 @@ def levels_of(case: dict) -> tuple[int, ...]:
     )
 
 
-def our_parameters(x, bias: float, case: dict):
+def our_parameters(bias: float, case: dict):
     """Encoder (d_in, d_sae), its bias, decoder with unit rows and its bias; pre-activations have unit variance."""
     import torch
 
@@ -77,7 +76,7 @@ def msae(x, bias: float, case: dict, *, kernel: str = "cpu") -> Step:
 
     from msae.kernels import Selection, adamw_step_, sae_loss
 
-    parameters = our_parameters(x, bias, case)
+    parameters = our_parameters(bias, case)
     kind, d_sae, k, settings = case["kind"], case["d_sae"], case.get("k"), {}
     if kind == "matryoshka":
         selection = Selection(levels=levels_of(case))
@@ -88,9 +87,8 @@ def msae(x, bias: float, case: dict, *, kernel: str = "cpu") -> Step:
     elif kind == "batchtopk":
         selection = Selection(batch_k=k)
     elif kind == "jumprelu":
-        cut = 0.1 + max(0.0, -bias) * 0
         selection, settings = Selection(bandwidth=0.05), {"l0": 1e-3, "l0_target": 64}
-        parameters.append(torch.nn.Parameter(torch.full((d_sae,), cut)))
+        parameters.append(torch.nn.Parameter(torch.full((d_sae,), 0.1)))
         settings["threshold"] = parameters[4]
     else:
         selection, settings = Selection(), {"l1": 0.003}
@@ -114,7 +112,7 @@ def naive(x, bias: float, case: dict) -> Step:
     """Our step as the formulas read: a selection and a dense decode for each level, autograd, torch's optimiser."""
     import torch
 
-    parameters = our_parameters(x, bias, case)
+    parameters = our_parameters(bias, case)
     W_enc, b_enc, W_dec, b_dec = parameters
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, eps=6.25e-10)
     levels = levels_of(case) if case["kind"] == "matryoshka" else (case.get("k") or case["d_sae"],)
@@ -142,7 +140,7 @@ def floor(x, bias: float, case: dict) -> Step:
     """The five dense products of a plain SAE's step, and nothing else: no optimiser, no selection."""
     import torch
 
-    W_enc, _, W_dec, _ = (p.detach() for p in our_parameters(x, bias, case))
+    W_enc, _, W_dec, _ = (p.detach() for p in our_parameters(bias, case))
     z, error = torch.randn(len(x), case["d_sae"]), torch.randn_like(x)
     out = [torch.empty_like(t) for t in (z, x, z, W_dec, W_dec)]
 
@@ -161,7 +159,7 @@ def widths_of(d_sae: int) -> tuple[int, ...]:
     return tuple(d_sae >> i for i in (4, 3, 2, 1, 0))
 
 
-def overcomplete(x, bias: float, case: dict) -> Step:
+def overcomplete(x, bias: float, case: dict) -> Step:  # noqa: ARG001 (its encoder has no bias to set)
     import torch
     from overcomplete.sae import SAE, BatchTopKSAE, TopKSAE
 
@@ -232,7 +230,7 @@ def sae_lens(x, bias: float, case: dict) -> Step:
         special["matryoshka_widths"] = list(widths_of(case["d_sae"]))
     model = getattr(sae_lens, name)(getattr(sae_lens, name + "Config")(**sizes, **special))
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    coefficients = {coefficient: 0.003 for coefficient in model.get_coefficients()}
+    coefficients = dict.fromkeys(model.get_coefficients(), 0.003)
     if kind == "relu":
         with torch.no_grad():
             model.b_enc += bias * ((x - model.b_dec) @ model.W_enc).std()
@@ -262,7 +260,6 @@ BUILDERS = {
     "dictionary-learning": dictionary_learning,
     "sae-lens": sae_lens,
 }
-assert math.isfinite(LR)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,8 @@
 """CPU seconds of one training step: msae against the naive step, the floor and its peers, interleaved.
 
-    python benchmarks/train_step.py [--full] [--threads 1] [--rounds 9] [--peer overcomplete=ENV/bin/python]... [--out FILE.json]
+    python benchmarks/train_step.py [--full] [--threads 1] [--rounds 9] [--out FILE.json] [--peer NAME=PYTHON]...
+
+A peer's name is overcomplete, dictionary-learning or sae-lens, PYTHON that of the environment that has it.
 
 A *step* is loss, gradients, radial projection, clipping, AdamW and unit rows. The *floor* is five dense products of the
 same shapes by the same library and nothing else, so a whole step is compared with less than a whole step. Each library

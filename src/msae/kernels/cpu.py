@@ -220,8 +220,8 @@ def share(loop: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     n_threads = min(torch.get_num_threads(), n)
     if n_threads <= 1:
         return [loop(*args, 0, n)]
-    # A few ranges per thread, so that threads that are done early take from the others.
-    n_ranges = min(n, 4 * n_threads)
+    # Two ranges per thread, so that one that is done early takes from another; each reads the decoder anew.
+    n_ranges = min(n, 2 * n_threads)
     bounds = [n * i // n_ranges for i in range(n_ranges + 1)]
     return list(_threads(n_threads).map(lambda i: loop(*args, bounds[i], bounds[i + 1]), range(n_ranges)))
 
@@ -242,14 +242,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)  # a forked process has none of its parent's threads
 
 
-@functools.cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def _linear(x: Tensor, W: Tensor, b: Tensor, *, out: Tensor) -> None:
     """`x W + b`."""
-    torch.addmm(b, x, W, out=out)
+    if _has_fast_onednn() and x.is_contiguous() and W.T.is_contiguous():
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, W.T, b, "none", [], ""))
+    else:
+        torch.addmm(b, x, W, out=out)
+
+
+@functools.cache
+def _has_fast_onednn() -> bool:
+    """On AMD, MKL holds back and oneDNN is up to four times faster; elsewhere both are equal. A private operator."""
+    try:
+        if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+            return False
+        x, W, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], ""), torch.full((2, 4), 4.0))
+    except (OSError, AttributeError, RuntimeError, TypeError):
+        return False

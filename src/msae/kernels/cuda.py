@@ -35,7 +35,7 @@ def _bands_of_row(h, levels, bands, d_sae, N_LEVELS: tl.constexpr, BLOCK: tl.con
     bits = tl.maximum(values, 0.0).to(tl.int32, bitcast=True)  # positive floats are ordered as their bits
     band = tl.full((BLOCK,), N_LEVELS, tl.int32)
     for i in tl.static_range(N_LEVELS):
-        level: tl.constexpr = N_LEVELS - 1 - i
+        level = N_LEVELS - 1 - i
         k = tl.load(levels + level)
         cut = tl.zeros((), tl.int32)  # the k-th largest, found bit by bit: the largest cut that k entries reach
         for bit in tl.static_range(31):

@@ -65,8 +65,8 @@ def _compress_near(row: Array, indices: Array, threshold: Array, half_window: fl
 
 @compiled
 def compress_rows(
-    h: Array, indices: Array, counts: Array, threshold: Array, half_window: float, start: int, stop: int
-) -> Any:
+    h: Array, indices: Array, counts: Array, threshold: Array, half_window: float, start: int, stop: int,
+) -> Any:  # fmt: skip
     """Compress rows of pre-activations in place; False where there is a NaN.
 
     Args:
@@ -185,8 +185,8 @@ def _partition(bits: Array, indices: Array, n: int, k: int, low: Any, spare_bits
 
 @compiled
 def split_rows(
-    values: Array, indices: Array, counts: Array, levels: Array, widths: Array, ends: Array, start: int, stop: int
-) -> None:
+    values: Array, indices: Array, counts: Array, levels: Array, widths: Array, ends: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     """Order the entries of each row into bands, by rank (`levels`) or by latent (`widths`), and set their `ends`."""
     spare_bits = np.empty(values.shape[1] + 1, np.int32)
     spare_indices = np.empty(values.shape[1] + 1, indices.dtype)
@@ -210,8 +210,8 @@ def split_rows(
 
 @compiled
 def summarize_rows(
-    values: Array, indices: Array, ends: Array, fired: Array, active: Array, start: int, stop: int
-) -> Any:
+    values: Array, indices: Array, ends: Array, fired: Array, active: Array, start: int, stop: int,
+) -> Any:  # fmt: skip
     """Mark the latents that are active, count them per row; the smallest activation."""
     smallest = np.float32(np.inf)
     for b in range(start, stop):
@@ -257,18 +257,9 @@ def _store_tile(flat: Array, place: int, a0: Any, a1: Any, a2: Any, a3: Any) -> 
 
 @compiled
 def decode_rows(
-    tiles: Array,
-    x: Array,
-    pull: Array,
-    indices: Array,
-    values: Array,
-    ends: Array,
-    S: Array,
-    squared: Array,
-    residual: Array,
-    start: int,
-    stop: int,
-) -> None:
+    tiles: Array, x: Array, pull: Array, indices: Array, values: Array, ends: Array, S: Array, squared: Array,
+    residual: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     """One running decode per row, from level to level, and the gradient of the loss for the latents of each band.
 
     Args:
@@ -278,7 +269,7 @@ def decode_rows(
         S: To be filled, (row, level, d_in): sum over levels i >= level of `pull[i] * (x_hat_i - x)`.
         squared: To be filled: squared error of each row and level.
         residual: To be filled: `x - x_hat` at the finest level.
-    """  # fmt: skip
+    """
     n_levels, width = pull.size, x.shape[1]
     x_flat, S_flat, residual_flat = x.reshape(-1), S.reshape(-1), residual.reshape(-1)
     squared[start:stop] = 0
@@ -317,23 +308,16 @@ def decode_rows(
 
 @compiled
 def sort_block(
-    indices: Array,
-    values: Array,
-    ends: Array,
-    begin: int,
-    first_row: int,
-    last_row: int,
-    pointers: Array,
-    entries: Array,
-    values_of_entries: Array,
-) -> None:
+    indices: Array, values: Array, ends: Array, begin: int, first_row: int, last_row: int, pointers: Array,
+    entries: Array, values_of_entries: Array,
+) -> None:  # fmt: skip
     """List the entries of a block of rows by latent, from place `begin` on.
 
     Args:
         pointers: To be filled: latent j's entries are `pointers[j] : pointers[j + 1]`.
         entries: To be filled, of each entry: its row, its row of `S`, its activation.
         values_of_entries: The same memory, as float32.
-    """  # fmt: skip
+    """
     n_levels = ends.shape[1]
     pointers[:] = 0
     for b in range(first_row, last_row):
@@ -370,30 +354,17 @@ def _through_activation(dz: Any, z: Any, cap: Any, threshold: Any, half_window: 
 
 @compiled
 def weight_gradients(
-    W_dec: Array,
-    S: Array,
-    x: Array,
-    pointers: Array,
-    entries: Array,
-    values: Array,
-    row_pull: Array,
-    cap: float,
-    threshold: Array,
-    half_window: float,
-    grad_dec: Array,
-    grad_enc: Array,
-    grad_bias: Array,
-    near: Array,
-    start: int,
+    W_dec: Array, S: Array, x: Array, pointers: Array, entries: Array, values: Array, row_pull: Array, cap: float,
+    threshold: Array, half_window: float, grad_dec: Array, grad_enc: Array, grad_bias: Array, near: Array, start: int,
     stop: int,
-) -> None:
+) -> None:  # fmt: skip
     """Gradients of the weights of a range of latents: each entry is touched once, four at a time.
 
     Args:
         pointers: Of each block of rows; block by block, so that the gathered rows stay in the cache.
         row_pull: Gradient of the loss with respect to each activation of a row, beside the reconstruction's (L1).
         near: To be filled for JumpReLU: sum of the gradients, and number, of the entries within the window.
-    """  # fmt: skip
+    """
     width = W_dec.shape[1]
     W, S, x, dec, enc = W_dec.reshape(-1), S.reshape(-1), x.reshape(-1), grad_dec.reshape(-1), grad_enc.reshape(-1)
     for place in range(start * width, stop * width, WIDTH):
