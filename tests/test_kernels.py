@@ -113,8 +113,8 @@ def test_matryoshka_is_the_loss_of_the_losses_module(kernel):
     x = rows_of(20, 48)
     W_enc, b_enc, W_dec, b_dec = weights
     h = torch.addmm(b_enc, x - b_dec, W_enc)
-    wanted = losses.matryoshka_loss(x, h, W_dec, b_dec, levels=(4, 32, 160), weights=(3, 2, 1))
-    found = sae_loss(x, *weights, selection=Selection(levels=(4, 32, 160)), weights=(3, 2, 1), kernel=kernel)
+    wanted = losses.matryoshka_loss(x, h, W_dec, b_dec, levels=(4, 32, 160), weights=(3.0, 2.0, 1.0))
+    found = sae_loss(x, *weights, selection=Selection(levels=(4, 32, 160)), weights=(3.0, 2.0, 1.0), kernel=kernel)
     assert torch.allclose(found.total, wanted, rtol=1e-6)
 
 

@@ -353,6 +353,14 @@ def _through_activation(dz: Any, z: Any, cap: Any, threshold: Any, half_window: 
 
 
 @compiled
+def _places(entries: Array, q0: int, q1: int, q2: int, q3: int, column: int, width: int) -> Any:
+    """Where the rows that four entries name begin."""
+    a, b = np.int64(entries[q0, column]), np.int64(entries[q1, column])
+    c, d = np.int64(entries[q2, column]), np.int64(entries[q3, column])
+    return a * width, b * width, c * width, d * width
+
+
+@compiled
 def weight_gradients(
     W_dec: Array, S: Array, x: Array, pointers: Array, entries: Array, values: Array, row_pull: Array, cap: float,
     threshold: Array, half_window: float, grad_dec: Array, grad_enc: Array, grad_bias: Array, near: Array, start: int,
@@ -380,24 +388,13 @@ def weight_gradients(
             for q in range(pointers[block, j], last + 1, 4):
                 # A group that reaches past the last entry repeats it with weight zero.
                 q1, q2, q3 = min(q + 1, last), min(q + 2, last), min(q + 3, last)
-                s0, s1, s2, s3 = (
-                    np.int64(entries[q, 1]),
-                    np.int64(entries[q1, 1]),
-                    np.int64(entries[q2, 1]),
-                    np.int64(entries[q3, 1]),
-                )
-                s0, s1, s2, s3 = s0 * width, s1 * width, s2 * width, s3 * width
+                s0, s1, s2, s3 = _places(entries, q, q1, q2, q3, 1, width)
                 a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
                 for k in range(0, width, WIDTH):
                     w = load(W, row + k)
                     a0, a1 = fma(a0, w, load(S, s0 + k)), fma(a1, w, load(S, s1 + k))
                     a2, a3 = fma(a2, w, load(S, s2 + k)), fma(a3, w, load(S, s3 + k))
-                x0, x1, x2, x3 = (
-                    np.int64(entries[q, 0]),
-                    np.int64(entries[q1, 0]),
-                    np.int64(entries[q2, 0]),
-                    np.int64(entries[q3, 0]),
-                )
+                x0, x1, x2, x3 = _places(entries, q, q1, q2, q3, 0, 1)
                 z0, z1, z2, z3 = values[q, 2], values[q1, 2], values[q2, 2], values[q3, 2]
                 d0, n0, c0 = _through_activation(total(a0) + row_pull[x0], z0, cap, cut, half_window)
                 d1, n1, c1 = _through_activation(total(a1) + row_pull[x1], z1, cap, cut, half_window)
