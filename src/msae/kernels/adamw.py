@@ -76,6 +76,9 @@ def _fused(implementation: Any, optimizer: torch.optim.AdamW, unit_rows: nn.Para
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        for name in ("exp_avg", "exp_avg_sq"):  # a state that was loaded is laid out as its file was
+            if state[name].stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(state[name])
         state["step"] += 1
         step, lr, (beta1, beta2) = float(state["step"]), float(group["lr"]), group["betas"]
         W = _rows(parameter)
