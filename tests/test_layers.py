@@ -17,7 +17,7 @@ LAYERS = [
     {"cli", "explorer"},
 ]
 SIDEWAYS = {
-    ("losses", "activations"), ("losses", "kernels"), ("metrics", "activations"),
+    ("losses", "activations"), ("kernels", "losses"), ("kernels", "activations"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
     ("arrays", "errors"), ("tables", "errors"), ("images", "errors"),
 }  # fmt: skip
