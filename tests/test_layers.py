@@ -10,10 +10,10 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "store_files", "tars", "evidence"},
-    {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "store_files", "tars", "evidence", "hierarchy"},
+    {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts", "samples"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo"},
+    {"report", "interop", "distributed", "demo", "contactsheet"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {
