@@ -187,14 +187,14 @@ _WIDTH = 58  # characters for a sample; two stand side by side
 
 
 def _line(sample: Sample) -> str:
-    caption = f"  {sample.caption}" if sample.caption else ""
-    line = " ".join(f"{sample.activation:7.3f}  {sample.id}{caption}".split("\n"))
+    words = sample.caption or sample.columns.get("label") or ""
+    line = f"{sample.activation:7.3f}  {sample.id}  {' '.join(str(words).split())}".rstrip()
     return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
 
 
 def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
-    levels = ", ".join(f"{share:.0%} within {k}" for k, share in list(known["levels"].items())[:3])
+    levels = ", ".join(f"the {k} strongest in {share:.0%}" for k, share in list(known["levels"].items())[:2])
     return (
-        f"{modality}s: fires on {known['firing_rate']:.2%}; median {known['p50']:.2f}, p99 {known['p99']:.2f}, "
-        f"largest {known['max']:.2f}; of its rows it is among the strongest in {levels}"
+        f"{modality}s: fires on {known['firing_rate']:.2%}, there among {levels}; "
+        f"median {known['p50']:.2f}, p99 {known['p99']:.2f}, largest {known['max']:.2f}"
     )
