@@ -41,8 +41,10 @@ def test_wilson_interval_is_scipys():
         assert (low[i], high[i]) == pytest.approx((exact.low, exact.high), abs=1e-12)
 
 
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("block", [1, 33, 1000])
-def test_edges_equal_the_definition(block):
+def test_edges_equal_the_definition(monkeypatch, block, sparse_below):
+    monkeypatch.setattr("msae.hierarchy.SPARSE_BELOW", sparse_below)
     rng = np.random.default_rng(1)
     fires = np.concatenate([nested(300), rng.random((300, 40)) < rng.random(40)], axis=1)
     fires[:, 10] = fires[:, 0]  # a twin is no parent: it fires as often

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 
 from msae.errors import ConfigError
 
+if TYPE_CHECKING:
+    from scipy.sparse import csc_array
+
 Z_95 = 1.959963984540054
 """Half-width of a two-sided 95 % interval, in standard deviations."""
+SPARSE_BELOW = 0.03
+"""Density under which a sparse product beats a dense one."""
 _BLOCK = 512  # latents; two unpacked blocks of 20,000 rows are 80 MB
 
 
@@ -65,6 +70,21 @@ class Activity:
             for block, size in zip(self._blocks, self._sizes, strict=True)
         ]
         return np.concatenate(pieces).view(np.bool_)
+
+    def as_sparse(self) -> csc_array:
+        """All of it as a sparse matrix of ones, (n_rows, d_sae)."""
+        from scipy.sparse import csc_array, vstack
+
+        parts = [
+            csc_array(np.unpackbits(block, axis=0, count=size).astype(np.int32))
+            for block, size in zip(self._blocks, self._sizes, strict=True)
+        ]
+        return csc_array(vstack(parts, format="csc"))
+
+    @property
+    def density(self) -> float:
+        """Share of all latents that fire on a row, on average."""
+        return float(self.fired.sum()) / max(self.n_rows * self.d_sae, 1)
 
     @cached_property
     def fired(self) -> Int64[np.ndarray, " d_sae"]:
@@ -170,33 +190,52 @@ def find_hierarchy(
         raise ConfigError(f"min share {min_share} is not above 0 and at most 1; give for example 0.8")
     assert activity.n_rows < 2**24
     latents = np.flatnonzero(activity.fired >= max(min_fired, 1))
-    # The most frequent first: a parent then always stands before its child, and half of the products suffice.
-    latents = latents[np.argsort(-activity.fired[latents], kind="stable")]
-    blocks = [latents[first : first + _BLOCK] for first in range(0, len(latents), _BLOCK)]
-    edges: list[Edge] = []
-    for j, children in enumerate(blocks):
-        here = activity.of(children).astype(np.float32)
-        for i, parents in enumerate(blocks[: j + 1]):
-            above = here if i == j else activity.of(parents).astype(np.float32)
-            edges += _edges(activity, parents, children, above.T @ here, min_share, min_lift)
+    products = _sparse_products if activity.density < SPARSE_BELOW else _dense_products
+    edges = [
+        edge
+        for pairs in products(activity, latents, min_share)
+        for edge in _edges(activity, pairs, min_share, min_lift)
+    ]
     edges.sort(key=lambda edge: (edge.child, int(activity.fired[edge.parent]), -edge.share, edge.parent))
     return Hierarchy(activity.n_rows, activity.fired, tuple(edges))
 
 
-def _edges(
-    activity: Activity,
-    parents: NDArray[np.int64],
-    children: NDArray[np.int64],
-    together: NDArray[np.float32],
-    min_share: float,
-    min_lift: float,
-) -> list[Edge]:
-    """The edges among one block of parents and one of children."""
+class _Pairs(NamedTuple):
+    """Latents that fire together, and in how many rows."""
+
+    child: NDArray[np.int64]
+    parent: NDArray[np.int64]
+    together: NDArray[np.int64]
+
+
+def _dense_products(activity: Activity, latents: NDArray[np.int64], min_share: float) -> Iterator[_Pairs]:
+    """The pairs that share enough rows, from float32 products of blocks."""
+    # The most frequent first: a parent then always stands before its child, and half of the products suffice.
+    latents = latents[np.argsort(-activity.fired[latents], kind="stable")]
+    blocks = [latents[first : first + _BLOCK] for first in range(0, len(latents), _BLOCK)]
+    for j, children in enumerate(blocks):
+        here = activity.of(children).astype(np.float32)
+        for i, parents in enumerate(blocks[: j + 1]):
+            above = here if i == j else activity.of(parents).astype(np.float32)
+            together = above.T @ here
+            parent, child = np.nonzero(together >= min_share * activity.fired[children])
+            yield _Pairs(children[child], parents[parent], together[parent, child].astype(np.int64))
+
+
+def _sparse_products(activity: Activity, latents: NDArray[np.int64], _: float) -> Iterator[_Pairs]:
+    """All pairs that share a row, from sparse products: for rows on which few latents fire."""
+    fires = activity.as_sparse()
+    for first in range(0, len(latents), _BLOCK):
+        children = latents[first : first + _BLOCK]
+        found = (fires.T @ fires[:, children]).tocoo()
+        yield _Pairs(children[found.col], found.row.astype(np.int64), found.data.astype(np.int64))
+
+
+def _edges(activity: Activity, pairs: _Pairs, min_share: float, min_lift: float) -> list[Edge]:
+    """Those of the pairs that are a child and a parent."""
     fired = activity.fired
-    is_rarer = fired[children][None, :] < fired[parents][:, None]
-    hopeful = np.nonzero(is_rarer & (together >= min_share * fired[children]))
-    parent, child = parents[hopeful[0]], children[hopeful[1]]
-    both = together[hopeful].astype(np.int64)
+    hopeful = (fired[pairs.child] < fired[pairs.parent]) & (pairs.together >= min_share * fired[pairs.child])
+    child, parent, both = (column[hopeful] for column in pairs)
     share, (low, high) = both / fired[child], wilson(both, fired[child])
     rate = fired[parent] / activity.n_rows
     kept = (low >= min_share) & (low / rate >= min_lift)

@@ -151,11 +151,15 @@ def check_fit(sae: SAE, store: EmbeddingStore, folder: Path | None) -> None:
             f"{store.path} holds {store.d_in}-dim embeddings{_from(store.encoder)}, but {run} was trained on "
             f"{sae.d_in}-dim embeddings{_from(sae.config.encoder)}; embed again with that encoder"
         )
-    if store.encoder and sae.config.encoder and store.encoder != sae.config.encoder:
-        raise StoreError(
-            f"{store.path} was embedded by {store.encoder}, but {run} was trained on embeddings from "
-            f"{sae.config.encoder}; embed again with --encoder {sae.config.encoder}"
-        )
+    for theirs, mine in (
+        (store.encoder, sae.config.encoder),
+        (store.encoder_revision, sae.config.encoder_revision),
+    ):
+        if theirs and mine and theirs != mine:
+            raise StoreError(
+                f"{store.path} was embedded by {theirs}, but {run} was trained on embeddings from {mine}; "
+                f"embed again with --encoder {sae.config.encoder}"
+            )
 
 
 def _from(encoder: str | None) -> str:
