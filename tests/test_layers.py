@@ -10,10 +10,10 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels"},
-    {"store", "sources", "embedder", "sae", "probe", "concepts"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy"},
+    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo"},
+    {"report", "interop", "distributed", "demo", "contactsheet"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {

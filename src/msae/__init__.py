@@ -6,22 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.alignment import Stability, stability
+    from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.galleries import Gallery, concept_tree, gallery, top_samples
+    from msae.naming import NameSettings, name
     from msae.sae import SAE, SAEConfig
+    from msae.samples import TopSamples
     from msae.store import EmbeddingStore
     from msae.training import TrainSettings, train
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ConceptNames": "concepts",
     "Embedder": "embedding",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "Gallery": "galleries",
+    "concept_tree": "galleries",
+    "gallery": "galleries",
+    "top_samples": "galleries",
+    "NameSettings": "naming",
+    "name": "naming",
     "SAE": "sae",
     "SAEConfig": "sae",
+    "TopSamples": "samples",
+    "Stability": "alignment",
+    "stability": "alignment",
     "EmbeddingStore": "store",
     "TrainSettings": "training",
     "train": "training",
@@ -44,13 +59,23 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "Gallery",
+    "NameSettings",
     "SAEConfig",
+    "Stability",
+    "TopSamples",
     "TrainSettings",
+    "concept_tree",
     "embed",
     "evaluate",
+    "gallery",
+    "name",
     "poster_table",
+    "stability",
+    "top_samples",
     "train",
 ]
