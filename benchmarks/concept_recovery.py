@@ -42,15 +42,16 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 COMMON: Mapping[str, Any] = {"epochs": 20, "batch_size": 64, "recipe": "default"}
 SAME = {
-    "small": ("tiny", "little"), "medium": ("medium-sized",), "large": ("big", "huge"),
-    "dotted": ("spotted",), "checked": ("checkered",),
+    "small": ("tiny", "little"), "medium": ("medium-sized",), "large": ("big", "huge"), "dotted": ("spotted",),
+    "checked": ("checkered",), "2": ("two", "pair"), "3": ("three", "group"), "above": ("over", "under", "below"),
+    "left of": ("left", "right"),
 }  # fmt: skip
 """Other words that the captions use for a value."""
 DISTRACTORS = (
-    "picture", "image", "drawing", "wall", "background", "against", "inside", "right", "left", "below", "under",
-    "over", "and", "the", "two", "three", "pair", "group", "wearing", "casting", "with", "without", "thing",
+    "picture", "image", "drawing", "background", "against", "inside", "and", "the", "with", "without", "thing",
+    "object", "shape", "by", "another", "wall", "wearing", "casting", "of", "on", "at", "to",
 )  # fmt: skip
-"""Words that the demo's CLIP has read or may have read and that are no attribute's name."""
+"""Words of the captions that are no attribute's name."""
 COLOURS_AND_BACKGROUNDS = ("colour", "background")
 
 
@@ -188,14 +189,14 @@ def true_targets(z: np.ndarray, truth: Mapping[Target, np.ndarray]) -> list[Targ
 def judge_names(names: ConceptNames, z: np.ndarray, world: World) -> dict[str, Any]:
     """How many names are right: the latent separates the named value better than any other."""
     meant = true_targets(z, world.truth["judge"])
-    right = [c for c in names if world.words[c.name] == meant[c.latent]]
-    found = {world.words[c.name] for c in right}
+    right = [c for c in names if meant[c.latent] in {world.words[word] for word in (c.name, *c.synonyms)}]
+    found = {meant[c.latent] for c in right}
     return {
         "named": len(names),
         "right": len(right),
         "precision": len(right) / len(names) if len(names) else None,
         "values": len(found),
-        "of_14": sum(target is not None and target.attribute in COLOURS_AND_BACKGROUNDS for target in found),
+        "of_14": sum(target.attribute in COLOURS_AND_BACKGROUNDS for target in found),
         "wrong": [(c.latent, c.name, meant[c.latent].value) for c in names if c not in right],
     }
 
