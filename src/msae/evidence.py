@@ -23,7 +23,7 @@ CONFIDENCE = 1.959963984540054
 def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
     """Rows of norm one; a row of zeros stays zero."""
     norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return (x / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
+    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 # --- Nearest words
