@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from msae.embedder import Embedder
 from msae.embedding import embed
-from msae.errors import EmbedderError, MsaeError, SourceError, StoreError
+from msae.errors import ConfigError, EmbedderError, Interrupted, MsaeError, SourceError, StoreError
 from msae.images import read_picture
 from msae.sources import Source, SourceItem
 from msae.store import EmbeddingStore
-from tiny_clip import make_encoder
+from tests.tiny_clip import make_encoder
 
 KINDS = ("clip", "siglip", "siglip2")
 CAPTIONS = [
@@ -35,15 +35,6 @@ CAPTIONS = [
     "a photo of the green dog and a red cat",
     "Blue DOG",
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Tiny products are slower on many threads, by far where other programs use the cores too."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")
@@ -114,15 +105,14 @@ def test_embeddings_are_those_of_transformers_called_directly(kind, encoders):
     images = [picture(i, (40 + i, 64 - i)) for i in range(5)]
     with torch.no_grad():
         wanted_images = [
-            model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output
-            for image in images
+            model.get_image_features(**processor(images=image, return_tensors="pt")).pooler_output for image in images
         ]
         wanted_texts = []
         for caption in CAPTIONS:  # one by one: neither batch nor padding may matter
             padding = {} if kind == "clip" else {"padding": "max_length"}
-            tokens = tokenizer(
-                caption.lower(), return_tensors="pt", max_length=12, truncation=True, **padding
-            )["input_ids"]
+            tokens = tokenizer(caption.lower(), return_tensors="pt", max_length=12, truncation=True, **padding)[
+                "input_ids"
+            ]
             wanted_texts.append(model.get_text_features(input_ids=tokens).pooler_output)
     for found, wanted in [
         (embedder.embed_images(images), wanted_images),
@@ -145,9 +135,7 @@ def test_bfloat16_embeddings_point_where_float32_ones_do(kind, encoders):
         (exact.embed_images(images), rough.embed_images(images)),
         (exact.embed_texts(CAPTIONS), rough.embed_texts(CAPTIONS)),
     ]:
-        assert (a * b).sum(
-            1
-        ).min() > 0.995  # 8 bits of mantissa through random weights ten times the usual size
+        assert (a * b).sum(1).min() > 0.995  # 8 bits of mantissa through random weights ten times the usual size
 
 
 def test_a_caption_beyond_the_context_is_cut_and_counted(clip):
@@ -270,14 +258,12 @@ def test_a_resumed_run_embeds_nothing_twice_and_ends_in_the_same_bytes(stop_at, 
     options = {"encoder": clip, "batch_size": 2, "shard_rows": 7, "workers": 1}  # chunks of 8 samples
     embed(samples(39), out=tmp_path / "whole.store", **options)
     out = tmp_path / "x.store"
-    with pytest.raises(StoreError, match=r"interrupted; .* to go on, type: msae embed samples --encoder"):
+    with pytest.raises(Interrupted, match=r"interrupted; .* to go on, type: msae embed samples --encoder"):
         embed(samples(39, stop_at=stop_at), out=out, **options)
     n_kept = 8 * len(list(out.glob(".partial/chunks/*")))
     assert n_kept >= stop_at - 32  # some samples were read ahead
     if n_kept:
-        with pytest.raises(
-            StoreError, match="unfinished: embedding was interrupted; to go on, type: msae embed"
-        ):
+        with pytest.raises(StoreError, match="unfinished: embedding was interrupted; to go on, type: msae embed"):
             EmbeddingStore.open(out)
     else:
         assert not out.exists()
@@ -288,14 +274,12 @@ def test_a_resumed_run_embeds_nothing_twice_and_ends_in_the_same_bytes(stop_at, 
 
 
 def test_embedding_killed_at_ten_random_moments_ends_in_the_same_bytes(encoders, tmp_path):
-    source = photos(tmp_path / "photos", 60)
+    source = photos(tmp_path / "photos", 40)
     (source / "030broken.png").write_bytes(b"broken")
     command = [sys.executable, str(Path(__file__).parent / "killed_embedding.py")]
     arguments = [str(source), str(encoders["clip"]), str(tmp_path), "10"]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines()]
     wanted = files(tmp_path / "whole.store")
@@ -336,7 +320,7 @@ def test_a_finished_store_is_returned_and_never_changed(encoders, clip, tmp_path
 
 def test_an_unfinished_store_goes_on_only_as_it_was_begun(encoders, clip, tmp_path):
     out = tmp_path / "x.store"
-    with pytest.raises(StoreError, match="interrupted"):
+    with pytest.raises(Interrupted, match="interrupted"):
         embed(samples(39, stop_at=36), encoder=clip, out=out, batch_size=2)
     before = files(out)
     with pytest.raises(StoreError, match=r"was begun with .*; to go on, type: msae embed samples"):
@@ -349,7 +333,7 @@ def test_an_unfinished_store_goes_on_only_as_it_was_begun(encoders, clip, tmp_pa
 
 def test_two_processes_do_not_write_one_store(clip, tmp_path):
     out = tmp_path / "x.store"
-    with pytest.raises(StoreError, match="interrupted"):
+    with pytest.raises(Interrupted, match="interrupted"):
         embed(samples(39, stop_at=36), encoder=clip, out=out, batch_size=2)
     with (out / ".partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -410,7 +394,7 @@ def test_a_bad_encoder_is_one_line_and_leaves_nothing(encoders, tmp_path, monkey
         assert not (tmp_path / "x.store").exists()
     with pytest.raises(EmbedderError, match="device 'tpu' is not there"):
         Embedder.load(encoders["clip"], device="tpu")
-    with pytest.raises(EmbedderError, match="dtype 'half' is unknown"):
+    with pytest.raises((EmbedderError, TypeError), match="half"):  # a TypeError where types are checked
         Embedder.load(encoders["clip"], dtype="half")
 
 
@@ -427,7 +411,7 @@ def test_a_bad_place_or_source_is_one_line_and_changes_nothing(clip, tmp_path):
         (SourceError, "none of the 1 samples .* x.png: not an image", tmp_path / "broken", {}),
         (SourceError, "has no images in it", tmp_path / "void", {}),
         (SourceError, "does not exist", tmp_path / "photo", {}),
-        (StoreError, "batch_size is 0; wanted at least 1", source, {"batch_size": 0}),
+        (ConfigError, "batch_size is 0; wanted at least 1", source, {"batch_size": 0}),
     ]
     before = files(tmp_path)
     for kind, message, place, options in cases:

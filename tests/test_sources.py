@@ -44,8 +44,7 @@ def txt(path: Path) -> str:
 
 
 ROWS = [
-    {"id": f"{i:03}", "image_path": f"photos/{i}.png", "caption": f"one\ntwo, {i}", "label": i % 3}
-    for i in range(N)
+    {"id": f"{i:03}", "image_path": f"photos/{i}.png", "caption": f"one\ntwo, {i}", "label": i % 3} for i in range(N)
 ]
 
 
@@ -150,9 +149,7 @@ def test_a_source_is_the_same_each_time_and_from_any_position(make, tmp_path):
 
 def test_a_folder_gives_its_images_by_sorted_relative_path(tmp_path):
     items = read(open_source(folder(tmp_path)))
-    assert [item.id for item in items] == [f"a/{i}.PNG" for i in (0, 2, 4, 6, 8)] + [
-        f"b/{i}.PNG" for i in (1, 3, 5, 7)
-    ]
+    assert [item.id for item in items] == [f"a/{i}.PNG" for i in (0, 2, 4, 6, 8)] + [f"b/{i}.PNG" for i in (1, 3, 5, 7)]
     assert all(isinstance(item.image, Path) and item.image.is_file() for item in items)
 
 

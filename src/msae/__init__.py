@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msae.auditing import Audit, audit
+    from msae.alignment import Stability, stability
+    from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.galleries import Gallery, concept_tree, gallery, top_samples
+    from msae.naming import NameSettings, name
     from msae.sae import SAE, SAEConfig
+    from msae.samples import TopSamples
     from msae.store import EmbeddingStore
     from msae.training import TrainSettings, train
 
@@ -17,14 +22,24 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Audit": "auditing",
+    "ConceptNames": "concepts",
     "Embedder": "embedding",
     "audit": "auditing",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "Gallery": "galleries",
+    "concept_tree": "galleries",
+    "gallery": "galleries",
+    "top_samples": "galleries",
+    "NameSettings": "naming",
+    "name": "naming",
     "SAE": "sae",
     "SAEConfig": "sae",
+    "TopSamples": "samples",
+    "Stability": "alignment",
+    "stability": "alignment",
     "EmbeddingStore": "store",
     "TrainSettings": "training",
     "train": "training",
@@ -48,14 +63,24 @@ def __dir__() -> list[str]:
 __all__ = [
     "SAE",
     "Audit",
+    "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "Gallery",
+    "NameSettings",
     "SAEConfig",
+    "Stability",
+    "TopSamples",
     "TrainSettings",
     "audit",
+    "concept_tree",
     "embed",
     "evaluate",
+    "gallery",
+    "name",
     "poster_table",
+    "stability",
+    "top_samples",
     "train",
 ]
