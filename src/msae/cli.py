@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msae import __version__
-from msae.errors import ConfigError, Interrupted, MsaeError, nearest
+from msae.errors import Interrupted, MsaeError, nearest
 from msae.files import atomic_path
 
 OVERVIEW = """\
@@ -395,7 +395,7 @@ def _stability(_: list[str]) -> Callable[..., None]:
 def _audit(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.auditing import audit
+    from msae.auditing import audit, parse_class_texts
 
     def run(
         sae: Annotated[str, tyro.conf.arg(metavar="RUN")],
@@ -440,7 +440,7 @@ def _audit(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         found = audit(
-            sae, on, target, concept=concept, classifier=classifier, class_texts=_pairs(class_texts),
+            sae, on, target, concept=concept, classifier=classifier, class_texts=parse_class_texts(class_texts),
             train_store=train_store, positive=positive, names=names, all_latents=all_latents, modality=modality,
             inference=inference, n_permutations=permutations, sweep_id=sweep_id, seed=seed,
         )  # fmt: skip
@@ -451,14 +451,6 @@ def _audit(_: list[str]) -> Callable[..., None]:
         _report(found.table(), found.to_dict(), json)
 
     return run
-
-
-def _pairs(options: Sequence[str]) -> dict[str, str] | None:
-    """`CLASS=TEXT` options by class."""
-    wrong = next((option for option in options if "=" not in option), None)
-    if wrong is not None:
-        raise ConfigError(f"--class-texts {wrong!r} is not CLASS=TEXT; write for example 'man=a photo of a man'")
-    return dict(option.split("=", 1) for option in options) or None
 
 
 def _info(_: list[str]) -> Callable[..., None]:

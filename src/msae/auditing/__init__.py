@@ -13,7 +13,7 @@ import numpy as np
 from msae.auditing.auditor import N_CONTROLS, N_RESAMPLES, Auditor
 from msae.auditing.measure import Bench
 from msae.auditing.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
-from msae.auditing.subjects import concept_groups, make_subject
+from msae.auditing.subjects import concept_groups, make_subject, parse_class_texts
 from msae.classifier import LinearClassifier
 from msae.concepts import ConceptNames, as_names
 from msae.errors import ConfigError, RunError
@@ -21,7 +21,18 @@ from msae.sae import SAE, Inference, as_sae
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 
-__all__ = ["Association", "Audit", "ConceptAudit", "Control", "Debiasing", "Effect", "Group", "Sweep", "audit"]
+__all__ = [
+    "Association",
+    "Audit",
+    "ConceptAudit",
+    "Control",
+    "Debiasing",
+    "Effect",
+    "Group",
+    "Sweep",
+    "audit",
+    "parse_class_texts",
+]
 
 Names = ConceptNames | Mapping[str, Sequence[int]]
 

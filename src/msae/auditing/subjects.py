@@ -178,6 +178,18 @@ def _opened(classifier: LinearClassifier | str | Path, d_in: int, classes: tuple
     return LinearClassifier.load(classifier, d_in=d_in, classes=classes)
 
 
+def parse_class_texts(options: Sequence[str]) -> dict[str, str] | None:
+    """`CLASS=TEXT` options by class; None where there are none.
+
+    Raises:
+        ConfigError: One has no `=`.
+    """
+    wrong = next((option for option in options if "=" not in option), None)
+    if wrong is not None:
+        raise ConfigError(f"--class-texts {wrong!r} is not CLASS=TEXT; write for example 'man=a photo of a man'")
+    return dict(option.split("=", 1) for option in options) or None
+
+
 def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> LinearClassifier:
     """CLIP's zero-shot classifier: a class's weights are the unit-norm embedding of its text, times 100.
 
