@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from msae.auditing import audit
 from msae.auditing.association import associate, taught
-from msae.auditing.controls import matched_groups
+from msae.auditing.controls import matched_groups, profile_of
 from msae.classifier import LinearClassifier
 from msae.errors import ConfigError, RunError, StoreError
 from msae.sae import SAE, SAEConfig
@@ -317,9 +317,9 @@ def test_controls_fire_like_the_concept_and_are_others():
     rate = np.repeat([0.1, 0.5], 20)
     z = ((rng.random((2000, 40)) < rate) * rng.gamma(3, 1, (2000, 40))).astype(np.float32)
     z[:, 39] = 0
-    drawn = matched_groups((0,), z, n_controls=10, rng=rng)
+    drawn = matched_groups((0,), profile_of(z), n_controls=10, rng=rng)
     assert len(drawn) == 10 and all(0 < latent < 20 for (latent,) in drawn)
-    pairs = matched_groups((0, 20), z, n_controls=10, rng=rng)
+    pairs = matched_groups((0, 20), profile_of(z), n_controls=10, rng=rng)
     assert all(not {0, 20, 39} & set(pair) and len(pair) == 2 and pair[0] < 20 <= pair[1] for pair in pairs)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from msae.auditing.measure import Bench, measure_edits, quantiles
 
@@ -37,7 +37,8 @@ def control_sizes(
         z: Activations of all latents on `rows`.
         n_controls: Random groups per concept; fewer where the SAE has fewer live latents.
     """
-    drawn = [matched_groups(group, z, n_controls=n_controls, rng=rng) for group in groups]
+    profile = profile_of(z)
+    drawn = [matched_groups(group, profile, n_controls=n_controls, rng=rng) for group in groups]
     distinct = sorted({group for several in drawn for group in several})
     if not distinct:
         nothing = np.empty(0, np.float32)
@@ -57,21 +58,32 @@ def control_sizes(
     return [Sizes(*(one[[number_of[group] for group in several]] for one in sizes)) for several in drawn]
 
 
-def matched_groups(
-    group: Group, z: Float32[np.ndarray, "m d_sae"], *, n_controls: int, rng: np.random.Generator
-) -> list[Group]:
+class Profile(NamedTuple):
+    """How often and how strongly each latent fires."""
+
+    n_fires: Int64[np.ndarray, " d_sae"]
+    place: Float64[np.ndarray, "d_sae 2"]
+    """Logarithms of rows in which it fires and of its mean activation there."""
+
+
+def profile_of(z: Float32[np.ndarray, "m d_sae"]) -> Profile:
+    """The profile of all latents on some rows."""
+    n_fires = (z > 0).sum(0)
+    magnitude = z.sum(0, dtype=np.float64) / np.maximum(n_fires, 1)
+    return Profile(n_fires, np.log(np.stack([n_fires, magnitude], 1).clip(1e-9)))
+
+
+def matched_groups(group: Group, profile: Profile, *, n_controls: int, rng: np.random.Generator) -> list[Group]:
     """Random groups of other latents, each matched to one of `group` in firing rate and mean activation.
 
     Near is near in the logarithms of both. A single latent's are its nearest; a group's are drawn from the nearest of
     each of its latents. The latents of `group` are never among them.
     """
-    n_fires = (z > 0).sum(0)
-    magnitude = z.sum(0) / np.maximum(n_fires, 1)
+    n_fires, place = profile
     alive = np.setdiff1d(np.flatnonzero(n_fires), np.array(group))
     members = [latent for latent in group if n_fires[latent]]
     if not len(alive) or not members:
         return []
-    place = np.log(np.stack([n_fires, magnitude], 1).clip(1e-9))
     nearest = {
         latent: alive[np.argsort(np.square(place[alive] - place[latent]).sum(1), kind="stable")[:n_controls]]
         for latent in members
