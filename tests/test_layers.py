@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers"},
     {"activations", "losses", "metrics", "standardize", "kernels"},
-    {"store", "sources", "sae", "probe", "concepts"},
+    {"store", "sources", "sae", "probe", "concepts", "edits"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},
     {"cli", "explorer"},
@@ -19,6 +19,7 @@ LAYERS = [
 SIDEWAYS = {
     ("losses", "activations"), ("losses", "kernels"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
+    ("edits", "sae"),  # what an edit does to an SAE's activations
 }  # fmt: skip
 MODULES = sorted(SRC.rglob("*.py"))
 

@@ -91,7 +91,9 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
     return DemoResult(folder, evaluations)
 
 
-def write_scenes(folder: Path, seeds: Iterable[int], fixed: Callable[[int], Mapping[str, Value]] = lambda _: {}) -> None:
+def write_scenes(
+    folder: Path, seeds: Iterable[int], fixed: Callable[[int], Mapping[str, Value]] = lambda _: {}
+) -> None:
     """Pictures, and `scenes.csv` with their captions and true attributes; left alone where it is there already.
 
     Args:
