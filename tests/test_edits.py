@@ -181,16 +181,25 @@ def test_an_edit_is_divided_at_its_last_equals_sign():
 
 
 def test_concepts_are_names_numbers_and_groups():
-    names = {"blue": [4, 2], "azure": [2, 9], "a|b": [1]}
-    assert latents_of("blue", names, 10) == (4, 2)
-    assert latents_of("blue|azure|#3", names, 10) == (4, 2, 9, 3)
-    assert latents_of("a|b", names, 10) == (1,)
-    with pytest.raises(ConfigError, match="did you mean 'blue'"):
-        latents_of("bleu", names, 10)
+    names = {"blue": [4, 2], "azure": [2, 9]}
+    assert latents_of("blue", names.__getitem__, 10) == (4, 2)
+    assert latents_of("blue | azure|#3", names.__getitem__, 10) == (4, 2, 9, 3)
+    with pytest.raises(KeyError):
+        latents_of("bleu", names.__getitem__, 10)
     with pytest.raises(ConfigError, match="#0 to #9"):
-        latents_of("#10", names, 10)
-    with pytest.raises(ConfigError, match="msae name RUN"):
-        latents_of("blue", {}, 10)
+        latents_of("#10", names.__getitem__, 10)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kind": "topk", "k": 5}, {"kind": "batchtopk", "k": 5}, {"kind": "jumprelu", "k": 5}, {}]
+)
+def test_the_activations_of_some_latents_are_those_of_encode(sae, kind):
+    config = SAEConfig(d_in=12, d_sae=48, soft_cap=3.0, **(kind or {"levels": (8, 48)}))
+    other = SAE(config, sae.standardizer, seed=2)
+    if other.threshold is not None:
+        other.threshold.fill_(0.11)
+    found = activations_of(other, X.split(64), "image", [40, 3, 17])
+    assert torch.allclose(found, other.encode(X, "image")[:, [40, 3, 17]], atol=1e-6) and found.any()
 
 
 def test_a_concept_that_never_fires_is_refused(sae):

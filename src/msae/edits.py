@@ -7,7 +7,7 @@ activations, and a pattern in which the latents rise together; docs/search.md te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from msae.errors import ConfigError, nearest
+from msae.errors import ConfigError
 from msae.sae import SAE
 from msae.standardize import Modality
 
@@ -134,33 +134,42 @@ def parse_edit(text: str) -> tuple[str, Change]:
     return concept.strip(), parse_change(value)
 
 
-def latents_of(concept: str, names: Mapping[str, Sequence[int]], d_sae: int) -> tuple[int, ...]:
+def latents_of(concept: str, find: Callable[[str], Sequence[int]], d_sae: int) -> tuple[int, ...]:
     """The latents of a concept: a name, a latent's number `#123`, or several of these divided by `|`.
 
+    Args:
+        find: Gives the latents that bear a name, and raises for a name that none bears.
+
     Raises:
-        ConfigError: A name is not in `names` (the nearest is suggested) or a number is out of range.
+        ConfigError: There is no such latent, or what `find` raises.
     """
     found: dict[int, None] = {}
-    for part in (part.strip() for part in ([concept] if concept in names else concept.split("|"))):
-        if part in names:
-            found |= dict.fromkeys(names[part])
-        elif re.fullmatch(r"#\d+", part):
-            if int(part[1:]) >= d_sae:
-                raise ConfigError(f"there is no latent {part}: this SAE has #0 to #{d_sae - 1}")
+    for part in (part.strip() for part in concept.split("|")):
+        if not re.fullmatch(r"#\d+", part):
+            found |= dict.fromkeys(find(part))
+        elif int(part[1:]) < d_sae:
             found[int(part[1:])] = None
         else:
-            hint = nearest(part, names) or f"; {len(names)} names are known" if names else ""
-            advice = "msae name RUN --vocabulary STORE gives names" if not names else "msae info RUN tells of them"
-            raise ConfigError(f"there is no concept {part!r}{hint}; {advice}, #123 is latent 123")
+            raise ConfigError(f"there is no latent {part}: this SAE has the latents #0 to #{d_sae - 1}")
     return tuple(found)
 
 
+@torch.no_grad()
 def activations_of(
     sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality, latents: Sequence[int]
 ) -> Float[Tensor, "n g"]:
     """The activations of some latents on raw rows; memory grows with rows times `latents` alone."""
     chosen = list(latents)
-    return torch.cat([sae.encode(x, modality)[:, chosen] for x in batches])
+    found = []
+    for x in batches:
+        if sae.config.kind == "topk":  # what fires depends on every other latent
+            found.append(sae.encode(x, modality)[:, chosen])
+            continue
+        standard = sae.standardizer.apply(x.float(), modality)
+        h = standard.new_full((len(x), sae.d_sae), -torch.inf)
+        h[:, chosen] = torch.addmm(sae.b_enc[chosen], standard - sae.b_dec, sae.W_enc[:, chosen])
+        found.append(sae.activate(h)[:, chosen])
+    return torch.cat(found)
 
 
 def make_handle(
