@@ -2,9 +2,12 @@
 
 # No `from __future__ import annotations` here: tyro reads the real types of functions made inside functions.
 import contextlib
+import functools
+import io
 import itertools
 import json as json_format
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
     try:
-        import tyro
-
-        function = VERBS[verb](arguments)
-        tyro.cli(function, prog=f"msae {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        command = _parse(verb, arguments)
+        command()
         sys.stdout.flush()
     except Interrupted as err:
         _say(f"msae {verb}: {err}")
@@ -75,6 +76,32 @@ def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
         _say(f"msae {verb}: unexpected {type(err).__name__}: {_one_line(err)}; --debug shows where, please report it")
         return 1
     return 0
+
+
+def _parse(verb: str, arguments: list[str]) -> Callable[[], None]:
+    """The verb with its options bound; wrong usage is one line and exit code 2."""
+    import tyro
+
+    function = VERBS[verb](arguments)
+    bound = functools.wraps(function)(lambda *args, **options: functools.partial(function, *args, **options))
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(bound, prog=f"msae {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as leave:
+        if leave.code == 2:
+            _say(f"msae {verb}: {_usage_line(complaint.getvalue())}; type: msae {verb} --help")
+        raise
+
+
+def _usage_line(complaint: str) -> str:
+    """tyro's page about a wrong option as one line: what is wrong, and the nearest option where it names one."""
+    # Framed or dashed, as the terminal has it; the first section after the title says what is wrong.
+    title, *sections = [" ".join(part.split()) for part in re.split(r"[-─]{6,}", re.sub("[│╭╮╰╯]", " ", complaint))]
+    what = sections[0] if sections else title
+    what = re.sub(r"^Missing from msae \w+: (\S+).*", r"\1 is missing", what).removesuffix(".")
+    near = next((re.search(r"--[\w-]+", part) for part in sections if part.startswith("Perhaps you meant")), None)
+    return what + (f"; did you mean {near.group()}?" if near else "")
 
 
 def _one_line(err: BaseException) -> str:
@@ -103,7 +130,6 @@ def _as_json(data: Any) -> str:
 
 
 Modality = Literal["image", "text"]
-Json = Annotated[str | None, "Write the result as JSON to this file; - is stdout."]
 
 
 def _demo(_: list[str]) -> Callable[..., None]:
@@ -125,10 +151,12 @@ def _demo(_: list[str]) -> Callable[..., None]:
 
 
 def _embed(_: list[str]) -> Callable[..., None]:
+    import tyro
+
     from msae.embedding import embed
 
     def run(
-        source: str,
+        source: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
         /,
         *,
         encoder: str,
@@ -174,7 +202,7 @@ def _train(arguments: list[str]) -> Callable[..., None]:
     defaults = from_mapping(TrainSettings, read_toml(Path(file)), where=file) if file else TrainSettings()
 
     def run(
-        store: str,
+        store: Annotated[str, tyro.conf.arg(metavar="STORE")],
         /,
         *,
         out: Path,
@@ -205,10 +233,12 @@ def _train(arguments: list[str]) -> Callable[..., None]:
 
 
 def _evaluate(_: list[str]) -> Callable[..., None]:
+    import tyro
+
     from msae.evaluation import evaluate, poster_table
 
     def run(
-        runs: tuple[str, ...],
+        runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
         /,
         *,
         on: str,
@@ -249,7 +279,9 @@ def _evaluate(_: list[str]) -> Callable[..., None]:
 
 
 def _info(_: list[str]) -> Callable[..., None]:
-    def run(path: str, /, *, json: str | None = None) -> None:
+    import tyro
+
+    def run(path: Annotated[str, tyro.conf.arg(metavar="PATH")], /, *, json: str | None = None) -> None:
         """What a store or a run holds.
 
         Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from msae import activations
@@ -141,9 +141,8 @@ def l0_target_penalty(active: Float[Tensor, " n"], target: int) -> Float[Tensor,
 
 def auxiliary_loss(
     residual: Float[Tensor, "n d_in"],
-    h: Float[Tensor, "n d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    dead: Bool[Tensor, " d_sae"],
+    h_dead: Float[Tensor, "n n_dead"],
+    W_dead: Float[Tensor, "n_dead d_in"],
     *,
     k: int,
 ) -> Float[Tensor, ""]:
@@ -153,16 +152,16 @@ def auxiliary_loss(
 
     Args:
         residual: What the living latents leave of `x`; no gradient flows into it.
-        dead: True for latents that have not fired for long.
+        h_dead: Pre-activations of the dead latents.
+        W_dead: Their decoder rows.
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    n_dead = int(dead.sum())
-    if n_dead == 0:
+    if len(W_dead) == 0:
         return residual.new_zeros(())
     residual = residual.detach()
-    z = activations.topk(h[:, dead], min(k, n_dead))
-    error: Tensor = reconstruction_loss(residual, z @ W_dec[dead])
+    z = activations.topk(h_dead, k)
+    error: Tensor = reconstruction_loss(residual, z @ W_dead)
     variance = (residual - residual.mean(0)).square().mean()
     return torch.nan_to_num(error / variance)
 

@@ -1,0 +1,244 @@
+"""The loss and its gradients on the CPU: one selection, one running decode and one backward for all levels.
+
+A naive step makes L selections and 3 L + 4 dense products. Here the positive entries of each row are ordered into
+bands, the decode runs on from level to level, and each entry then meets its gradient once: work goes with the entries
+that are active, whatever the number of levels. Only the encoder stays a dense product. `loops` has the compiled loops.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msae.kernels import loops
+from msae.kernels.selection import Objective, Parameters, SAELoss, Selection
+
+_CACHE_BYTES = 3 << 19
+"""Share of the second-level cache that the rows gathered for the weight gradients may take."""
+_no_thresholds = np.empty(0, np.float32)
+_lock = threading.Lock()  # of the scratch memory
+_scratch_memory: dict[str, Any] = {}
+
+
+def evaluate(
+    x: Tensor, parameters: Parameters, objective: Objective, *, with_gradients: bool
+) -> tuple[SAELoss, Parameters | None]:
+    """The loss of one batch of float32 rows and, if asked for, its gradients, in the layout of the parameters."""
+    with _lock:
+        batch = _Batch(x, parameters, objective)
+        batch.encode()
+        batch.select()
+        batch.decode()
+        loss = batch.loss()
+        return loss, batch.gradients(loss.l0) if with_gradients else None
+
+
+def self_test() -> None:
+    """Compile every loop, or find that this numba, llvmlite and Python do not go together."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(3, 2, generator=generator)
+    parameters = Parameters(W.T, torch.zeros(3), W, torch.zeros(2), None)
+    objective = Objective(Selection(levels=(1, 2), batch_k=1), weights=(1.0, 1.0), soft_cap=9.0)
+    loss, _ = evaluate(torch.randn(4, 2, generator=generator), parameters, objective, with_gradients=True)
+    if not bool(torch.isfinite(loss.total)):
+        raise RuntimeError("the compiled loops do not compute")
+
+
+class _Batch:
+    """One evaluation: the arrays that its stages hand on."""
+
+    def __init__(self, x: Tensor, parameters: Parameters, objective: Objective) -> None:
+        self.x, self.parameters, self.objective = x, parameters, objective
+        self.n, self.d_in = x.shape
+        self.d_sae = len(parameters.W_dec)
+        self.width = math.ceil(self.d_in / loops.TILE) * loops.TILE  # rows are padded with zeros to whole tiles
+        self.n_levels = objective.selection.n_levels
+        threshold = parameters.threshold
+        self.threshold = _no_thresholds if threshold is None else threshold.contiguous().numpy()
+        self.half_window = np.float32((objective.selection.bandwidth or 0.0) / 2)
+        self.cap = np.float32(objective.soft_cap or 0.0)
+
+    def encode(self) -> None:
+        self.x_centred = _scratch("x", (self.n, self.width))
+        self.x_centred[:, self.d_in :] = 0
+        centred = torch.from_numpy(self.x_centred)[:, : self.d_in]
+        torch.sub(self.x, self.parameters.b_dec, out=centred)
+        self.values = _scratch("values", (self.n, self.d_sae))  # pre-activations until they are compressed
+        _linear(centred, self.parameters.W_enc, self.parameters.b_enc, out=torch.from_numpy(self.values))
+
+    def select(self) -> None:
+        selection = self.objective.selection
+        self.indices = _scratch("indices", self.values.shape, np.uint16 if self.d_sae <= 1 << 16 else np.uint32)
+        counts = np.empty(self.n, np.int64)
+        is_sound = _share(
+            loops.compress_rows, self.n, self.values, self.indices, counts, self.threshold, self.half_window
+        )
+        self.is_sound = all(is_sound)
+        if selection.batch_k is not None:
+            cut, n_ties = loops.batch_cut(self.values, counts, self.n * selection.batch_k)
+            if cut:
+                budgets = loops.tie_budgets(self.values, counts, cut, n_ties)
+                _share(loops.filter_rows, self.n, self.values, self.indices, counts, cut, budgets)
+        levels = np.array(selection.levels or (self.d_sae,), np.int64)
+        widths = np.array(selection.widths, np.int64)
+        self.ends = np.empty((self.n, self.n_levels), np.int64)
+        _share(loops.split_rows, self.n, self.values, self.indices, counts, levels, widths, self.ends)
+        if self.cap:
+            _share(loops.cap_rows, self.n, self.values, self.ends, self.cap)
+        self.fired = np.zeros(self.d_sae, np.bool_)
+        self.active = np.empty(self.n, np.int64)
+        smallest = _share(loops.summarize_rows, self.n, self.values, self.indices, self.ends, self.fired, self.active)
+        self.smallest_kept = min(smallest) if self.fired.any() else 0.0
+
+    def decode(self) -> None:
+        W_dec = self.parameters.W_dec.contiguous()
+        if self.width > self.d_in:
+            W_dec = torch.nn.functional.pad(W_dec, (0, self.width - self.d_in))
+        self.W_dec = W_dec.numpy()
+        tiles = _scratch("tiles", (self.width // loops.TILE, self.d_sae, loops.TILE))
+        torch.from_numpy(tiles).copy_(W_dec.view(self.d_sae, -1, loops.TILE).transpose(0, 1))
+        self.S = _scratch("S", (self.n * self.n_levels, self.width))
+        self.squared = np.empty((self.n, self.n_levels), np.float32)
+        self.residual = np.empty((self.n, self.width), np.float32)
+        pull = (np.array(self.objective.weights) * (2 / (self.n * self.d_in))).astype(np.float32)
+        _share(
+            loops.decode_rows, self.n, tiles, self.x_centred, pull, self.indices, self.values, self.ends,
+            self.S, self.squared, self.residual,
+        )  # fmt: skip
+
+    def loss(self) -> SAELoss:
+        objective = self.objective
+        errors = self.squared.mean(0, dtype=np.float64) / self.d_in
+        total = float(errors @ np.array(objective.weights)) if self.is_sound else math.nan
+        l0 = float(self.active.mean())
+        l1 = 0.0
+        self.row_pull = np.zeros(self.n, np.float32)
+        if objective.l1:
+            norms = self.x.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).numpy()
+            sums = np.array([row[:end].sum() for row, end in zip(self.values, self.ends[:, -1], strict=True)])
+            l1 = float((sums / norms).mean())
+            self.row_pull = (objective.l1 / self.n / norms).astype(np.float32)
+            total += objective.l1 * l1
+        if objective.l0 and objective.l0_target:
+            total += objective.l0 * (l0 / objective.l0_target - 1) ** 2
+        return SAELoss(
+            total=torch.tensor(total, dtype=torch.float32),
+            errors=torch.from_numpy(errors).float(),
+            residual=torch.from_numpy(self.residual)[:, : self.d_in],
+            l0=l0,
+            l1=l1,
+            fired=torch.from_numpy(self.fired),
+            smallest_kept=float(self.smallest_kept),
+        )
+
+    def gradients(self, l0: float) -> Parameters:
+        pointers, entries = self._sorted_entries()
+        shape = (self.d_sae, self.width)
+        grad_dec, grad_enc = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        grad_bias, near = np.empty(self.d_sae, np.float32), np.empty((self.d_sae, 2), np.float32)
+        _share(
+            loops.weight_gradients, self.d_sae, self.W_dec, self.S, self.x_centred, pointers, *entries,
+            self.row_pull, self.cap, self.threshold, self.half_window, grad_dec, grad_enc, grad_bias, near,
+        )  # fmt: skip
+        b_enc = torch.from_numpy(grad_bias)
+        # b_dec is added after the decoder and subtracted before the encoder.
+        first = torch.from_numpy(self.S.reshape(self.n, self.n_levels, self.width)[:, 0, : self.d_in])
+        b_dec = first.sum(0, dtype=torch.float64).float() - self.parameters.W_enc @ b_enc
+        return Parameters(
+            W_enc=torch.from_numpy(grad_enc)[:, : self.d_in].T,
+            b_enc=b_enc,
+            W_dec=torch.from_numpy(grad_dec)[:, : self.d_in],
+            b_dec=b_dec,
+            threshold=self._threshold_gradient(torch.from_numpy(near), l0),
+        )
+
+    def _sorted_entries(self) -> tuple[Any, tuple[Any, Any, Any]]:
+        """The active entries by latent, in blocks of rows whose S and x fit in the cache."""
+        n_rows = max(32, _CACHE_BYTES // ((self.n_levels + 1) * self.width * 4))
+        n_blocks = math.ceil(self.n / n_rows)
+        pointers = np.empty((n_blocks, self.d_sae + 1), np.int64)
+        begins = np.zeros(n_blocks + 1, np.int64)
+        np.cumsum(np.add.reduceat(self.ends[:, -1], np.arange(0, self.n, n_rows)), out=begins[1:])
+        n_entries = (int(begins[-1]),)
+        sample, band = _scratch("sample", n_entries, np.int64), _scratch("band", n_entries, np.int64)
+        value = _scratch("value", n_entries)
+
+        def sort(start: int, stop: int) -> None:
+            for block in range(start, stop):
+                rows = block * n_rows, min(self.n, (block + 1) * n_rows)
+                loops.sort_block(
+                    self.indices, self.values, self.ends, begins[block], *rows, pointers[block], sample, band, value
+                )
+
+        _share(sort, n_blocks)
+        return pointers, (sample, band, value)
+
+    def _threshold_gradient(self, near: Tensor, l0: float) -> Tensor | None:
+        """Straight-through: `-threshold / bandwidth` of what passes within the window, and the L0 penalty's share."""
+        objective, threshold = self.objective, self.parameters.threshold
+        if threshold is None or objective.selection.bandwidth is None:
+            return None
+        gradient = -threshold * near[:, 0]
+        if objective.l0 and objective.l0_target:
+            slope = 2 * objective.l0 * (l0 / objective.l0_target - 1) / objective.l0_target
+            gradient -= slope / self.n * near[:, 1]
+        return gradient / objective.selection.bandwidth
+
+
+def _scratch(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """Uninitialised memory that the next call gets again: fresh pages would cost more than some of the loops."""
+    size = math.prod(shape)
+    known = _scratch_memory.get(name)
+    if known is None or known.size < size or known.dtype != dtype:
+        _scratch_memory[name] = known = np.empty(size, dtype)
+    return known[:size].reshape(shape)
+
+
+def _share(loop: Callable[..., Any], n: int, *args: Any) -> list[Any]:
+    """What `loop(*args, start, stop)` gives for ranges that make up `range(n)`, on as many threads as torch uses."""
+    n_threads = min(torch.get_num_threads(), n)
+    if n_threads <= 1:
+        return [loop(*args, 0, n)]
+    # A few ranges per thread, so that threads that are done early take from the others.
+    n_ranges = min(n, 4 * n_threads)
+    bounds = [n * i // n_ranges for i in range(n_ranges + 1)]
+    return list(_threads(n_threads).map(lambda i: loop(*args, bounds[i], bounds[i + 1]), range(n_ranges)))
+
+
+@functools.cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    """Plain threads, for the loops run without the interpreter's lock; numba's own pool would fight with torch's."""
+    return ThreadPoolExecutor(n, thread_name_prefix="msae")
+
+
+def _forget_threads() -> None:
+    global _lock
+    _threads.cache_clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)  # a forked process has none of its parent's threads
+
+
+@functools.cache
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _linear(x: Tensor, W: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """`x W + b`."""
+    torch.addmm(b, x, W, out=out)
