@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers"},
     {"activations", "losses", "metrics", "standardize", "kernels", "filters"},
-    {"store", "sources", "sae", "probe", "concepts", "edits"},
+    {"store", "sources", "sae", "probe", "concepts", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},
     {"cli", "explorer"},
