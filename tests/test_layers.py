@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "filters"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "filters", "rivals"},
     {"store", "sources", "sae", "probe", "concepts", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},
