@@ -10,10 +10,12 @@ from msae.edits import (
     latents_of,
     make_handle,
     natural_of,
+    observe,
     parse_change,
     parse_edit,
     target,
     warn,
+    with_companions,
 )
 from msae.errors import ConfigError
 from msae.sae import SAE, SAEConfig
@@ -152,6 +154,51 @@ def test_a_split_concept_is_turned_as_one():
     assert pair.natural.quantile(99) == pytest.approx(float(strength.quantile(0.99)), rel=1e-3)
     edited = edit_activations(torch.zeros(1, 2), [Edit(pair, parse_change("p99"))])
     assert float((edited @ direction.expand(2, 8)).norm()) == pytest.approx(pair.natural.quantile(99), rel=1e-4)
+
+
+def concept(sae, *latents):
+    """A handle with companions."""
+    return with_companions(handle(sae, *latents), observe(sae, X.split(64), "image", latents))
+
+
+def test_companions_move_by_their_slope_on_the_strength(sae):
+    z = sae.encode(X, "image")
+    group = concept(sae, 3, 9)
+    a = group.strength(z).numpy()
+    for latent in range(48):
+        slope, r = np.polyfit(a, z[:, latent], 1)[0], np.corrcoef(a, z[:, latent])[0, 1]
+        wanted = slope if abs(r) > 4 / len(X) ** 0.5 and latent not in (3, 9) else 0
+        assert float(group.companions[latent]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_what_is_observed_does_not_depend_on_the_batches(sae):
+    one, many = (observe(sae, X.split(size), "image", [3, 9]) for size in (200, 7))
+    for a, b in zip(one, many, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_with_companions_the_strength_is_still_the_one_asked_for(sae):
+    z = sae.encode(X, "image")
+    for value in (0, 0.5, "p99"):
+        one = Edit(concept(sae, 3, 9, 20), parse_change(value))
+        edited = edit_activations(z, [one])
+        assert torch.allclose(one.handle.strength(edited), target(one, one.handle.strength(z)), atol=1e-4)
+        assert edited.min() >= 0
+
+
+def test_identity_edits_move_no_companion(sae):
+    for value in ("x1", "+0"):
+        assert torch.equal(apply(sae, X, "image", [Edit(concept(sae, 3, 9), parse_change(value))]), X)
+
+
+def test_the_latents_of_an_edit_are_nobodys_companions(sae):
+    z = sae.encode(X, "image")
+    both = [Edit(concept(sae, 7), parse_change("p99")), Edit(concept(sae, 3, 9), parse_change(0))]
+    edited = edit_activations(z, both)
+    assert not edited[:, [3, 9]].any() and torch.allclose(
+        edited[:, 7], torch.tensor(both[0].handle.natural.quantile(99))
+    )
+    assert torch.allclose(edit_activations(z, both[::-1]), edited, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from msae.standardize import Modality
 
 GRID = 1001
 """Points of a table of quantiles: one every tenth of a percent."""
+SIGMAS = 4.0
+"""A correlation of less than this over the square root of the number of rows is put down to chance."""
 
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _WRITTEN = re.compile(
@@ -79,6 +81,8 @@ class Handle:
     reader: Float[Tensor, " g"]
     """What each activation adds to the strength."""
     natural: Natural | None = None
+    companions: Float[Tensor, " d_sae"] | None = None
+    """What every other latent gains or loses on average with one unit of strength; None turns the latents alone."""
 
     def strength(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, " n"]:
         """Of the concept in each row of activations."""
@@ -172,6 +176,38 @@ def activations_of(
     return torch.cat(found)
 
 
+class Observed(NamedTuple):
+    """What rows show of some latents and of all that fires with them."""
+
+    z: Float[Tensor, "n g"]
+    """Activations of the latents."""
+    mean: Float[Tensor, " d_sae"]
+    """Of every latent's activation."""
+    square: Float[Tensor, " d_sae"]
+    """Mean of its square."""
+    product: Float[Tensor, "g d_sae"]
+    """Mean of its product with each of the latents."""
+
+
+@torch.no_grad()
+def observe(
+    sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality, latents: Sequence[int]
+) -> Observed:
+    """What raw rows show of some latents; memory grows with rows times `latents` alone."""
+    chosen = list(latents)
+    own: list[Tensor] = []
+    total, square = torch.zeros(2, sae.d_sae, dtype=torch.float64)
+    product = torch.zeros(len(chosen), sae.d_sae, dtype=torch.float64)
+    for x in batches:
+        z = sae.encode(x, modality)
+        own.append(z[:, chosen])
+        total += z.sum(0)
+        square += z.square().sum(0)
+        product += own[-1].T @ z
+    z = torch.cat(own)
+    return Observed(z, total / len(z), square / len(z), product / len(z))
+
+
 def make_handle(
     name: str, latents: Sequence[int], z: Float[Tensor, "n g"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Handle:
@@ -193,6 +229,23 @@ def make_handle(
         raise ConfigError(f"the concept {name!r} (latents {numbers}) never fires on these rows; it cannot be turned")
     handle = Handle(name, tuple(latents), (mean / length).float(), (rows @ (common / length)).float())
     return replace(handle, natural=natural_of(z @ handle.reader))
+
+
+def with_companions(handle: Handle, observed: Observed) -> Handle:
+    """The handle that also moves, with its own latents, all others as they move with it in real rows.
+
+    The latents that bear a name read the concept well, but of what a row gains with the concept they write only
+    part: the rest is in latents without a name, and in what other concepts lose. Each other latent's share is the
+    slope of its activation on the strength; a slope that chance may have made counts as none.
+    """
+    a = observed.z.double() @ handle.reader.double()
+    mean, variance = a.mean(), a.var(correction=0)
+    covariance = handle.reader.double() @ observed.product - mean * observed.mean
+    spread = (observed.square - observed.mean.square()).clamp_min(0) * variance
+    is_sure = covariance.square() * len(a) > SIGMAS**2 * spread
+    slope = torch.where(is_sure, covariance / variance.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    slope[list(handle.latents)] = 0
+    return replace(handle, companions=slope.float())
 
 
 def natural_of(strength: Float[Tensor, " n"]) -> Natural:
@@ -229,26 +282,40 @@ def target(edit: Edit, strength: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def edit_activations(z: Float[Tensor, "n d_sae"], edits: Sequence[Edit]) -> Float[Tensor, "n d_sae"]:
-    """A copy of the activations with the edits made, one after another.
+    """A copy of the activations with the edits made.
 
     A strength is raised by adding the handle's pattern and lowered by shrinking what is there, so a row that
     has the strength already is left alone, and at strength 0 every latent of the concept is exactly 0.
+    Companions move by their slope times the change of strength, not below 0; the latents of an edit are nobody's
+    companions.
     """
-    edited = z.clone()
+    edited, moved = z.clone(), z
     for edit in edits:
         latents = list(edit.handle.latents)
-        own = edited[:, latents]
-        now = edit.handle.strength(edited)
+        own, now = edited[:, latents], edit.handle.strength(edited)
         wanted = target(edit, now)
-        if edit.change.kind == "times":
-            edited[:, latents] = own * edit.change.number
-            continue
-        raised = own + (wanted - now).unsqueeze(1) * edit.handle.pattern.to(own)
-        shrunk = own * (wanted / now.clamp_min(torch.finfo(now.dtype).tiny)).unsqueeze(1)
-        lowers = ((wanted < now) | (wanted == 0)).unsqueeze(1)
-        # Where nothing is asked for, nothing is left: a sum that cancels must not keep its parts.
-        edited[:, latents] = torch.where((wanted == 0).unsqueeze(1), 0.0, torch.where(lowers, shrunk, raised))
-    return edited
+        edited[:, latents] = _turn(own, now, wanted, edit)
+        if edit.handle.companions is not None:
+            moved = moved + (wanted - now).unsqueeze(1) * edit.handle.companions.to(z)
+    if moved is z:
+        return edited
+    turned = sorted({latent for edit in edits for latent in edit.handle.latents})
+    result = moved.clamp_min(0)
+    result[:, turned] = edited[:, turned]
+    return result
+
+
+def _turn(
+    own: Float[Tensor, "n g"], now: Float[Tensor, " n"], wanted: Float[Tensor, " n"], edit: Edit
+) -> Float[Tensor, "n g"]:
+    """The activations of a handle's latents at the wanted strength."""
+    if edit.change.kind == "times":
+        return own * edit.change.number
+    raised = own + (wanted - now).unsqueeze(1) * edit.handle.pattern.to(own)
+    shrunk = own * (wanted / now.clamp_min(torch.finfo(now.dtype).tiny)).unsqueeze(1)
+    turned = torch.where((wanted < now).unsqueeze(1), shrunk, raised)
+    # Where nothing is asked for, nothing is left: a sum that cancels must not keep its parts.
+    return torch.where((wanted == 0).unsqueeze(1), 0.0, turned)
 
 
 @torch.no_grad()
