@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from msae.evaluation import evaluate, poster_table
-
 from msae.training import train
 from results import FIGURES, write_section
 
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    seconds = {row: train_row(arguments, row) for row in ROWS}
+    times = ", ".join(f"{row} {train_row(arguments, row)}" for row in ROWS)
     results = evaluate(
         [arguments.runs / row for row in ROWS],
         arguments.test,
@@ -52,7 +51,6 @@ def main() -> None:
     curves = FIGURES / f"{name}-recovery.svg"
     plot_recovery(results, curves)
     (FIGURES / f"{name}.json").write_text(json.dumps([r.to_dict() for r in results], indent=1) + "\n")
-    times = ", ".join(f"{row} {value:.0f} s" for row, value in seconds.items())
     body = (
         f"{poster_table(results)}\n\nTraining, wall time: {times}.\n\n"
         f"![FVU, cosine and CKNNA when only the k strongest latents are kept](figures/{curves.name})\n"
@@ -61,19 +59,19 @@ def main() -> None:
     print(body)
 
 
-def train_row(arguments: argparse.Namespace, row: str) -> float:
-    """Seconds of training; those of the first time where the run is finished already."""
+def train_row(arguments: argparse.Namespace, row: str) -> str:
+    """How long training took, in words; of the first time where the run is finished already."""
     out = arguments.runs / row
-    took = out / "seconds.txt"
+    took = out / "took.txt"
     if not took.exists():
-        began = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         train(
             arguments.train, out=out, resume=True, recipe=arguments.recipe, expansion=arguments.expansion,
             epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed, **ROWS[row],
         )  # fmt: skip
-        took.write_text(f"{time.perf_counter() - began:.1f}")
-        print(f"{row}: {took.read_text()} s", flush=True)
-    return float(took.read_text())
+        took.write_text(f"{time.perf_counter() - wall:.0f} s ({time.process_time() - cpu:.0f} CPU s)")
+        print(f"{row}: {took.read_text()}", flush=True)
+    return took.read_text()
 
 
 def plot_recovery(results: list, file: Path) -> None:

@@ -215,6 +215,21 @@ def as_sae(sae: SAE | str | Path) -> SAE:
     return sae if isinstance(sae, SAE) else SAE.load(sae)
 
 
+def as_device(name: str) -> str:
+    """The device called `name`; `auto` is a CUDA GPU where there is one.
+
+    Raises:
+        ConfigError: It cannot be used here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
+    return name
+
+
 @torch.no_grad()
 def normalize_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Give every decoder row unit norm, in place."""

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from msae import losses
 from msae.errors import ConfigError
 from msae.loggers import LoggerName
 from msae.losses import Weighting
-from msae.sae import Kind
+from msae.sae import Kind, as_device
 from msae.standardize import Modality
 from msae.store import EmbeddingStore
 
@@ -106,20 +104,10 @@ class TrainSettings:
             batch_size=min(self.batch_size or (4096 if poster else _batch_size_for(len(store))), len(store)),
             lr=self.lr or LEARNING_RATES[self.recipe][self.kind],
             warmup=self.warmup if self.warmup is not None else (0.0 if poster else 0.05),
-            device=_device(self.device),
+            device=as_device(self.device),
         )
 
 
 def _batch_size_for(n_rows: int) -> int:
     """The largest power of two up to 4096 that still gives an epoch about 200 steps, and at least 64."""
     return max(64, min(4096, 1 << max(0, (n_rows // 200).bit_length() - 1)))
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as err:
-        raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
-    return name
