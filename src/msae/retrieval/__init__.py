@@ -54,6 +54,7 @@ def search(
     space: Space = "embedding",
     keep_residual: bool = True,
     exclusive: bool = False,
+    strict: bool = False,
     names: ConceptNames | str | Path | None = None,
     encoder: str | None = None,
     embedder: Embedder | None = None,
@@ -76,6 +77,7 @@ def search(
         space: `embedding` is by cosine; `latent` by the L1 distance of activations.
         keep_residual: Add back what the SAE does not reconstruct of the query.
         exclusive: Also set to 0 the concepts of the same kind as one that is raised.
+        strict: Turn the latents that bear a name alone, and not what moves with them.
         names: Names of the latents; None takes the run folder's, if there are any.
         encoder: The model for `image` and `text`; None is the one that made the store.
         embedder: That model, loaded.
@@ -99,7 +101,7 @@ def search(
     known = as_names(names) if names is not None else _names_of(sae)
     query = read_query(ask, store, model, searched)
     keep = _kept(store, filter, query)
-    handles = Handles(model, store, query.modality, known)
+    handles = Handles(model, store, query.modality, known, strict=strict)
     edits = [Edit(handles.of(concept), change) for concept, change in wanted]
     if space == "latent":
         check_modality(model, query.modality, searched)

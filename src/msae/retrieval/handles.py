@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from msae.concepts import ConceptNames
-from msae.edits import Edit, Handle, activations_of, latents_of, make_handle, parse_change
+from msae.edits import Edit, Handle, latents_of, make_handle, observe, parse_change, with_companions
 from msae.errors import ConfigError
 from msae.rivals import excluded_by, is_present
 from msae.sae import SAE
 from msae.standardize import Modality
 from msae.store import EmbeddingStore
 
-SAMPLE = 20_000
-"""Rows, evenly spread over the store, that tell how strong a concept naturally is."""
+SAMPLE = 10_000
+"""Rows, evenly spread over the store, that tell how strong a concept naturally is and what moves with it."""
 RIVAL_SAMPLE = 8_000
 """Rows that tell which concepts exclude each other; every named concept is read on them."""
 BATCH = 1024
@@ -33,16 +33,22 @@ class Handles:
     store: EmbeddingStore
     modality: Modality
     names: ConceptNames | None
+    strict: bool = False
+    """Turn the latents that bear a name alone, without what moves with them."""
 
     def of(self, concept: str) -> Handle:
         """The handle of a name, a latent's number `#123`, or several of these divided by `|`.
+
+        A name is a concept and moves what moves with it; a number means that latent alone.
 
         Raises:
             ConfigError: There is no such concept, or it never fires in the store.
         """
         latents = latents_of(concept, self._find, self.sae.d_sae)
-        z = activations_of(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
-        return make_handle(concept, latents, z, self.sae.W_dec)
+        observed = observe(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
+        handle = make_handle(concept, latents, observed.z, self.sae.W_dec)
+        is_named = any(not part.strip().startswith("#") for part in concept.split("|"))
+        return with_companions(handle, observed) if is_named and not self.strict else handle
 
     @property
     def natural_modality(self) -> Modality:
