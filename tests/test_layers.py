@@ -13,7 +13,7 @@ LAYERS = [
     {"activations", "losses", "metrics", "standardize", "kernels", "filters", "rivals"},
     {"store", "sources", "sae", "probe", "concepts", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo"},
+    {"report", "searchpage", "interop", "distributed", "demo"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.retrieval import SearchResult, search
     from msae.sae import SAE, SAEConfig
     from msae.store import EmbeddingStore
     from msae.training import TrainSettings, train
@@ -20,6 +21,8 @@ _HOME = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "SearchResult": "retrieval",
+    "search": "retrieval",
     "SAE": "sae",
     "SAEConfig": "sae",
     "EmbeddingStore": "store",
@@ -48,9 +51,11 @@ __all__ = [
     "EmbeddingStore",
     "Evaluation",
     "SAEConfig",
+    "SearchResult",
     "TrainSettings",
     "embed",
     "evaluate",
     "poster_table",
+    "search",
     "train",
 ]

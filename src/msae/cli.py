@@ -26,6 +26,7 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   embed      images or captions -> a store of embeddings
   train      a store -> a sparse autoencoder in a run folder
   evaluate   runs -> the poster's metrics and table
+  search     nearest neighbours of a query in which concepts are turned up or down
   info       what a store or a run holds
 
 Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.
@@ -278,6 +279,70 @@ def _evaluate(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def _search(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.retrieval import search
+
+    def run(
+        run: str,
+        /,
+        *,
+        on: str,
+        like: str | None = None,
+        image: Path | None = None,
+        text: str | None = None,
+        embedding: Path | None = None,
+        set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONCEPT=VALUE")] = (),
+        n: int = 20,
+        no_residual: bool = False,
+        exclusive: bool = False,
+        strict: bool = False,
+        where: str | None = None,
+        space: Literal["embedding", "latent"] = "embedding",
+        modality: Modality | None = None,
+        query_modality: Modality | None = None,
+        encoder: str | None = None,
+        html: Path | None = None,
+        json: str | None = None,
+    ) -> None:
+        """The rows of a store nearest to a query, before and after concepts of the query are turned up or down.
+
+        Args:
+            run: A run folder, or a hub repository with an SAE.
+            on: The store to search.
+            like: Search for the row with this id; or
+            image: for the picture in this file; or
+            text: for these words; or
+            embedding: for the vector in this .npy file.
+            set: A concept (a name, #123, or several divided by |) and its strength: a number, x2, +3, -1, p99 (the
+                99th percentile of real rows) or 2xp99; 0 removes it. May be given several times.
+            n: Rows to find.
+            no_residual: Drop what the SAE does not reconstruct of the query.
+            exclusive: Also set to 0 the concepts of the same kind as one that is raised.
+            strict: Turn the latents that bear a name alone, without what moves with them.
+            where: Only rows whose metadata fit, such as "split == 'test' and size in (1, 2)".
+            space: embedding is by cosine, latent by the L1 distance of activations.
+            modality: What is searched; images where the store has them.
+            query_modality: Of the row or vector that is searched for; as what is searched.
+            encoder: The model for --image and --text; that which made the store.
+            html: Also make a page of what was found before and after the edits; it opens offline.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        result = search(
+            run, on, like=like, image=image, text=text, embedding=embedding, set=set, n=n, modality=modality,
+            query_modality=query_modality, where=where, space=space, keep_residual=not no_residual,
+            exclusive=exclusive, strict=strict, encoder=encoder,
+        )  # fmt: skip
+        if html is not None:
+            from msae.searchpage import write_page
+
+            write_page(result, html)
+        _report(result.table(), result.to_dict(), json)
+
+    return run
+
+
 def _info(_: list[str]) -> Callable[..., None]:
     import tyro
 
@@ -310,6 +375,7 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "embed": _embed,
     "train": _train,
     "evaluate": _evaluate,
+    "search": _search,
     "info": _info,
 }
 

@@ -122,7 +122,21 @@ def search(
         hits=describe(found.after, flipped=False),
         before=describe(found.before, flipped=True) if turned.is_changed else (),
         warnings=turned.warnings,
+        roots=_roots(store),
+        query_path=None if query.row is None else _path(store.metadata.slice(query.row, 1).to_pylist()[0]),
     )
+
+
+def _roots(store: EmbeddingStore) -> tuple[Path, ...]:
+    """Where the pictures of a store may be: where it was embedded from, beside it, or here."""
+    source = store.record.get("source")
+    made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
+    return tuple(root for root in dict.fromkeys([*made_from, store.path.parent, Path()]) if root.is_dir())
+
+
+def _path(columns: Mapping[str, Any]) -> str | None:
+    path = next((columns[name] for name in PATH_COLUMNS if columns.get(name) is not None), None)
+    return None if path is None else str(path)
 
 
 def _wanted(edits: Mapping[str, str | float] | Sequence[str]) -> list[tuple[str, Change]]:
@@ -214,7 +228,7 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
     table = store.metadata.take(found.rows).to_pylist()
     hits = []
     for i, (row, columns, shared) in enumerate(zip(found.rows.tolist(), table, sharing.of(found.rows), strict=True)):
-        path = next((columns.pop(name) for name in PATH_COLUMNS if name in columns), None)
+        path = _path(columns)
         caption = next((columns.pop(name) for name in CAPTION_COLUMNS if name in columns), None)
         hits.append(
             Hit(
@@ -224,10 +238,10 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
                 rank_before=int(before[0][i]),
                 score_before=float(before[1][i]),
                 row=row,
-                path=None if path is None else str(path),
+                path=path,
                 caption=None if caption is None else str(caption),
                 shared=shared,
-                columns={name: _plain(value) for name, value in columns.items()},
+                columns={name: _plain(value) for name, value in columns.items() if name not in PATH_COLUMNS},
             )
         )
     return tuple(hits)

@@ -84,8 +84,10 @@ class SearchResult:
     before: tuple[Hit, ...]
     """The answer to the query as it was, in that order; empty without edits, where it is `hits`."""
     warnings: tuple[str, ...]
-    root: Path | None = None
-    """Folder that the paths of pictures are relative to, where it is known."""
+    roots: tuple[Path, ...] = ()
+    """Folders that the paths of pictures may be relative to."""
+    query_path: str | None = None
+    """Of the query's picture, where it is a row that has one."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `msae search --json` writes."""
