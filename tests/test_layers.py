@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "store_files", "tars"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "store_files", "tars"},
     {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo"},

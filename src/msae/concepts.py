@@ -66,8 +66,8 @@ class Concept:
     """None where no rows were given, or too few of them contain the name."""
     text_fires: bool | None = None
     """Whether the name, encoded as text, activates the latent; None by the poster's rule."""
-    text_percentile: float | None = None
-    """Share of the vocabulary that activates the latent less than its name does."""
+    text_rank: int | None = None
+    """Place of the name among all words by how much each, encoded as text, activates the latent; 1 is the most."""
     images_fire: bool | None = None
     """Whether images of it activate the latent more than others do; None where that is not known."""
 
@@ -153,7 +153,13 @@ class ConceptNames:
         concepts = [
             {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts
         ]
-        return {"rule": self.rule, "d_sae": self.d_sae, "counts": dict(self.counts), **self.record, "concepts": concepts}
+        return {
+            "rule": self.rule,
+            "d_sae": self.d_sae,
+            "counts": dict(self.counts),
+            **self.record,
+            "concepts": concepts,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write names.json, into the folder `path` or as that file."""
