@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.naming import NameSettings, name
     from msae.sae import SAE, SAEConfig
     from msae.store import EmbeddingStore
     from msae.training import TrainSettings, train
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ConceptNames": "concepts",
     "Embedder": "embedding",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "NameSettings": "naming",
+    "name": "naming",
     "SAE": "sae",
     "SAEConfig": "sae",
     "EmbeddingStore": "store",
@@ -44,13 +49,16 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "NameSettings",
     "SAEConfig",
     "TrainSettings",
     "embed",
     "evaluate",
+    "name",
     "poster_table",
     "train",
 ]

@@ -204,6 +204,26 @@ class ConceptNames:
         return dict(found)
 
 
+def names_table(names: ConceptNames, *, rows: int = 20) -> str:
+    """What `msae name` prints: the counts of the rule, and the concepts that lie nearest to their names."""
+    share = len(names) / names.d_sae
+    lines = [f"{len(names):,} of {names.d_sae:,} latents are named ({share:.1%}) by the rule {names.rule}"]
+    lines += ["  " + ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in names.counts.items()), ""]
+    if names.concepts:
+        lines.append("latent  cosine  margin  q        AUROC (95 % interval)  name")
+    for concept in sorted(names, key=lambda concept: -concept.cosine)[:rows]:
+        found = concept.agreement
+        agreement = f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-"
+        margin = "-" if concept.margin is None else f"{concept.margin:.3f}"
+        q = "-" if concept.q is None else f"{concept.q:.1e}"
+        synonyms = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
+        start = f"{concept.latent:>6}  {concept.cosine:>6.3f}  {margin:>6}  {q:<7}  {agreement:<21}"
+        lines.append(f"{start}  {concept.name}{synonyms}")
+    if len(names) > rows:
+        lines.append(f"and {len(names) - rows:,} more in names.json")
+    return "\n".join(lines)
+
+
 def as_names(names: ConceptNames | str | Path) -> ConceptNames:
     """`names` themselves, or those saved in that run folder or file."""
     return names if isinstance(names, ConceptNames) else ConceptNames.load(names)
