@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from msae import evidence
@@ -257,53 +257,67 @@ def _by_poster(sae: SAE, words: Words, settings: NameSettings) -> ConceptNames:
 def _by_evidence(
     sae: SAE, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
 ) -> ConceptNames:
-    """More than chance for directions like the decoder's, and confirmed by captions where there are some."""
+    """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
     directions = _decoder(sae)
     found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
     rng = np.random.default_rng(settings.seed)
-    null_size = max(20_000, 2 * sae.d_sae)
-    null = evidence.best_cosines(evidence.random_like(directions, null_size, rng), words.directions)
-    p = evidence.tail_p_values(found.cosines[:, 0], null)
+    null = evidence.random_like(directions, max(20_000, 2 * sae.d_sae), rng)
+    null_cosines = evidence.best_cosines(null, words.directions)
+    p = evidence.tail_p_values(found.cosines[:, 0], null_cosines)
     q = evidence.q_values(p)
     latents = np.flatnonzero(q <= settings.false_names)
-    witness = None if on is None else _Witness(sae, words, as_store(on), settings, rng)
-    agreements = [None] * len(latents) if witness is None else witness.agreements(latents, found.words[latents, 0])
-    ranks, fires = _text_evidence(sae, words, latents, found.words[latents, 0])
-    is_read = fires & (ranks <= max(1, int(TEXT_SHARE * len(words.texts))))
-    counts = {"latents": sae.d_sae, "beyond_chance": len(latents), "fired_by_text": int(is_read.sum())}
-    concepts = []
-    for i, latent in enumerate(latents):
-        agreement = agreements[i]
-        if not is_read[i] or (witness is not None and not _agrees(agreement, settings.untested)):
-            continue
-        word, rival = int(found.words[latent, 0]), int(found.rivals[latent])
-        concepts.append(
-            Concept(
-                int(latent),
-                words.texts[word],
-                _round(found.cosines[latent, 0]),
-                _round(found.cosines[latent, 0] - found.rival_cosines[latent]) if rival >= 0 else None,
-                words.texts[rival] if rival >= 0 else None,
-                p=float(p[latent]),
-                q=float(q[latent]),
-                synonyms=tuple(text for text in words.members(words.groups[word]) if text != words.texts[word]),
-                agreement=agreement,
-                text_fires=bool(fires[i]),
-                text_rank=int(ranks[i]),
-                images_fire=agreement.low > 0.5 if agreement and witness and witness.modality == "image" else None,
-            )
-        )
-    if witness is not None:
+    counts = {"latents": sae.d_sae, "beyond_chance": len(latents)}
+    ranks = _text_ranks(sae, words, latents, found.words[latents, 0])
+    is_read = ranks <= max(1, int(TEXT_SHARE * len(words.texts)))
+    latents, ranks = latents[is_read], ranks[is_read]
+    counts["fired_by_text"] = len(latents)
+    record: dict[str, Any] = {
+        "false_names": settings.false_names,
+        "null_size": len(null),
+        "null_cosines": {str(share): _round(np.quantile(null_cosines, share)) for share in (0.5, 0.95, 0.99)},
+    }
+    agreements: list[Agreement | None] = [None] * len(latents)
+    keep = [True] * len(latents)
+    if on is not None:
+        witness = _Witness(sae, words, as_store(on), settings, rng)
+        agreements = witness.agreements(latents, found.words[latents, 0])
+        keep = [_agrees(agreement, settings.untested) for agreement in agreements]
         counts["tested"] = sum(agreement is not None for agreement in agreements)
         counts["agree"] = sum(agreement is not None and _agrees(agreement, "unnamed") for agreement in agreements)
-    counts["named"] = len(concepts)
-    record = {
-        "false_names": settings.false_names,
-        "null_size": null_size,
-        "null_cosines": {str(share): _round(np.quantile(null, share)) for share in (0.5, 0.95, 0.99)},
-        **({} if witness is None else witness.record),
-    }
-    return _names(sae, words, settings, concepts, counts, found, record)
+        record |= witness.record
+    concepts = [
+        _concept(int(latent), words, found, float(p[latent]), float(q[latent]), int(rank), agreement, record)
+        for latent, rank, agreement, kept in zip(latents, ranks, agreements, keep, strict=True)
+        if kept
+    ]
+    return _names(sae, words, settings, concepts, {**counts, "named": len(concepts)}, found, record)
+
+
+def _concept(
+    latent: int,
+    words: Words,
+    found: evidence.Matches,
+    p: float,
+    q: float,
+    text_rank: int,
+    agreement: Agreement | None,
+    record: Mapping[str, Any],
+) -> Concept:
+    word, rival, cosine = int(found.words[latent, 0]), int(found.rivals[latent]), found.cosines[latent, 0]
+    return Concept(
+        latent,
+        words.texts[word],
+        _round(cosine),
+        _round(cosine - found.rival_cosines[latent]) if rival >= 0 else None,
+        words.texts[rival] if rival >= 0 else None,
+        p=p,
+        q=q,
+        synonyms=tuple(text for text in words.members(words.groups[word]) if text != words.texts[word]),
+        agreement=agreement,
+        text_fires=True,
+        text_rank=text_rank,
+        images_fire=agreement.low > 0.5 if agreement and record.get("on_modality") == "image" else None,
+    )
 
 
 def _agrees(agreement: Agreement | None, untested: Untested) -> bool:
@@ -314,22 +328,22 @@ def _agrees(agreement: Agreement | None, untested: Untested) -> bool:
     return agreement.low > 0.5 and agreement.rank <= best
 
 
-def _text_evidence(
+def _text_ranks(
     sae: SAE, words: Words, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]
-) -> tuple[Int64[np.ndarray, " c"], Bool[np.ndarray, " c"]]:
-    """For each latent, the rank of its own word by how much the words' texts activate it, and whether that one does.
+) -> Int64[np.ndarray, " c"]:
+    """The place of each latent's word among all words by how much their texts activate the latent.
 
-    Synonyms of the name are no rivals. It is the encoder's word on a name that only the decoder was asked for.
+    It is the encoder's word on a name that only the decoder was asked for. Synonyms of the name are no rivals; a
+    word that leaves the latent silent is behind all others.
     """
     x = torch.from_numpy(words.standardized)
-    ranks, fires = np.zeros(len(latents), np.int64), np.zeros(len(latents), bool)
+    ranks = np.zeros(len(latents), np.int64)
     for block in _blocks(len(latents), len(words.texts)):
         z = _activations(sae, x, latents[block])
         mine = z[own[block], np.arange(z.shape[1])]
         is_rival = words.groups[:, None] != words.groups[own[block]][None, :]
-        ranks[block] = 1 + ((z > mine) & is_rival).sum(0)
-        fires[block] = mine > 0
-    return ranks, fires
+        ranks[block] = np.where(mine > 0, 1 + ((z > mine) & is_rival).sum(0), 1 + len(words.texts))
+    return ranks
 
 
 class _Witness:
