@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from msae.embedder import Embedder
 from msae.embedding import embed
-from msae.errors import EmbedderError, MsaeError, SourceError, StoreError
+from msae.errors import ConfigError, EmbedderError, MsaeError, SourceError, StoreError
 from msae.images import read_picture
 from msae.sources import Source, SourceItem
 from msae.store import EmbeddingStore
@@ -35,15 +35,6 @@ CAPTIONS = [
     "a photo of the green dog and a red cat",
     "Blue DOG",
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Tiny products are slower on many threads, by far where other programs use the cores too."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")
@@ -420,7 +411,7 @@ def test_a_bad_place_or_source_is_one_line_and_changes_nothing(clip, tmp_path):
         (SourceError, "none of the 1 samples .* x.png: not an image", tmp_path / "broken", {}),
         (SourceError, "has no images in it", tmp_path / "void", {}),
         (SourceError, "does not exist", tmp_path / "photo", {}),
-        (StoreError, "batch_size is 0; wanted at least 1", source, {"batch_size": 0}),
+        (ConfigError, "batch_size is 0; wanted at least 1", source, {"batch_size": 0}),
     ]
     before = files(tmp_path)
     for kind, message, place, options in cases:

@@ -9,9 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
-    {"errors", "files", "config", "progress", "loggers"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "filters", "rivals"},
-    {"store", "sources", "sae", "probe", "concepts", "edits", "neighbours"},
+    {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "store_files", "tars", "filters", "rivals"},
+    {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "searchpage", "interop", "distributed", "demo"},
     {"cli", "explorer"},
@@ -19,6 +19,7 @@ LAYERS = [
 SIDEWAYS = {
     ("losses", "activations"), ("losses", "kernels"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
+    ("arrays", "errors"), ("tables", "errors"), ("images", "errors"),
     ("edits", "sae"),  # what an edit does to an SAE's activations
 }  # fmt: skip
 MODULES = sorted(SRC.rglob("*.py"))

@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.naming import NameSettings, name
     from msae.retrieval import SearchResult, search
     from msae.sae import SAE, SAEConfig
     from msae.store import EmbeddingStore
@@ -16,11 +18,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ConceptNames": "concepts",
     "Embedder": "embedding",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "NameSettings": "naming",
+    "name": "naming",
     "SearchResult": "retrieval",
     "search": "retrieval",
     "SAE": "sae",
@@ -47,14 +52,17 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "NameSettings",
     "SAEConfig",
     "SearchResult",
     "TrainSettings",
     "embed",
     "evaluate",
+    "name",
     "poster_table",
     "search",
     "train",

@@ -26,6 +26,7 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   embed      images or captions -> a store of embeddings
   train      a store -> a sparse autoencoder in a run folder
   evaluate   runs -> the poster's metrics and table
+  name       a run and a vocabulary -> names for its latents, with evidence
   search     nearest neighbours of a query in which concepts are turned up or down
   info       what a store or a run holds
 
@@ -279,6 +280,38 @@ def _evaluate(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def _name(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.concepts import names_table
+    from msae.naming import NameSettings, name
+
+    def run(
+        sae: str,
+        /,
+        *,
+        vocabulary: str,
+        on: str | None = None,
+        out: Path | None = None,
+        settings: Annotated[NameSettings, tyro.conf.arg(name="")] = NameSettings(),  # noqa: B008
+        json: str | None = None,
+    ) -> None:
+        """Name the latents of a run by the words nearest to their decoder rows, where the evidence allows it.
+
+        Args:
+            sae: A run folder, or a hub repository with an SAE.
+            vocabulary: A store of words, embedded as text by the encoder of the SAE.
+            on: A store with captions or labels: names must then also agree with them.
+            out: The file to write; without it, names.json in the run folder.
+            settings: The rule and its choices.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        names = name(sae, vocabulary, on=on, out=out, settings=settings)
+        _report(names_table(names), names.to_dict(), json)
+
+    return run
+
+
 def _search(_: list[str]) -> Callable[..., None]:
     import tyro
 
@@ -375,6 +408,7 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "embed": _embed,
     "train": _train,
     "evaluate": _evaluate,
+    "name": _name,
     "search": _search,
     "info": _info,
 }

@@ -66,8 +66,8 @@ class Concept:
     """None where no rows were given, or too few of them contain the name."""
     text_fires: bool | None = None
     """Whether the name, encoded as text, activates the latent; None by the poster's rule."""
-    text_percentile: float | None = None
-    """Share of the vocabulary that activates the latent less than its name does."""
+    text_rank: int | None = None
+    """Place of the name among all words by how much each, encoded as text, activates the latent; 1 is the most."""
     images_fire: bool | None = None
     """Whether images of it activate the latent more than others do; None where that is not known."""
 
@@ -153,7 +153,13 @@ class ConceptNames:
         concepts = [
             {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts
         ]
-        return {"rule": self.rule, "d_sae": self.d_sae, "counts": dict(self.counts), **self.record, "concepts": concepts}
+        return {
+            "rule": self.rule,
+            "d_sae": self.d_sae,
+            "counts": dict(self.counts),
+            **self.record,
+            "concepts": concepts,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write names.json, into the folder `path` or as that file."""
@@ -196,6 +202,26 @@ class ConceptNames:
             for word in {word.casefold() for word in (concept.name, *concept.synonyms)}:
                 found[word].append(concept.latent)
         return dict(found)
+
+
+def names_table(names: ConceptNames, *, rows: int = 20) -> str:
+    """What `msae name` prints: the counts of the rule, and the concepts that lie nearest to their names."""
+    share = len(names) / names.d_sae
+    lines = [f"{len(names):,} of {names.d_sae:,} latents are named ({share:.1%}) by the rule {names.rule}"]
+    lines += ["  " + ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in names.counts.items()), ""]
+    if names.concepts:
+        lines.append("latent  cosine  margin  q        AUROC (95 % interval)  name")
+    for concept in sorted(names, key=lambda concept: -concept.cosine)[:rows]:
+        found = concept.agreement
+        agreement = f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-"
+        margin = "-" if concept.margin is None else f"{concept.margin:.3f}"
+        q = "-" if concept.q is None else f"{concept.q:.1e}"
+        synonyms = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
+        start = f"{concept.latent:>6}  {concept.cosine:>6.3f}  {margin:>6}  {q:<7}  {agreement:<21}"
+        lines.append(f"{start}  {concept.name}{synonyms}")
+    if len(names) > rows:
+        lines.append(f"and {len(names) - rows:,} more in names.json")
+    return "\n".join(lines)
 
 
 def as_names(names: ConceptNames | str | Path) -> ConceptNames:

@@ -93,14 +93,11 @@ class Embedder:
             else:  # transformers knows where the hub keeps a safetensors conversion of old repositories
                 model = _load_model(id, str(id), revision=revision, **weights)
             if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-                raise EmbedderError(
-                    f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}"
-                )
+                raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
             tokenizer = _load(id, transformers.AutoTokenizer, folder)
             is_v5 = int(transformers.__version__.split(".")[0]) >= 5
             pillow = {"backend": "pil"} if is_v5 else {"use_fast": False}
             processor = _load(id, transformers.AutoImageProcessor, folder, **pillow)
-        model = model.eval().requires_grad_(False).to(device)
         embedder = cls(
             id=str(id),
             revision=revision_of(folder),
@@ -109,7 +106,7 @@ class Embedder:
             dtype=chosen,
             pixel_backend="pil",
             max_tokens=int(config.text_config.max_position_embeddings),
-            _model=model,
+            _model=model.eval().requires_grad_(False).to(device),
             _tokenizer=tokenizer,
             _processor=processor,
         )
@@ -142,9 +139,7 @@ class Embedder:
         # SigLIP attends to its padding: the mask must not reach it
         names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
         with torch.inference_mode():
-            return _unit_rows(
-                self._model.get_text_features(**{name: inputs[name].to(self.device) for name in names})
-            )
+            return _unit_rows(self._model.get_text_features(**{name: inputs[name].to(self.device) for name in names}))
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the captions do not fit into `max_tokens`."""
@@ -169,15 +164,11 @@ def find_folder(id: str, revision: str | None = None) -> Path:
     path = DEMO if id == "demo" else Path(id)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise EmbedderError(
-                f"{path} holds no config.json; wanted a model folder in the format of transformers"
-            )
+            raise EmbedderError(f"{path} holds no config.json; wanted a model folder in the format of transformers")
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id) or id.startswith(".") or id == "demo":
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise EmbedderError(
-            f"encoder {path} does not exist{nearest(path.name, siblings)}; wanted a folder or hub id"
-        )
+        raise EmbedderError(f"encoder {path} does not exist{nearest(path.name, siblings)}; wanted a folder or hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -229,6 +220,15 @@ def _load_model(id: str | Path, source: Path | str, **options: Any) -> Any:
     return model
 
 
+def _load_tokenizer(id: str | Path, folder: Path) -> Any:
+    """The tokenizer, from its files: without any, transformers would make an empty one."""
+    import transformers
+
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
+    return _load(id, transformers.AutoTokenizer, folder)
+
+
 def _load(id: str | Path, auto: Any, source: Path | str, **options: Any) -> Any:
     """What a class of transformers reads from a folder, or one line that says why it cannot."""
     try:
@@ -237,12 +237,8 @@ def _load(id: str | Path, auto: Any, source: Path | str, **options: Any) -> Any:
         raise EmbedderError(f"encoder {id} needs a package that is not installed: {_line(err)}") from err
     except Exception as err:  # a damaged file surfaces as almost any error in transformers
         what = {"AutoConfig": "config.json", "AutoModel": "weights (model.safetensors)"}
-        part = what.get(
-            auto.__name__, "tokenizer" if "Tokenizer" in auto.__name__ else "preprocessor_config.json"
-        )
-        raise EmbedderError(
-            f"encoder {id}: its {part} cannot be read ({_line(err)}); restore or download it"
-        ) from err
+        part = what.get(auto.__name__, "tokenizer" if "Tokenizer" in auto.__name__ else "preprocessor_config.json")
+        raise EmbedderError(f"encoder {id}: its {part} cannot be read ({_line(err)}); restore or download it") from err
 
 
 def revision_of(folder: Path) -> str:

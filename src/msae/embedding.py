@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from msae.arrays import first_bad_row
 from msae.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
 from msae.embedder import DEMO, Embedder, Precision, revision_of
-from msae.errors import EmbedderError, SourceError, StoreError
+from msae.errors import ConfigError, EmbedderError, SourceError, StoreError
 from msae.files import read_json, remove_leftovers, write_json
 from msae.images import quiet_about_size, read_picture
 from msae.progress import progress
@@ -90,14 +90,13 @@ def embed(
         workers: Threads that decode images ahead; by default one a CPU core, at most 8.
 
     Raises:
+        ConfigError: A number is below 1.
         SourceError: There is nothing to embed.
         EmbedderError: The encoder cannot be loaded.
         StoreError: `out` cannot be written, holds something else, is being written by another process, or
             the work was interrupted (the message says how to go on).
     """
-    for name, value in [("batch_size", batch_size), ("shard_rows", shard_rows), ("workers", workers or 1)]:
-        if value < 1:
-            raise StoreError(f"{name} is {value}; wanted at least 1")
+    _check_positive(batch_size=batch_size, shard_rows=shard_rows, workers=1 if workers is None else workers)
     out = Path(out)
     opened = source if isinstance(source, Source) else open_source(source)
     asked = _Asked.of(opened, encoder, out, dtype, revision, shard_rows, batch_size)
@@ -117,9 +116,13 @@ def embed(
             _embed_chunks(opened, embedder, out, state["chunk_items"], batch_size, workers)
             return _finish(out, state)
         except KeyboardInterrupt:
-            raise StoreError(
-                f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}"
-            ) from None
+            raise StoreError(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; wanted at least 1")
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,7 @@ class _Asked:
         for option, (value, default) in options.items():
             if value != default:
                 command += [option, str(value)]
-        return cls(
-            source.name, source.signature, id, known, revision, precision, shard_rows, shlex.join(command)
-        )
+        return cls(source.name, source.signature, id, known, revision, precision, shard_rows, shlex.join(command))
 
     def difference(self, record: Mapping[str, Any]) -> str | None:
         """What `record` was made of instead, in words; None where it is the same."""
@@ -233,8 +234,7 @@ def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> di
             difference = f"{key.replace('_', ' ')} {state.get(key)}"
     if difference:
         raise StoreError(
-            f"{out} was begun with {difference}; to go on, type: {state['command']}; "
-            f"to start anew, delete {out}"
+            f"{out} was begun with {difference}; to go on, type: {state['command']}; to start anew, delete {out}"
         )
     return state
 
@@ -361,9 +361,7 @@ def _check_caption(caption: str | None) -> None:
         raise SourceError("caption is not valid Unicode")
 
 
-def _embedded(
-    source: Source, embedder: Embedder, batches: Iterable[_Batch], advance: Callable[[int], None]
-) -> Chunk:
+def _embedded(source: Source, embedder: Embedder, batches: Iterable[_Batch], advance: Callable[[int], None]) -> Chunk:
     empty = np.zeros((0, embedder.d_in), np.float16)
     rows: dict[Modality, list[NDArray[np.float16]]] = {}
     if source.has_images:

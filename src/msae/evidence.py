@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 BLOCK_ENTRIES = 8_000_000
@@ -147,7 +147,7 @@ def _similar_pairs(words: Float32[np.ndarray, "m d"], threshold: float) -> Int64
     for block in _cosine_blocks(words, words):
         found = (block.triu(first + 1) >= threshold).nonzero()
         cosines.append(block[found[:, 0], found[:, 1]].numpy())
-        pairs.append(found.numpy() + [first, 0])
+        pairs.append(found.numpy() + np.array([first, 0]))
         first += len(block)
     order = np.argsort(-np.concatenate(cosines), kind="stable")
     return np.asarray(np.concatenate(pairs)[order])
@@ -176,7 +176,7 @@ def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[
 
 
 def _tokens(text: str) -> tuple[str, ...]:
-    letters = "".join(c if c.isalnum() else "" if c in "'’" else " " for c in text.casefold())
+    letters = "".join(c if c.isalnum() else "" if c in "'\u2019" else " " for c in text.casefold())
     return tuple(letters.split())
 
 
@@ -208,16 +208,22 @@ class Auroc(NamedTuple):
 
 
 def aurocs(
-    activations: Float32[np.ndarray, "n latents"], contains: Bool[np.ndarray, "n words"]
+    activations: Float32[np.ndarray, "n latents"], rows_with: Sequence[Sequence[int]]
 ) -> Float64[np.ndarray, "latents words"]:
-    """AUROC of every latent for every word; each word must be in some rows and missing in others."""
+    """AUROC of every latent for every word.
+
+    Args:
+        rows_with: The rows that contain each word; neither none nor all of them.
+    """
     from scipy.sparse import csr_array
     from scipy.stats import rankdata
 
-    ranks = rankdata(activations, axis=0)
-    n_with = contains.sum(0)
-    sums = np.asarray(csr_array(contains.T.astype(np.float64)) @ ranks).T
-    return np.asarray((sums - n_with * (n_with + 1) / 2) / (n_with * (len(contains) - n_with)))
+    n_with = np.array([len(rows) for rows in rows_with])
+    columns = np.concatenate([np.asarray(rows) for rows in rows_with])
+    ends = np.concatenate([[0], n_with.cumsum()])
+    contains = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows_with), len(activations)))
+    sums = np.asarray(contains @ rankdata(activations, axis=0)).T
+    return np.asarray((sums - n_with * (n_with + 1) / 2) / (n_with * (len(activations) - n_with)))
 
 
 def auroc_interval(

@@ -1,0 +1,441 @@
+"""Naming: the statistics against their oracles, what is random stays unnamed, what is planted is found."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from msae import evidence
+from msae.concepts import ConceptNames, as_names
+from msae.errors import ConfigError, MsaeError, RunError, StoreError
+from msae.naming import name
+from msae.sae import SAE, SAEConfig
+from msae.standardize import Standardizer, fit_statistics
+from tests.oracles import naming as oracle
+
+D_IN, N_WORDS, N_PLANTED, D_SAE = 48, 60, 30, 200
+WORDS = [f"{a}{b}" for a in ("bo", "ka", "li", "mu", "ne", "ro") for b in "bcdfghklmn"]
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def write_store(path, rows, **columns):
+    np.save(path, rows.astype(np.float32))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+class World:
+    """A dictionary of which some rows are word directions, and images and texts made of those words."""
+
+    def __init__(self, folder):
+        self.folder, self.rng = folder, np.random.default_rng(0)
+        self.directions = unit(self.rng.standard_normal((N_WORDS, D_IN)))
+        self.gap = 3 * unit(self.rng.standard_normal(D_IN))
+        self.word_rows = self.directions + self.noise(self.directions, 0.3) + self.gap
+        self.vocabulary = write_store(folder / "words.npy", self.word_rows, text=WORDS)
+        contents = [self.rng.choice(N_WORDS, 3, replace=False) for _ in range(1500)]
+        images = np.stack([self.directions[content].sum(0) for content in contents])
+        self.images = images + self.noise(images, 0.3)
+        captions = ["a " + " and ".join(WORDS[i] for i in content) for content in contents]
+        paths = [f"{i}.png" for i in range(len(captions))]
+        self.on = write_store(folder / "images.npy", self.images, image_path=paths, caption=captions)
+        planted = self.directions[:N_PLANTED] + self.noise(self.directions[:N_PLANTED], 0.4)
+        self.decoder = unit(np.concatenate([planted, self.random_rows(D_SAE - N_PLANTED)]))
+        self.sae = self.sae_of(self.decoder)
+
+    def noise(self, like, size):
+        return size * unit(self.rng.standard_normal(like.shape))
+
+    def random_rows(self, n):
+        return unit(self.rng.standard_normal((n, D_IN)))
+
+    def sae_of(self, decoder, **config):
+        statistics = fit_statistics(lambda: [torch.from_numpy(self.images.astype(np.float32))])
+        settings = SAEConfig(D_IN, len(decoder), kind="relu", **config)
+        sae = SAE(settings, Standardizer().with_statistics("image", statistics))
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.from_numpy(decoder))
+            sae.W_enc.copy_(sae.W_dec.T)
+            sae.b_enc -= 1.0
+        return sae.eval()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+# --- The statistics
+
+
+def test_aurocs_count_pairs_and_ties_as_half():
+    rng = np.random.default_rng(1)
+    z = rng.integers(0, 4, (40, 5)).astype(np.float32)  # few values: many ties
+    rows = [[0], [3, 4, 5], list(range(0, 40, 2))]
+    found = evidence.aurocs(z, rows)
+    for latent, word in np.ndindex(found.shape):
+        assert found[latent, word] == pytest.approx(oracle.auroc(z[:, latent], rows[word]), abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.2, 0.5, 0.7, 0.97])
+@pytest.mark.parametrize(("n_with", "n_without"), [(5, 40), (200, 3000)])
+def test_auroc_interval_solves_newcombes_equation(value, n_with, n_without):
+    low, high = evidence.auroc_interval(np.array([value]), np.array([n_with]), np.array([n_without]))
+    assert (low[0], high[0]) == pytest.approx(oracle.newcombe_interval(value, n_with, n_without), abs=1e-9)
+
+
+def test_auroc_interval_has_a_width_at_one_and_stays_inside():
+    low, high = evidence.auroc_interval(np.array([1.0, 0.0]), np.array([8, 8]), np.array([50, 50]))
+    assert 0.5 < low[0] < 0.99 and high[0] == 1.0
+    assert low[1] == 0.0 and 0.01 < high[1] < 0.5
+
+
+def test_auroc_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    n_with, n_without, repeats = 30, 300, 400
+    values = np.array(
+        [
+            oracle_free_auroc(rng.normal(1.0, 1, n_with), rng.normal(0, 1, n_without))  # true AUROC .7602
+            for _ in range(repeats)
+        ]
+    )
+    low, high = evidence.auroc_interval(values, np.full(repeats, n_with), np.full(repeats, n_without))
+    covered = np.mean((low <= 0.7602) & (high >= 0.7602))
+    assert 0.92 <= covered <= 0.985  # .95, three standard errors of 400 repeats either side
+
+
+def oracle_free_auroc(a, b):
+    return (a[:, None] > b[None, :]).mean()
+
+
+def test_q_values_are_benjamini_hochbergs():
+    p = np.random.default_rng(3).random(30) ** 3
+    assert evidence.q_values(p) == pytest.approx(oracle.benjamini_hochberg(list(p)))
+    assert len(evidence.q_values(np.array([]))) == 0
+
+
+def test_tail_p_values_count_the_null_and_are_never_zero():
+    rng = np.random.default_rng(4)
+    null, values = rng.integers(0, 9, 50).astype(np.float32), np.arange(12, dtype=np.float32)
+    assert evidence.tail_p_values(values, null) == pytest.approx([(1 + sum(null >= v)) / 51 for v in values])
+
+
+def test_nearest_words_do_not_depend_on_the_blocks(monkeypatch):
+    rng = np.random.default_rng(5)
+    directions, words = unit(rng.standard_normal((50, 8))), unit(rng.standard_normal((30, 8)))
+    groups = rng.integers(0, 12, 30)
+    whole = evidence.nearest_words(directions, words, groups, top=4)
+    monkeypatch.setattr(evidence, "BLOCK_ENTRIES", 70)  # two directions at a time
+    blocks = evidence.nearest_words(directions, words, groups, top=4)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, blocks, strict=True))
+    cosines = directions @ words.T
+    for i, row in enumerate(cosines):
+        assert list(whole.words[i]) == list(np.argsort(-row)[:4])
+        others = [j for j in range(30) if groups[j] != groups[whole.words[i, 0]]]
+        assert whole.rivals[i] == max(others, key=lambda j: row[j])
+
+
+def test_one_group_of_words_has_no_rival():
+    x = unit(np.random.default_rng(6).standard_normal((4, 8)))
+    found = evidence.nearest_words(x, x, np.zeros(4, np.int64), top=2)
+    assert (found.rivals == -1).all() and np.isnan(found.rival_cosines).all()
+
+
+def test_random_like_has_the_mean_and_covariance_of_the_rows():
+    rng = np.random.default_rng(7)
+    rows = unit(rng.standard_normal((400, 64)) * np.linspace(0.1, 1, 64) + np.eye(64)[0] * 2)
+    made = evidence.random_like(rows, 50_000, rng)
+    assert np.linalg.norm(made, axis=1) == pytest.approx(1, abs=1e-5)
+    # .02: bringing normal rows to norm one shrinks the moments by a few per cent of at most .3
+    assert made.mean(0) == pytest.approx(rows.mean(0), abs=0.02)
+    assert made.T @ made / len(made) == pytest.approx(rows.T @ rows / len(rows), abs=0.02)
+
+
+def test_synonyms_never_chain():
+    angles = np.radians([0, 20, 40, 60, 180])  # each within 25 degrees of the next, but not of the one after
+    words = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    groups = evidence.synonym_groups(words, threshold=float(np.cos(np.radians(25))))
+    for group in set(groups):
+        members = words[groups == group]
+        assert (members @ members.T >= np.cos(np.radians(25)) - 1e-6).all()
+    assert groups.max() + 1 == 3 and (groups == groups[4]).sum() == 1
+
+
+def test_synonyms_of_separate_clusters_are_the_clusters():
+    rng = np.random.default_rng(8)
+    centres, truth = unit(rng.standard_normal((20, 64))), rng.integers(0, 20, 90)
+    words = unit(centres[truth] + 0.2 * unit(rng.standard_normal((90, 64))))
+    groups = evidence.synonym_groups(words, threshold=0.8)
+    assert np.array_equal(groups[:, None] == groups[None, :], truth[:, None] == truth[None, :])
+
+
+@pytest.mark.parametrize(
+    ("caption", "word", "is_in"),
+    [
+        ("Two red stars, on grass.", "star", True),
+        ("a starfish", "star", False),
+        ("bored", "red", False),
+        ("a star", "stars", True),
+        ("three crosses", "cross", True),
+        ("ponies", "pony", True),
+        ("houses", "house", True),
+        ("one shape left of another", "left of", True),
+        ("left of", "one left of", False),
+        ("sun397/tree_house", "tree house", True),
+        ("a bus", "bu", False),
+        ("grass", "gras", False),
+        ("the dog's ball", "dog", True),
+        ("Ägypten", "ägypten", True),
+    ],
+)
+def test_a_caption_contains_whole_words_singular_or_plural(caption, word, is_in):
+    assert evidence.rows_with_words([caption], [word]) == [[0] if is_in else []]
+
+
+# --- What is random stays unnamed
+
+
+def test_a_random_decoder_stays_unnamed(world):
+    for seed in range(100, 103):
+        rows = unit(np.random.default_rng(seed).standard_normal((D_SAE, D_IN)))
+        assert len(name(world.sae_of(rows), world.vocabulary)) <= 0.05 * D_SAE
+
+
+def test_p_values_of_random_directions_are_uniform():
+    rng = np.random.default_rng(9)
+    rows, words = unit(rng.standard_normal((500, 16)) * np.linspace(0.2, 2, 16)), unit(rng.standard_normal((80, 16)))
+    null = evidence.best_cosines(evidence.random_like(rows, 20_000, rng), words)
+    p = evidence.tail_p_values(evidence.best_cosines(evidence.random_like(rows, 4000, rng), words), null)
+    for share in (0.01, 0.05, 0.5):
+        assert np.mean(p <= share) == pytest.approx(share, abs=4 * np.sqrt(share / 4000) + 0.002)
+
+
+def test_random_words_name_nothing(world, tmp_path):
+    rows = world.word_rows - world.word_rows.mean(0)
+    for seed in range(3):
+        made = evidence.random_like(unit(rows), N_WORDS, np.random.default_rng(seed))
+        random = write_store(tmp_path / f"{seed}.npy", made + world.gap, text=WORDS)
+        assert len(name(world.sae, random)) <= 0.05 * D_SAE
+
+
+def test_permuted_words_name_nothing_where_captions_can_object(world, tmp_path):
+    assert len(name(world.sae, world.vocabulary, on=world.on)) > 0.1 * D_SAE
+    for seed in range(3):
+        texts = np.random.default_rng(seed).permutation(WORDS)
+        permuted = write_store(tmp_path / f"{seed}.npy", world.word_rows, text=texts)
+        assert len(name(world.sae, permuted, on=world.on)) <= 0.05 * D_SAE
+
+
+# --- What is planted is found
+
+
+@pytest.mark.parametrize("has_captions", [False, True])
+def test_planted_concepts_get_their_names(world, has_captions):
+    names = name(world.sae, world.vocabulary, on=world.on if has_captions else None)
+    right = [c for c in names if c.latent < N_PLANTED and c.name == WORDS[c.latent]]
+    assert len(right) >= 0.9 * len(names) and len(right) >= 0.8 * N_PLANTED
+    for concept in right:
+        assert concept.p <= concept.q <= 0.05 and concept.margin > 0 and concept.text_fires
+        assert concept.is_multimodal is (True if has_captions else None)
+        if has_captions:
+            assert 0.5 < concept.agreement.low <= concept.agreement.auroc <= concept.agreement.high
+            assert concept.agreement.fires_with > concept.agreement.fires_without
+
+
+def test_agreement_is_the_auroc_of_the_encoded_rows(world):
+    names = name(world.sae, world.vocabulary, on=world.on)
+    z = world.sae.encode(torch.from_numpy(world.images.astype(np.float32)), inference="relu").numpy()
+    with world.on.with_suffix(".csv").open() as file:
+        captions = [line["caption"].split() for line in csv.DictReader(file)]
+    for concept in list(names)[:3]:
+        rows = [i for i, caption in enumerate(captions) if concept.name in caption]
+        # float32 rows read from the file and encoded in blocks may swap a pair or two
+        assert concept.agreement.auroc == pytest.approx(oracle.auroc(z[:, concept.latent], rows), abs=1e-4)
+        assert concept.agreement.n_with == len(rows)
+
+
+def test_untested_names_stand_only_where_asked(world, tmp_path):
+    paths = [f"{i}.png" for i in range(len(world.images))]
+    silent = write_store(tmp_path / "silent.npy", world.images, image_path=paths, caption=["a picture"] * len(paths))
+    assert len(name(world.sae, world.vocabulary, on=silent)) == 0
+    names = name(world.sae, world.vocabulary, on=silent, untested="named")
+    assert [c.name for c in names] == [c.name for c in name(world.sae, world.vocabulary)]
+    assert all(c.agreement is None for c in names)
+
+
+# --- The poster's rule
+
+
+@pytest.mark.parametrize("subtract_b_dec", [False, True])
+def test_posters_rule_is_the_posters(world, subtract_b_dec):
+    sae = world.sae_of(world.decoder[: N_PLANTED + 10])  # more rows, and none is the only one with its word
+    with torch.no_grad():
+        sae.b_dec += torch.linspace(-0.5, 0.5, D_IN)
+    names = name(sae, world.vocabulary, rule="poster", subtract_b_dec=subtract_b_dec)
+    centred = unit(world.word_rows) - unit(world.word_rows).mean(0)
+    words = centred * np.sqrt(D_IN) / np.linalg.norm(centred, axis=1).mean()
+    words = words - sae.b_dec.detach().numpy() if subtract_b_dec else words
+    counts, valid = oracle.poster_columns(sae.W_dec.detach().numpy(), words)
+    assert names.counts == counts and counts["valid"] > 3
+    assert {c.latent: c.name for c in names} == {latent: WORDS[word] for latent, word in valid.items()}
+    assert all(c.q is None for c in names)
+
+
+def test_a_synonym_kills_by_the_posters_rule_and_not_by_evidence(world, tmp_path):
+    twin = world.word_rows + 0.02 * unit(world.rng.standard_normal(world.word_rows.shape))
+    rows, texts = np.concatenate([world.word_rows, twin]), WORDS + [f"{word}-zwo" for word in WORDS]
+    doubled = write_store(tmp_path / "doubled.npy", rows, text=texts)
+    few = world.sae_of(world.decoder[: N_PLANTED + 10])
+    assert len(name(few, world.vocabulary, rule="poster")) > 3
+    assert len(name(few, doubled, rule="poster")) == 0
+    names = name(world.sae, doubled)
+    assert {c.latent for c in names} == {c.latent for c in name(world.sae, world.vocabulary)}
+    assert all(len(c.synonyms) == 1 and c.runner_up not in c.synonyms for c in names)
+    concept = names.concepts[0]
+    assert concept.latent in names.latents_of(concept.synonyms[0].upper())
+
+
+# --- Invariances
+
+
+def summary(names):
+    return [(c.latent, c.name, round(c.cosine, 4), c.runner_up) for c in names]
+
+
+def test_names_do_not_depend_on_the_order_or_the_length_of_the_words(world, tmp_path):
+    expected = summary(name(world.sae, world.vocabulary))
+    order = np.random.default_rng(10).permutation(N_WORDS)
+    mixed = write_store(tmp_path / "mixed.npy", 3 * world.word_rows[order], text=[WORDS[i] for i in order])
+    assert summary(name(world.sae, mixed)) == expected
+
+
+def test_templates_of_one_word_are_one_word(world, tmp_path):
+    expected = name(world.sae, world.vocabulary)
+    texts = WORDS + [f" {word.upper()} " for word in WORDS]
+    templates = write_store(tmp_path / "templates.npy", np.concatenate([world.word_rows] * 2), text=texts)
+    names = name(world.sae, templates)
+    assert summary(names) == summary(expected) and names.record["n_words"] == N_WORDS
+
+
+def test_names_do_not_depend_on_the_length_of_decoder_rows(world):
+    stretched = world.sae_of(world.decoder)
+    with torch.no_grad():
+        stretched.W_dec *= torch.linspace(0.5, 4, D_SAE)[:, None]
+    assert summary(name(stretched, world.vocabulary)) == summary(name(world.sae, world.vocabulary))
+
+
+def test_small_blocks_change_nothing(world, monkeypatch):
+    expected = name(world.sae, world.vocabulary, on=world.on)
+    monkeypatch.setattr(evidence, "BLOCK_ENTRIES", 20_000)
+    assert summary(name(world.sae, world.vocabulary, on=world.on)) == summary(expected)
+
+
+def test_the_same_seed_gives_the_same_file(world, tmp_path):
+    for run in ("a", "b"):
+        name(world.sae, world.vocabulary, on=world.on, out=tmp_path / run)
+    assert (tmp_path / "a" / "names.json").read_bytes() == (tmp_path / "b" / "names.json").read_bytes()
+
+
+# --- The file
+
+
+def test_names_survive_their_file(world, tmp_path):
+    world.sae.save(tmp_path)
+    names = name(tmp_path, world.vocabulary, on=world.on)
+    assert ConceptNames.load(tmp_path) == names == as_names(tmp_path / "names.json")
+    data = json.loads((tmp_path / "names.json").read_text())
+    assert {"schema_version", "made_by", "rule", "d_sae", "concepts"} <= set(data)
+    keys = {"latent", "name", "cosine", "margin", "p", "q", "agreement", "is_multimodal"}
+    assert all(keys <= set(concept) for concept in data["concepts"])
+
+
+def test_a_name_means_every_latent_that_bears_it(world):
+    doubled = world.sae_of(np.concatenate([world.decoder, world.decoder[:2]]))
+    names = name(doubled, world.vocabulary)
+    assert names.latents_of(WORDS[0].title()) == [0, D_SAE]
+    assert names.name_of(0) == WORDS[0] and names.name_of(D_SAE - 1) is None
+
+
+def test_every_latent_has_candidates_named_or_not(world):
+    names = name(world.sae, world.vocabulary, candidates=3)
+    for latent in (0, D_SAE - 1):
+        near = names.candidates_of(latent)
+        assert len(near) == 3 and near[0].cosine >= near[1].cosine >= near[2].cosine
+    assert names.candidates_of(0)[0].word == WORDS[0]
+
+
+# --- Errors
+
+
+def test_unknown_names_and_latents_are_one_line(world):
+    names = name(world.sae, world.vocabulary)
+    with pytest.raises(ConfigError, match="no latent is named 'bobb'; did you mean 'bob'"):
+        names.latents_of("bobb")
+    for latent in (-1, D_SAE):
+        with pytest.raises(ConfigError, match=f"no latent {latent}; this SAE has the latents 0 to {D_SAE - 1}"):
+            names.name_of(latent)
+    with pytest.raises(RunError, match="does not exist; to name the latents, type: msae name"):
+        ConceptNames.load(world.folder / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"schema_version": 1}', '{"schema_version": 9}'])
+def test_a_damaged_file_is_one_line(tmp_path, damage):
+    (tmp_path / "names.json").write_text(damage)
+    with pytest.raises(RunError, match=r"names\.json"):
+        ConceptNames.load(tmp_path)
+
+
+def test_unfit_vocabularies_are_one_line(world, tmp_path):
+    cases = {
+        "width 12, but this SAE reads width 48": (world.word_rows[:, :12], {"text": WORDS}),
+        "row 1 of the vocabulary .* has no word": (world.word_rows[:2], {"text": ["bob", " "]}),
+        "has 1 word; a name needs at least two": (world.word_rows[:2], {"text": ["bob", "Bob"]}),
+        "none of the columns text": (world.word_rows[:2], {"id": ["a", "b"]}),
+        "all 2 rows are the same vector": (np.ones((2, D_IN)), {"text": ["bob", "kab"]}),
+    }
+    for number, (message, (rows, columns)) in enumerate(cases.items()):
+        with pytest.raises(MsaeError, match=message) as caught:
+            name(world.sae, write_store(tmp_path / f"{number}.npy", rows, **columns))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_empty_vocabulary_is_one_line(world, tmp_path):
+    with pytest.raises(StoreError) as caught:
+        name(world.sae, write_store(tmp_path / "empty.npy", np.ones((0, D_IN)), text=[]))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_encoder_is_refused(world, tmp_path):
+    import pyarrow as pa
+
+    from msae.store import StorePart
+    from msae.store import write_store as write
+
+    part = StorePart({"text": world.word_rows.astype(np.float16)}, pa.table({"id": WORDS, "caption": WORDS}))
+    store = write(tmp_path / "words.store", [part], record={"encoder": "them/theirs"})
+    with pytest.raises(StoreError, match="embedded by them/theirs, but this SAE reads embeddings of us/ours"):
+        name(world.sae_of(world.decoder, encoder="us/ours"), store)
+    assert len(name(world.sae_of(world.decoder, encoder="them/theirs"), store)) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "posters"}, "did you mean 'poster'"),
+        ({"false_names": 0.0}, "--false-names 0.0 is not in 0 to 1"),
+        ({"candidates": 0}, "--candidates 0 is not positive"),
+        ({"centre": "sae"}, "no text statistics here"),
+        ({"colour": 1}, "unknown setting 'colour'"),
+    ],
+)
+def test_wrong_settings_are_one_line(world, options, message):
+    with pytest.raises(ConfigError, match=message):
+        name(world.sae, world.vocabulary, **options)
