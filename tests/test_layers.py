@@ -10,7 +10,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "store_files", "tars", "filters", "rivals"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "store_files", "tars"}
+    | {"filters", "rivals"},
     {"store", "sources", "embedder", "chunks", "sae", "probe", "concepts", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "searchpage", "interop", "distributed", "demo"},

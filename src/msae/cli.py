@@ -316,6 +316,7 @@ def _search(_: list[str]) -> Callable[..., None]:
     import tyro
 
     from msae.retrieval import search
+    from msae.searchpage import write_page
 
     def run(
         run: str,
@@ -348,8 +349,7 @@ def _search(_: list[str]) -> Callable[..., None]:
             image: for the picture in this file; or
             text: for these words; or
             embedding: for the vector in this .npy file.
-            set: A concept (a name, #123, or several divided by |) and its strength: a number, x2, +3, -1, p99 (the
-                99th percentile of real rows) or 2xp99; 0 removes it. May be given several times.
+            set: A name, #123 or several divided by |, and a strength: 8 (0 removes it), x2, +3, -1, p99 or 2xp99.
             n: Rows to find.
             no_residual: Drop what the SAE does not reconstruct of the query.
             exclusive: Also set to 0 the concepts of the same kind as one that is raised.
@@ -368,8 +368,6 @@ def _search(_: list[str]) -> Callable[..., None]:
             exclusive=exclusive, strict=strict, encoder=encoder,
         )  # fmt: skip
         if html is not None:
-            from msae.searchpage import write_page
-
             write_page(result, html)
         _report(result.table(), result.to_dict(), json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,35 +90,54 @@ def search(
         MissingDependencyError: faiss is not installed.
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
-    if n < 1:
-        raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 20")
-    if space not in ("embedding", "latent"):
-        raise ConfigError(f"space {space!r} is unknown; give embedding or latent")
-    wanted = _wanted(set)
-    filter = None if where is None else Filter.parse(where)
-    model, store = as_sae(sae), as_store(on, modality)
-    searched = modality or store.modalities[0]
+    how = _How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))
+    store, known = as_store(on, modality), as_names(names) if names is not None else _names_of(sae)
+    model = as_sae(sae)
     _check_fit(model, store, sae)
-    known = as_names(names) if names is not None else _names_of(sae)
-    query = read_query(ask, store, model, searched)
-    keep = _kept(store, filter, query)
-    handles = Handles(model, store, query.modality, known, strict=strict)
-    edits = [Edit(handles.of(concept), change) for concept, change in wanted]
-    if space == "latent":
-        check_modality(model, query.modality, searched)
-    turned = turn(model, query, edits, handles, exclusive=exclusive, keep_residual=keep_residual)
-    if space == "latent":
-        found = search_latents(model, store, searched, turned, n, keep)
+    return _search(model, store, modality or store.modalities[0], known, ask, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of a search, checked."""
+
+    edits: Sequence[tuple[str, Change]]
+    n: int
+    space: Space
+    keep_residual: bool
+    exclusive: bool
+    strict: bool
+    filter: Filter | None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n is {self.n}; give --n of at least 1, for example --n 20")
+        if self.space not in ("embedding", "latent"):
+            raise ConfigError(f"space {self.space!r} is unknown; give embedding or latent")
+
+
+def _search(
+    sae: SAE, store: EmbeddingStore, searched: Modality, names: ConceptNames | None, ask: Ask, how: _How
+) -> SearchResult:
+    query = read_query(ask, store, sae, searched)
+    keep = _kept(store, how.filter, query)
+    handles = Handles(sae, store, query.modality, names, strict=how.strict)
+    edits = [Edit(handles.of(concept), change) for concept, change in how.edits]
+    if how.space == "latent":
+        check_modality(sae, query.modality, searched)
+    turned = turn(sae, query, edits, handles, exclusive=how.exclusive, keep_residual=how.keep_residual)
+    if how.space == "latent":
+        found = search_latents(sae, store, searched, turned, how.n, keep)
     else:
-        found = search_embeddings(store, searched, turned, n, keep)
-    describe = partial(_hits, store, _Sharing(model, store, searched, known, turned.z_edited))
+        found = search_embeddings(store, searched, turned, how.n, keep)
+    describe = partial(_hits, store, _Sharing(sae, store, searched, names, turned.z_edited))
     return SearchResult(
         store=str(store.path),
         kind=query.kind,
         value=query.value,
         query_modality=query.modality,
         modality=searched,
-        space=space,
+        space=how.space,
         edits=turned.edits,
         hits=describe(found.after, flipped=False),
         before=describe(found.before, flipped=True) if turned.is_changed else (),
