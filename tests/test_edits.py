@@ -10,7 +10,6 @@ from msae.edits import (
     latents_of,
     make_handle,
     natural_of,
-    observe,
     parse_change,
     parse_edit,
     target,
@@ -156,25 +155,32 @@ def test_a_split_concept_is_turned_as_one():
     assert float((edited @ direction.expand(2, 8)).norm()) == pytest.approx(pair.natural.quantile(99), rel=1e-4)
 
 
-def concept(sae, *latents):
+def concept(sae, *latents, size=64):
     """A handle with companions."""
-    return with_companions(handle(sae, *latents), observe(sae, X.split(64), "image", latents))
+    return with_companions(handle(sae, *latents), sae, X.split(size), "image")
 
 
-def test_companions_move_by_their_slope_on_the_strength(sae):
-    z = sae.encode(X, "image")
+def test_companions_are_what_differs_where_the_concept_is_present(sae):
+    z = sae.encode(X, "image").double().numpy()
     group = concept(sae, 3, 9)
-    a = group.strength(z).numpy()
+    a = z[:, [3, 9]] @ group.reader.numpy()
+    present = a > 0.5 * np.percentile(a[a > 0], 99)
     for latent in range(48):
-        slope, r = np.polyfit(a, z[:, latent], 1)[0], np.corrcoef(a, z[:, latent])[0, 1]
-        wanted = slope if abs(r) > 4 / len(X) ** 0.5 and latent not in (3, 9) else 0
-        assert float(group.companions[latent]) == pytest.approx(wanted, abs=1e-4)
+        there, elsewhere = z[present, latent], z[~present, latent]
+        error = (there.var() / len(there) + elsewhere.var() / len(elsewhere)) ** 0.5
+        share = (there.mean() - elsewhere.mean()) / (a[present].mean() - a[~present].mean())
+        is_sure = abs(there.mean() - elsewhere.mean()) > 4 * error and latent not in (3, 9)
+        assert float(group.companions[latent]) == pytest.approx(share if is_sure else 0, abs=1e-4)
 
 
-def test_what_is_observed_does_not_depend_on_the_batches(sae):
-    one, many = (observe(sae, X.split(size), "image", [3, 9]) for size in (200, 7))
-    for a, b in zip(one, many, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+def test_companions_do_not_depend_on_the_batches(sae):
+    one, many = (concept(sae, 3, 9, size=size).companions for size in (200, 7))
+    assert torch.allclose(one, many, atol=1e-5) and one.any()
+
+
+def test_a_concept_seen_too_seldom_has_no_companions(sae):
+    few = with_companions(handle(sae, 3, 9), sae, [X[:4]], "image")
+    assert not few.companions.any()
 
 
 def test_with_companions_the_strength_is_still_the_one_asked_for(sae):

@@ -16,13 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.errors import ConfigError
+from msae.rivals import PRESENT
 from msae.sae import SAE
 from msae.standardize import Modality
 
 GRID = 1001
 """Points of a table of quantiles: one every tenth of a percent."""
 SIGMAS = 4.0
-"""A correlation of less than this over the square root of the number of rows is put down to chance."""
+"""A difference of two means of less than this many standard errors is put down to chance."""
+FEWEST = 5
+"""Rows with the concept, and rows without it, below which nothing is learnt from their difference."""
 
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _WRITTEN = re.compile(
@@ -82,7 +85,7 @@ class Handle:
     """What each activation adds to the strength."""
     natural: Natural | None = None
     companions: Float[Tensor, " d_sae"] | None = None
-    """What every other latent gains or loses on average with one unit of strength; None turns the latents alone."""
+    """What every other latent gains or loses with one unit of strength; None turns the latents alone."""
 
     def strength(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, " n"]:
         """Of the concept in each row of activations."""
@@ -176,38 +179,6 @@ def activations_of(
     return torch.cat(found)
 
 
-class Observed(NamedTuple):
-    """What rows show of some latents and of all that fires with them."""
-
-    z: Float[Tensor, "n g"]
-    """Activations of the latents."""
-    mean: Float[Tensor, " d_sae"]
-    """Of every latent's activation."""
-    square: Float[Tensor, " d_sae"]
-    """Mean of its square."""
-    product: Float[Tensor, "g d_sae"]
-    """Mean of its product with each of the latents."""
-
-
-@torch.no_grad()
-def observe(
-    sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality, latents: Sequence[int]
-) -> Observed:
-    """What raw rows show of some latents; memory grows with rows times `latents` alone."""
-    chosen = list(latents)
-    own: list[Tensor] = []
-    total, square = torch.zeros(2, sae.d_sae, dtype=torch.float64)
-    product = torch.zeros(len(chosen), sae.d_sae, dtype=torch.float64)
-    for x in batches:
-        z = sae.encode(x, modality)
-        own.append(z[:, chosen])
-        total += z.sum(0)
-        square += z.square().sum(0)
-        product += own[-1].T @ z
-    z = torch.cat(own)
-    return Observed(z, total / len(z), square / len(z), product / len(z))
-
-
 def make_handle(
     name: str, latents: Sequence[int], z: Float[Tensor, "n g"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Handle:
@@ -231,21 +202,35 @@ def make_handle(
     return replace(handle, natural=natural_of(z @ handle.reader))
 
 
-def with_companions(handle: Handle, observed: Observed) -> Handle:
-    """The handle that also moves, with its own latents, all others as they move with it in real rows.
+@torch.no_grad()
+def with_companions(handle: Handle, sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality) -> Handle:
+    """The handle that also moves, with its own latents, all others as they differ where the concept is present.
 
     The latents that bear a name read the concept well, but of what a row gains with the concept they write only
-    part: the rest is in latents without a name, and in what other concepts lose. Each other latent's share is the
-    slope of its activation on the strength; a slope that chance may have made counts as none.
+    part: the rest is in latents without a name, and in what other concepts lose. Each other latent's share is its
+    mean where the concept is present less its mean where it is not, over the same difference of the strength; a
+    difference that chance may have made counts as none. docs/search.md has what else was tried.
     """
-    a = observed.z.double() @ handle.reader.double()
-    mean, variance = a.mean(), a.var(correction=0)
-    covariance = handle.reader.double() @ observed.product - mean * observed.mean
-    spread = (observed.square - observed.mean.square()).clamp_min(0) * variance
-    is_sure = covariance.square() * len(a) > SIGMAS**2 * spread
-    slope = torch.where(is_sure, covariance / variance.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    slope[list(handle.latents)] = 0
-    return replace(handle, companions=slope.float())
+    assert handle.natural is not None
+    threshold = PRESENT * handle.natural.quantile(99)
+    count, strength = torch.zeros(2, 2, dtype=torch.float64)
+    total, square = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64)
+    for x in batches:
+        z = sae.encode(x, modality).double()
+        a = handle.strength(z)
+        for i, rows in enumerate((a <= threshold, a > threshold)):
+            count[i] += rows.sum()
+            strength[i] += a[rows].sum()
+            total[i] += z[rows].sum(0)
+            square[i] += z[rows].square().sum(0)
+    if float(count.min()) < FEWEST:
+        return replace(handle, companions=torch.zeros(sae.d_sae))
+    mean, n = total / count.unsqueeze(1), count.unsqueeze(1)
+    error = ((square / n - mean.square()).clamp_min(0) / n).sum(0).sqrt()
+    difference = mean[1] - mean[0]
+    companions = torch.where(difference.abs() > SIGMAS * error, difference, 0.0) / (strength / count).diff()
+    companions[list(handle.latents)] = 0
+    return replace(handle, companions=companions.float())
 
 
 def natural_of(strength: Float[Tensor, " n"]) -> Natural:
@@ -286,7 +271,7 @@ def edit_activations(z: Float[Tensor, "n d_sae"], edits: Sequence[Edit]) -> Floa
 
     A strength is raised by adding the handle's pattern and lowered by shrinking what is there, so a row that
     has the strength already is left alone, and at strength 0 every latent of the concept is exactly 0.
-    Companions move by their slope times the change of strength, not below 0; the latents of an edit are nobody's
+    Companions move by their share of the change of strength, not below 0; the latents of an edit are nobody's
     companions.
     """
     edited, moved = z.clone(), z

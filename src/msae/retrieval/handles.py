@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msae.concepts import ConceptNames
-from msae.edits import Edit, Handle, latents_of, make_handle, observe, parse_change, with_companions
+from msae.edits import Edit, Handle, activations_of, latents_of, make_handle, parse_change, with_companions
 from msae.errors import ConfigError
 from msae.rivals import excluded_by, is_present
 from msae.sae import SAE
@@ -45,10 +45,11 @@ class Handles:
             ConfigError: There is no such concept, or it never fires in the store.
         """
         latents = latents_of(concept, self._find, self.sae.d_sae)
-        observed = observe(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
-        handle = make_handle(concept, latents, observed.z, self.sae.W_dec)
-        is_named = any(not part.strip().startswith("#") for part in concept.split("|"))
-        return with_companions(handle, observed) if is_named and not self.strict else handle
+        z = activations_of(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
+        handle = make_handle(concept, latents, z, self.sae.W_dec)
+        if self.strict or all(part.strip().startswith("#") for part in concept.split("|")):
+            return handle
+        return with_companions(handle, self.sae, self._sample(SAMPLE), self.natural_modality)
 
     @property
     def natural_modality(self) -> Modality:
