@@ -49,6 +49,7 @@ def recall(path: Path, n_queries: int) -> str:
     random = np.random.default_rng(0)
     rows = random.choice(len(x), n_queries, replace=False)
     queries = unit[rows] + 0.3 / np.sqrt(x.shape[1]) * random.normal(size=(n_queries, x.shape[1])).astype(np.float32)
+    queries = queries.astype(np.float32)
     hits, same, worst = 0, 0, 0.0
     for query in queries:
         scores = unit @ (query / np.linalg.norm(query))
@@ -87,8 +88,9 @@ def speed(folder: Path, n_rows: int, width: int, n_queries: int) -> str:
         cpu.append(time.process_time() - began_cpu)
     return (
         f"{n_rows:,} rows x {width} float16. Building (or finding) the index took {building:.1f} s and raised the peak "
-        f"memory by {built - before:.0f} MB; opening it took {opening * 1000:.0f} ms. One query, the {N} nearest, exact "
-        f"in float32: median {np.median(wall) * 1000:.0f} ms, 95th percentile {np.percentile(wall, 95) * 1000:.0f} ms, "
+        f"memory by {built - before:.0f} MB; opening it took {opening * 1000:.0f} ms. One query, the {N} nearest, "
+        f"exact in float32: median {np.median(wall) * 1000:.0f} ms, 95th percentile "
+        f"{np.percentile(wall, 95) * 1000:.0f} ms, "
         f"first {wall[0] * 1000:.0f} ms; CPU time median {np.median(cpu) * 1000:.0f} ms."
     )
 

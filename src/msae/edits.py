@@ -16,15 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.errors import ConfigError
-from msae.rivals import PRESENT
 from msae.sae import SAE
 from msae.standardize import Modality
 
 GRID = 1001
 """Points of a table of quantiles: one every tenth of a percent."""
-SIGMAS = 4.0
-"""A difference of two means of less than this many standard errors is put down to chance."""
-FEWEST = 5
+PRESENT = 0.6
+"""A concept is clearly present in a row from this share of its 99th percentile on."""
+FEWEST = 10
 """Rows with the concept, and rows without it, below which nothing is learnt from their difference."""
 
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
@@ -208,13 +207,13 @@ def with_companions(handle: Handle, sae: SAE, batches: Iterable[Float[Tensor, "_
 
     The latents that bear a name read the concept well, but of what a row gains with the concept they write only
     part: the rest is in latents without a name, and in what other concepts lose. Each other latent's share is its
-    mean where the concept is present less its mean where it is not, over the same difference of the strength; a
-    difference that chance may have made counts as none. docs/search.md has what else was tried.
+    mean where the concept is present less its mean where it is not, over the same difference of the strength.
+    docs/search.md has what else was tried.
     """
     assert handle.natural is not None
     threshold = PRESENT * handle.natural.quantile(99)
     count, strength = torch.zeros(2, 2, dtype=torch.float64)
-    total, square = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64)
+    total = torch.zeros(2, sae.d_sae, dtype=torch.float64)
     for x in batches:
         z = sae.encode(x, modality).double()
         a = handle.strength(z)
@@ -222,13 +221,9 @@ def with_companions(handle: Handle, sae: SAE, batches: Iterable[Float[Tensor, "_
             count[i] += rows.sum()
             strength[i] += a[rows].sum()
             total[i] += z[rows].sum(0)
-            square[i] += z[rows].square().sum(0)
     if float(count.min()) < FEWEST:
         return replace(handle, companions=torch.zeros(sae.d_sae))
-    mean, n = total / count.unsqueeze(1), count.unsqueeze(1)
-    error = ((square / n - mean.square()).clamp_min(0) / n).sum(0).sqrt()
-    difference = mean[1] - mean[0]
-    companions = torch.where(difference.abs() > SIGMAS * error, difference, 0.0) / (strength / count).diff()
+    companions = (total / count.unsqueeze(1)).diff(dim=0)[0] / (strength / count).diff()
     companions[list(handle.latents)] = 0
     return replace(handle, companions=companions.float())
 
