@@ -28,11 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         encoder = sys.argv[1] if len(sys.argv) > 1 else random_clip(Path(folder))
         embedders = {dtype: Embedder.load(encoder, device="cpu", dtype=dtype) for dtype in PRECISIONS}
-        images = (
-            [read_picture(path).image for path in photos(Path(sys.argv[2]))]
-            if len(sys.argv) > 2
-            else pictures()
-        )
+        images = photos(Path(sys.argv[2])) if len(sys.argv) > 2 else pictures()
         pixels = embedders["float32"].pixels(images)
         batches = [{key: x[i : i + BATCH] for key, x in pixels.items()} for i in range(0, len(images), BATCH)]
         rows: dict[str, NDArray[np.float32]] = {}

@@ -85,7 +85,7 @@ def plot_recovery(results: list, file: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, key in zip(axes, ("fvu", "cosine", "cknna"), strict=True):
         for i, result in enumerate(results):
-            points = [point if isinstance(point, dict) else point.to_dict() for point in result.recovery]
+            points = result.to_dict()["recovery"]
             style = "-" if "msae" in Path(result.run).name else "--"
             values = [point[key] for point in points]
             axis.plot([p["k"] for p in points], values, style, color=f"C{i}", label=Path(result.run).name, lw=1.6)

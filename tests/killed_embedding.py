@@ -38,7 +38,7 @@ def run(work: Callable[[], object], *, kill: Callable[[], bool] = bool) -> int:
     while not ended:
         if kill():
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.0002)
+        time.sleep(0.002)
         ended, status = os.waitpid(child, os.WNOHANG)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit("a run failed")

@@ -7,11 +7,13 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from msae.demo import ATTRIBUTES, VOCABULARY, attributes, caption, draw, render, sample_scene
 from msae.demo.drawing import PICTURE_SIZE
 from msae.demo.scenes import TRAINING_SEEDS, UNSEEN_SEEDS, Value
+from msae.demo.yardstick import distinct_scenes, measure
 from msae.errors import ConfigError
 
 EVERY_VALUE = [(name, value) for name, values in ATTRIBUTES.items() for value in values]
@@ -145,3 +147,22 @@ def test_training_and_unseen_seeds_are_disjoint() -> None:
 def test_wrong_wishes_are_named(seed: int, fixed: dict[str, Value], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sample_scene(seed, **fixed)
+
+
+def test_measured_scenes_are_unseen_and_told_apart() -> None:
+    scenes = distinct_scenes(200, UNSEEN_SEEDS.start)
+    assert len({caption(scene) for scene in scenes}) == 200
+    assert not any(scene.seed in TRAINING_SEEDS for scene in scenes)
+
+
+def test_a_model_that_sees_nothing_scores_chance() -> None:
+    rng = np.random.default_rng(0)
+    blind = measure(
+        lambda pictures: rng.normal(size=(len(pictures), 16)).astype(np.float32),
+        lambda texts: rng.normal(size=(len(texts), 16)).astype(np.float32),
+        n_scenes=300,
+    )
+    assert blind.recall_at_1 < 0.03
+    for name, share in blind.zero_shot.items():
+        # five standard errors of the rarest value, a quarter of 300 scenes
+        assert share == pytest.approx(1 / len(ATTRIBUTES[name]), abs=0.2), name

@@ -89,6 +89,13 @@ def test_neighbours_are_those_of_float64_with_ties_to_the_smallest_index(lowest,
         np.testing.assert_array_equal(found.products[i].numpy(), products[i, found.indices[i].numpy()])
 
 
+def test_a_row_at_the_origin_has_the_smallest_indices_as_neighbours():
+    rows = normal(12, 3)
+    rows[4] = 0
+    assert metrics.nearest_neighbors(rows, 5).indices[4].tolist() == [0, 1, 2, 3, 5]
+    assert metrics.nearest_neighbors(rows.abs(), 5).indices[4].tolist() == [0, 1, 2, 3, 5]
+
+
 def test_neighbours_too_close_for_float32_are_told_apart():
     rows = torch.zeros(6, 3)
     rows[:, 0] = 1

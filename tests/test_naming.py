@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from msae.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.naming import name
 from msae.sae import SAE, SAEConfig
 from msae.standardize import Standardizer, fit_statistics
+from msae.store import StorePart
+from msae.store import write_store as write_embeddings
 from tests.oracles import naming as oracle
 
 D_IN, N_WORDS, N_PLANTED, D_SAE = 48, 60, 30, 200
@@ -413,17 +416,28 @@ def test_an_empty_vocabulary_is_one_line(world, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_another_encoder_is_refused(world, tmp_path):
-    import pyarrow as pa
-
-    from msae.store import StorePart
-    from msae.store import write_store as write
-
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fits"),
+    [
+        (("us/ours", None), ("us/ours", None), True),
+        (("us/ours", None), ("them/theirs", None), False),
+        (("us/ours", "abc"), ("us/ours", "def"), False),
+        (("a/folder", "abc"), ("another/folder", "abc"), True),
+        (("us/ours", "abc"), (None, None), True),
+        ((None, None), ("them/theirs", "abc"), True),
+    ],
+)
+def test_another_encoder_is_refused(world, tmp_path, ours, theirs, fits):
     part = StorePart({"text": world.word_rows.astype(np.float16)}, pa.table({"id": WORDS, "caption": WORDS}))
-    store = write(tmp_path / "words.store", [part], record={"encoder": "them/theirs"})
-    with pytest.raises(StoreError, match="embedded by them/theirs, but this SAE reads embeddings of us/ours"):
-        name(world.sae_of(world.decoder, encoder="us/ours"), store)
-    assert len(name(world.sae_of(world.decoder, encoder="them/theirs"), store)) > 0
+    record = {"encoder": theirs[0], "encoder_revision": theirs[1]}
+    store = write_embeddings(tmp_path / "words.store", [part], record=record)
+    sae = world.sae_of(world.decoder, encoder=ours[0], encoder_revision=ours[1])
+    if fits:
+        assert len(name(sae, store)) > 0
+    else:
+        with pytest.raises(StoreError, match=f"embedded by {theirs[0]}.* reads embeddings of us/ours") as caught:
+            name(sae, store)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

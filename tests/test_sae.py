@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from msae.errors import ConfigError, RunError
-from msae.sae import SAE, SAEConfig, normalize_rows_, remove_radial_gradient
+from msae.sae import SAE, SAEConfig
 from msae.standardize import Standardizer, fit_statistics
 
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) + 2
@@ -70,19 +70,6 @@ def test_trained_inference_of_each_kind():
 def test_batchtopk_inference_does_not_depend_on_the_batch():
     sae = make("batchtopk")
     assert torch.allclose(sae.encode(X)[:7], sae.encode(X[:7]), atol=1e-6)  # the product's summation order may differ
-
-
-def test_radial_gradient_is_removed():
-    sae = make()
-    sae.reconstruct(torch.rand(4, 48)).square().sum().backward()
-    remove_radial_gradient(sae.W_dec)
-    assert float((sae.W_dec.grad * sae.W_dec.detach()).sum(1).abs().max()) < 1e-4 * float(sae.W_dec.grad.norm())
-
-
-def test_normalised_rows_have_unit_norm():
-    W = torch.randn(5, 8) * 7
-    normalize_rows_(W)
-    assert torch.allclose(W.norm(dim=1), torch.ones(5))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.alignment import Stability, stability
     from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.galleries import Gallery, concept_tree, gallery, top_samples
     from msae.naming import NameSettings, name
     from msae.retrieval import SearchResult, search
     from msae.sae import SAE, SAEConfig
+    from msae.samples import TopSamples
     from msae.store import EmbeddingStore
     from msae.training import TrainSettings, train
 
@@ -24,12 +27,19 @@ _HOME = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "Gallery": "galleries",
+    "concept_tree": "galleries",
+    "gallery": "galleries",
+    "top_samples": "galleries",
     "NameSettings": "naming",
     "name": "naming",
     "SearchResult": "retrieval",
     "search": "retrieval",
     "SAE": "sae",
     "SAEConfig": "sae",
+    "TopSamples": "samples",
+    "Stability": "alignment",
+    "stability": "alignment",
     "EmbeddingStore": "store",
     "TrainSettings": "training",
     "train": "training",
@@ -56,14 +66,21 @@ __all__ = [
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "Gallery",
     "NameSettings",
     "SAEConfig",
     "SearchResult",
+    "Stability",
+    "TopSamples",
     "TrainSettings",
+    "concept_tree",
     "embed",
     "evaluate",
+    "gallery",
     "name",
     "poster_table",
     "search",
+    "stability",
+    "top_samples",
     "train",
 ]

@@ -27,6 +27,8 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   train      a store -> a sparse autoencoder in a run folder
   evaluate   runs -> the poster's metrics and table
   name       a run and a vocabulary -> names for its latents, with evidence
+  gallery    what activates a latent most; the tree of latents; their magnitudes
+  stability  which latents come back in runs from other seeds
   search     nearest neighbours of a query in which concepts are turned up or down
   info       what a store or a run holds
 
@@ -312,6 +314,84 @@ def _name(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def _gallery(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae import galleries
+
+    def run(
+        run: Annotated[str, tyro.conf.arg(metavar="RUN")],
+        /,
+        *,
+        on: str,
+        latent: int | None = None,
+        concept: str | None = None,
+        n: int = 16,
+        inference: Literal["relu", "trained"] = "trained",
+        sheet: Path | None = None,
+        tree: bool = False,
+        k: int | None = None,
+        magnitudes: bool = False,
+        json: str | None = None,
+    ) -> None:
+        """The images and texts that activate a latent most; or how all latents nest; or how large activations are.
+
+        Args:
+            run: A run folder, or a hub repository with an SAE.
+            on: The store whose samples to show.
+            latent: Which latent; or
+            concept: the name of one, as msae name gave it.
+            n: Samples of each modality.
+            inference: trained is the activation of training; relu keeps every positive latent.
+            sheet: Also make a contact sheet of the latent, a .png or an .html that opens offline.
+            tree: Print which latents are parts of which others.
+            k: For --tree, count a latent as firing where it is among the k strongest of its row; the default is the
+                smallest level of a matryoshka SAE, and all that are not zero for other kinds.
+            magnitudes: Print how large the non-zero activations are, and the largest of each row.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        if tree:
+            found = galleries.concept_tree(run, on, k=k, inference=inference)
+            _report(found.to_text(), found.to_dict(), json)
+        elif magnitudes:
+            sizes = galleries.all_magnitudes(run, on, inference=inference)
+            _report(sizes.to_text(), sizes.to_dict(), json)
+        else:
+            shown = galleries.gallery(run, on, latent=latent, concept=concept, n=n, inference=inference)
+            if sheet is not None:
+                from msae.contactsheet import write_sheet
+
+                write_sheet(shown, sheet)
+            _report(shown.to_text(), shown.to_dict(), json)
+
+    return run
+
+
+def _stability(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.alignment import stability
+
+    def run(
+        runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
+        /,
+        *,
+        threshold: float = 0.7,
+        json: str | None = None,
+    ) -> None:
+        """Match the latents of runs from several seeds, and list the concepts that come back in all of them.
+
+        Args:
+            runs: At least two run folders of one size.
+            threshold: Cosine, at least, between any two latents of a concept that comes back.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        result = stability(runs, threshold=threshold)
+        _report(result.to_text(), result.to_dict(), json)
+
+    return run
+
+
 def _search(_: list[str]) -> Callable[..., None]:
     import tyro
 
@@ -407,6 +487,8 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "train": _train,
     "evaluate": _evaluate,
     "name": _name,
+    "gallery": _gallery,
+    "stability": _stability,
     "search": _search,
     "info": _info,
 }

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
+from msae.progress import progress
+
 BLOCK_ENTRIES = 8_000_000
 """Cosines held at once, 32 MB of them: what bounds memory, whatever the number of words and latents."""
 CONFIDENCE = 1.959963984540054
@@ -23,7 +25,7 @@ CONFIDENCE = 1.959963984540054
 def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
     """Rows of norm one; a row of zeros stays zero."""
     norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return (x / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
+    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 # --- Nearest words
@@ -85,8 +87,11 @@ def _cosine_blocks(directions: Float32[np.ndarray, "n d"], words: Float32[np.nda
     """Cosines with all words of some directions at a time."""
     rows = max(1, BLOCK_ENTRIES // len(words))
     transposed = torch.from_numpy(words).T
-    for first in range(0, len(directions), rows):
-        yield torch.from_numpy(directions[first : first + rows]) @ transposed
+    with progress("comparing with words", total=len(directions), unit="directions") as advance:
+        for first in range(0, len(directions), rows):
+            block = directions[first : first + rows]
+            yield torch.from_numpy(block) @ transposed
+            advance(len(block))
 
 
 # --- The null, and p-values

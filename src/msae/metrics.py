@@ -358,12 +358,14 @@ def nearest_neighbors(rows: Float[Tensor, "n d"], k: int = 10, *, block: int = 1
     rounding = 4 * torch.finfo(torch.float32).eps * math.sqrt(rows.shape[1])
     if bool((rows >= 0).all()):  # activations: no terms cancel, so the error is relative, and 0 is exactly 0
         _fill_with_smallest_indices_(neighbors, (last == 0).nonzero().flatten())
-        unclear = (last - best[:, -1] <= rounding * last) & (last > 0)
+        error = torch.where(last > 0, rounding * last, -math.inf)
     else:
         norms = rows.norm(dim=1)
-        unclear = last - best[:, -1] <= rounding * norms * norms.max()
+        error = rounding * norms * norms.max()
     if width > k:
-        _decide_in_float64_(neighbors, rows, unclear.nonzero().flatten())
+        unclear = (last - best[:, -1] <= error).nonzero().flatten()
+        if len(unclear):
+            _decide_in_float64_(neighbors, rows, unclear, at_least=last - 2 * error)
     return neighbors
 
 
@@ -380,15 +382,21 @@ def _fill_with_smallest_indices_(neighbors: Neighbors, some: Tensor) -> None:
     neighbors.indices[some] = torch.where(related, neighbors.indices[some], free.gather(1, place))
 
 
-def _decide_in_float64_(neighbors: Neighbors, rows: Tensor, unclear: Tensor, *, block: int = 512) -> None:
-    """Do the neighbours of the rows numbered `unclear` again in float64, ties to the smallest index."""
+def _decide_in_float64_(
+    neighbors: Neighbors, rows: Tensor, unclear: Tensor, *, at_least: Tensor, block: int = 512
+) -> None:
+    """Do the neighbours of the rows numbered `unclear` again in float64, ties to the smallest index.
+
+    Only columns whose float32 product with one of them is `at_least` as large can be neighbours.
+    """
+    k = neighbors.indices.shape[1]
     for some in torch.split(unclear, block):
+        columns = (rows[some] @ rows.T >= at_least[some, None]).any(0).nonzero().flatten()
         left = rows[some].double()
-        products = torch.cat([left @ right.double().T for right in torch.split(rows, 4 * block)], 1)
-        products[torch.arange(len(some), device=some.device), some] = -math.inf
-        values, indices = products.sort(dim=1, descending=True, stable=True)
-        k = neighbors.indices.shape[1]
-        neighbors.indices[some] = indices[:, :k]
+        products = torch.cat([left @ rows[few].double().T for few in torch.split(columns, 4 * block)], 1)
+        products[columns == some[:, None]] = -math.inf
+        values, places = products.sort(dim=1, descending=True, stable=True)
+        neighbors.indices[some] = columns[places[:, :k]]
         neighbors.products[some] = values[:, :k]
 
 

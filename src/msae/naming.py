@@ -180,15 +180,15 @@ def _check_fits(sae: SAE, store: EmbeddingStore, role: str) -> None:
             f"the {role} {store.path} has embeddings of width {store.d_in}, but this SAE reads width {sae.d_in}; "
             f"embed it with {sae.config.encoder or 'the encoder of the SAE'}"
         )
-    for mine, theirs in (
-        (sae.config.encoder, store.encoder),
-        (sae.config.encoder_revision, store.encoder_revision),
-    ):
-        if mine and theirs and mine != theirs:
-            raise StoreError(
-                f"the {role} {store.path} was embedded by {theirs}, but this SAE reads embeddings of {mine}; "
-                f"embed it again with --encoder {sae.config.encoder}"
-            )
+    mine, theirs = (sae.config.encoder, sae.config.encoder_revision), (store.encoder, store.encoder_revision)
+    # A revision identifies the weights, wherever their folder lies; only without one must the name do.
+    compared = 1 if mine[1] and theirs[1] else 0
+    if mine[compared] and theirs[compared] and mine[compared] != theirs[compared]:
+        found, wanted = (" at ".join(part[:40] for part in pair if part) for pair in (theirs, mine))
+        raise StoreError(
+            f"the {role} {store.path} was embedded by {found}, but this SAE reads embeddings of {wanted}; "
+            f"embed it again with --encoder {mine[0] or 'ID'}"
+        )
 
 
 def _text_column(store: EmbeddingStore, known: Sequence[str], column: str | None) -> list[str]:

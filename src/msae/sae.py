@@ -68,8 +68,8 @@ class SAE(nn.Module):
     Source: Zaigrajew et al. 2025, arXiv:2502.20578.
     """
 
-    W_enc: Float[Tensor, "d_in d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
+    W_enc: nn.Parameter  # (d_in, d_sae)
+    W_dec: nn.Parameter  # (d_sae, d_in)
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
     log_threshold: Float[Tensor, " d_sae"] | None
@@ -87,7 +87,8 @@ class SAE(nn.Module):
         rows = torch.rand(config.d_sae, config.d_in, generator=generator) * 2 - 1
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(0.1 * rows.T.contiguous())
+        # Laid out latent by latent, like the decoder: that is how the kernels walk over both.
+        self.W_enc = nn.Parameter((0.1 * rows).T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.log_threshold = None
@@ -228,19 +229,6 @@ def as_device(name: str) -> str:
     except (RuntimeError, AssertionError) as err:
         raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
     return name
-
-
-@torch.no_grad()
-def normalize_rows_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Give every decoder row unit norm, in place."""
-    W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
-
-
-@torch.no_grad()
-def remove_radial_gradient(W_dec: Tensor) -> None:
-    """Subtract from the gradient of each unit-norm decoder row its part along the row."""
-    assert W_dec.grad is not None
-    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
 
 
 def _read_config(folder: Path) -> SAEConfig:

@@ -7,10 +7,8 @@ arrive in the parameters through `backward`, so any optimiser and DistributedDat
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 import math
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -21,12 +19,13 @@ from torch import Tensor
 
 from msae.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.kernels import reference
+from msae.kernels.adamw import adamw_step_
+from msae.kernels.loading import load
 from msae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
-__all__ = ["Kernel", "SAELoss", "Selection", "sae_loss"]
+__all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
 Kernel = Literal["auto", "reference", "cpu", "cuda"]
-_logger = logging.getLogger(__name__)
 
 
 def sae_loss(
@@ -136,28 +135,27 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
 def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
     if kernel not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    # A soft cap hides by how much an activation exceeds its threshold, which the fused kernels would need.
-    is_odd = x.dtype != torch.float32 or (objective.soft_cap is not None and objective.selection.bandwidth is not None)
-    if kernel == "reference" or (kernel == "auto" and (is_odd or x.device.type not in ("cpu", "cuda"))):
-        return reference
-    if is_odd:
-        raise ConfigError(f"kernel {kernel} works in float32 and without a soft cap on JumpReLU; give kernel reference")
     name = x.device.type if kernel == "auto" else kernel
-    implementation, reason = _load(name)
+    if kernel == "reference" or (kernel == "auto" and (name not in ("cpu", "cuda") or _obstacle(name, x, objective))):
+        return reference
+    obstacle = _obstacle(name, x, objective)
+    if obstacle:
+        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
+    implementation, reason = load(name)
     if implementation is None and kernel != "auto":
         raise MissingDependencyError(f"kernel {name} cannot be used here ({reason}); give kernel auto or reference")
     return implementation or reference
 
 
-@functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str]:
-    """The module of an implementation, or None and the reason. Imported late: numba and triton take their time."""
-    try:
-        implementation = importlib.import_module(f"msae.kernels.{name}")
-        implementation.self_test()
-    except Exception as err:  # noqa: BLE001 (a compiler that does not fit its Python can fail in any way)
-        reason = f"{type(err).__name__}: {err}".splitlines()[0]
-        hint = "pip install 'msae[fast]' is many times faster" if name == "cpu" else "training is slower"
-        _logger.warning("the %s kernel cannot be used (%s); going on in plain torch: %s", name, reason, hint)
-        return None, reason
-    return implementation, ""
+def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
+    """What an implementation leaves to the reference, or the empty string."""
+    if x.dtype != torch.float32:
+        return str(x.dtype).removeprefix("torch.")
+    if x.device.type != name and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {x.device.type}"
+    if objective.selection.bandwidth is not None:
+        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
+            return "JumpReLU"
+        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
+            return "JumpReLU with a soft cap"
+    return ""

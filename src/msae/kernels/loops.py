@@ -65,8 +65,8 @@ def _compress_near(row: Array, indices: Array, threshold: Array, half_window: fl
 
 @compiled
 def compress_rows(
-    h: Array, indices: Array, counts: Array, threshold: Array, half_window: float, start: int, stop: int
-) -> Any:
+    h: Array, indices: Array, counts: Array, threshold: Array, half_window: float, start: int, stop: int,
+) -> Any:  # fmt: skip
     """Compress rows of pre-activations in place; False where there is a NaN.
 
     Args:
@@ -140,15 +140,18 @@ def filter_rows(values: Array, indices: Array, counts: Array, cut: int, budgets:
 
 
 @compiled
-def _partition(bits: Array, indices: Array, n: int, k: int, spare_bits: Array, spare_indices: Array) -> None:
-    """Move the `k` largest of the first `n` positive values to the front; of equal values the first ones.
+def _partition(bits: Array, indices: Array, n: int, k: int, low: Any, spare_bits: Array, spare_indices: Array) -> Any:
+    """Move the `k` largest of the first `n` values to the front, of equal values the first ones; a bound below them.
 
     By bisection on the value, so it takes at most 31 passes of counting whatever the values are.
+
+    Args:
+        low: A bound below all of the values.
     """
     high = np.int32(0)
     for p in range(n):
         high = max(high, bits[p])
-    low, high, n_ties = np.int32(0), high + np.int32(1), 0  # invariant: more than k are >= low, fewer than k >= high
+    high, n_ties = high + np.int32(1), 0  # invariant: more than k are >= low, fewer than k are >= high
     while high - low > 1:
         middle = np.int32((low + high) >> 1)
         count = 0
@@ -177,12 +180,13 @@ def _partition(bits: Array, indices: Array, n: int, k: int, spare_bits: Array, s
         back += np.uint64(1) - is_kept
     bits[k:n] = spare_bits[: n - k]
     indices[k:n] = spare_indices[: n - k]
+    return low
 
 
 @compiled
 def split_rows(
-    values: Array, indices: Array, counts: Array, levels: Array, widths: Array, ends: Array, start: int, stop: int
-) -> None:
+    values: Array, indices: Array, counts: Array, levels: Array, widths: Array, ends: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     """Order the entries of each row into bands, by rank (`levels`) or by latent (`widths`), and set their `ends`."""
     spare_bits = np.empty(values.shape[1] + 1, np.int32)
     spare_indices = np.empty(values.shape[1] + 1, indices.dtype)
@@ -196,18 +200,18 @@ def split_rows(
                 ends[b, level] = p
             continue
         n = counts[b]
-        bits = values[b].view(np.int32)
+        bits, low = values[b].view(np.int32), np.int32(0)
         for level in range(n_levels - 1, -1, -1):  # from the widest down: each works on what the last one kept
             if levels[level] < n:
-                _partition(bits, indices[b], n, levels[level], spare_bits, spare_indices)
+                low = _partition(bits, indices[b], n, levels[level], low, spare_bits, spare_indices)
                 n = levels[level]
             ends[b, level] = n
 
 
 @compiled
 def summarize_rows(
-    values: Array, indices: Array, ends: Array, fired: Array, active: Array, start: int, stop: int
-) -> Any:
+    values: Array, indices: Array, ends: Array, fired: Array, active: Array, start: int, stop: int,
+) -> Any:  # fmt: skip
     """Mark the latents that are active, count them per row; the smallest activation."""
     smallest = np.float32(np.inf)
     for b in range(start, stop):
@@ -253,18 +257,9 @@ def _store_tile(flat: Array, place: int, a0: Any, a1: Any, a2: Any, a3: Any) -> 
 
 @compiled
 def decode_rows(
-    tiles: Array,
-    x: Array,
-    pull: Array,
-    indices: Array,
-    values: Array,
-    ends: Array,
-    S: Array,
-    squared: Array,
-    residual: Array,
-    start: int,
-    stop: int,
-) -> None:
+    tiles: Array, x: Array, pull: Array, indices: Array, values: Array, ends: Array, S: Array, squared: Array,
+    residual: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     """One running decode per row, from level to level, and the gradient of the loss for the latents of each band.
 
     Args:
@@ -274,7 +269,7 @@ def decode_rows(
         S: To be filled, (row, level, d_in): sum over levels i >= level of `pull[i] * (x_hat_i - x)`.
         squared: To be filled: squared error of each row and level.
         residual: To be filled: `x - x_hat` at the finest level.
-    """  # fmt: skip
+    """
     n_levels, width = pull.size, x.shape[1]
     x_flat, S_flat, residual_flat = x.reshape(-1), S.reshape(-1), residual.reshape(-1)
     squared[start:stop] = 0
@@ -313,23 +308,16 @@ def decode_rows(
 
 @compiled
 def sort_block(
-    indices: Array,
-    values: Array,
-    ends: Array,
-    begin: int,
-    first_row: int,
-    last_row: int,
-    pointers: Array,
-    sample: Array,
-    band: Array,
-    value: Array,
-) -> None:
+    indices: Array, values: Array, ends: Array, begin: int, first_row: int, last_row: int, pointers: Array,
+    entries: Array, values_of_entries: Array,
+) -> None:  # fmt: skip
     """List the entries of a block of rows by latent, from place `begin` on.
 
     Args:
         pointers: To be filled: latent j's entries are `pointers[j] : pointers[j + 1]`.
-        sample, band, value: To be filled, of each entry: its row, its row of `S`, its activation.
-    """  # fmt: skip
+        entries: To be filled, of each entry: its row, its row of `S`, its activation.
+        values_of_entries: The same memory, as float32.
+    """
     n_levels = ends.shape[1]
     pointers[:] = 0
     for b in range(first_row, last_row):
@@ -347,7 +335,7 @@ def sort_block(
                 j = indices[b, p]
                 q = np.uint64(pointers[j])
                 pointers[j] += 1
-                sample[q], band[q], value[q] = b, b * n_levels + level, values[b, p]
+                entries[q, 0], entries[q, 1], values_of_entries[q, 2] = b, b * n_levels + level, values[b, p]
                 p += 1
     for j in range(pointers.size - 1, 0, -1):  # each now points behind its entries: shift by one latent
         pointers[j] = pointers[j - 1]
@@ -365,32 +353,26 @@ def _through_activation(dz: Any, z: Any, cap: Any, threshold: Any, half_window: 
 
 
 @compiled
+def _places(entries: Array, q0: int, q1: int, q2: int, q3: int, column: int, width: int) -> Any:
+    """Where the rows that four entries name begin."""
+    a, b = np.int64(entries[q0, column]), np.int64(entries[q1, column])
+    c, d = np.int64(entries[q2, column]), np.int64(entries[q3, column])
+    return a * width, b * width, c * width, d * width
+
+
+@compiled
 def weight_gradients(
-    W_dec: Array,
-    S: Array,
-    x: Array,
-    pointers: Array,
-    sample: Array,
-    band: Array,
-    value: Array,
-    row_pull: Array,
-    cap: float,
-    threshold: Array,
-    half_window: float,
-    grad_dec: Array,
-    grad_enc: Array,
-    grad_bias: Array,
-    near: Array,
-    start: int,
+    W_dec: Array, S: Array, x: Array, pointers: Array, entries: Array, values: Array, row_pull: Array, cap: float,
+    threshold: Array, half_window: float, grad_dec: Array, grad_enc: Array, grad_bias: Array, near: Array, start: int,
     stop: int,
-) -> None:
+) -> None:  # fmt: skip
     """Gradients of the weights of a range of latents: each entry is touched once, four at a time.
 
     Args:
         pointers: Of each block of rows; block by block, so that the gathered rows stay in the cache.
         row_pull: Gradient of the loss with respect to each activation of a row, beside the reconstruction's (L1).
         near: To be filled for JumpReLU: sum of the gradients, and number, of the entries within the window.
-    """  # fmt: skip
+    """
     width = W_dec.shape[1]
     W, S, x, dec, enc = W_dec.reshape(-1), S.reshape(-1), x.reshape(-1), grad_dec.reshape(-1), grad_enc.reshape(-1)
     for place in range(start * width, stop * width, WIDTH):
@@ -406,14 +388,14 @@ def weight_gradients(
             for q in range(pointers[block, j], last + 1, 4):
                 # A group that reaches past the last entry repeats it with weight zero.
                 q1, q2, q3 = min(q + 1, last), min(q + 2, last), min(q + 3, last)
-                s0, s1, s2, s3 = band[q] * width, band[q1] * width, band[q2] * width, band[q3] * width
+                s0, s1, s2, s3 = _places(entries, q, q1, q2, q3, 1, width)
                 a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
                 for k in range(0, width, WIDTH):
                     w = load(W, row + k)
                     a0, a1 = fma(a0, w, load(S, s0 + k)), fma(a1, w, load(S, s1 + k))
                     a2, a3 = fma(a2, w, load(S, s2 + k)), fma(a3, w, load(S, s3 + k))
-                x0, x1, x2, x3 = sample[q], sample[q1], sample[q2], sample[q3]
-                z0, z1, z2, z3 = value[q], value[q1], value[q2], value[q3]
+                x0, x1, x2, x3 = _places(entries, q, q1, q2, q3, 0, 1)
+                z0, z1, z2, z3 = values[q, 2], values[q1, 2], values[q2, 2], values[q3, 2]
                 d0, n0, c0 = _through_activation(total(a0) + row_pull[x0], z0, cap, cut, half_window)
                 d1, n1, c1 = _through_activation(total(a1) + row_pull[x1], z1, cap, cut, half_window)
                 d2, n2, c2 = _through_activation(total(a2) + row_pull[x2], z2, cap, cut, half_window)
@@ -433,3 +415,54 @@ def weight_gradients(
                 grad_bias[j] += (d0 + d1) + (d2 + d3)
                 near[j, 0] += (n0 + n1) + (n2 + n3)
                 near[j, 1] += (c0 + c1) + (c2 + c3)
+
+
+@compiled
+def remove_radial_rows(W: Array, grad: Array, start: int, stop: int) -> None:
+    """Subtract from the gradient of each unit row its part along the row."""
+    for j in range(start, stop):
+        along = np.float32(0)
+        for k in range(W.shape[1]):
+            along += W[j, k] * grad[j, k]
+        for k in range(W.shape[1]):
+            grad[j, k] -= along * W[j, k]
+
+
+@compiled
+def square_rows(grad: Array, squares: Array, start: int, stop: int) -> None:
+    """Sum of squares of each row."""
+    for j in range(start, stop):
+        square = np.float32(0)
+        for k in range(grad.shape[1]):
+            square += grad[j, k] * grad[j, k]
+        squares[j] = square
+
+
+@compiled
+def adamw_rows(
+    W: Array, grad: Array, mean: Array, square: Array, scale: Any, rate: Any, decay: Any, betas: Any, eps: Any,
+    correction: Any, unit: bool, start: int, stop: int,
+) -> None:  # fmt: skip
+    """AdamW on a range of rows, in the order of operations of torch's; `unit`: rows end with norm one.
+
+    Args:
+        scale: Factor of the gradient, to clip it.
+        rate: Learning rate over the bias correction of the mean.
+        decay: Factor of the weights.
+        correction: Inverse root of the bias correction of the square.
+    """
+    one = np.float32(1)
+    beta1, beta2 = betas
+    for j in range(start, stop):
+        norm = np.float32(0)
+        for k in range(W.shape[1]):
+            g = grad[j, k] * scale
+            m = mean[j, k] + (one - beta1) * (g - mean[j, k])
+            v = beta2 * square[j, k] + (one - beta2) * g * g
+            w = W[j, k] * decay - rate * m / (np.sqrt(v) * correction + eps)
+            mean[j, k], square[j, k], W[j, k] = m, v, w
+            norm += w * w
+        if unit:
+            shrink = one / max(np.sqrt(norm), np.float32(1.1754944e-38))
+            for k in range(W.shape[1]):
+                W[j, k] *= shrink

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from msae import activations, losses
 from msae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 
@@ -18,25 +19,25 @@ def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss
     total = x.new_zeros(())
     errors = []
     for weight, mask in zip(objective.weights, nested_masks(h, objective.selection), strict=True):
-        residual = x - torch.addmm(b_dec, z * mask, W_dec)
-        errors.append(residual.square().mean())
+        x_hat = torch.addmm(b_dec, z * mask, W_dec)
+        errors.append(losses.reconstruction_loss(x, x_hat))
         total = total + weight * errors[-1]
     z = z * mask
     charged = x.new_zeros(())
     if objective.l1:
-        charged = (z.sum(1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).mean()
+        charged = losses.l1_penalty(x, z)
         total = total + objective.l1 * charged
     if objective.l0:
-        assert objective.l0_target is not None
-        assert threshold is not None
-        excess = _count(h, threshold, objective.selection).mean() / objective.l0_target - 1
-        total = total + objective.l0 * excess.square()
+        bandwidth, target = objective.selection.bandwidth, objective.l0_target
+        assert threshold is not None and bandwidth is not None and target is not None
+        count = activations.count_above(h, threshold, bandwidth=bandwidth)
+        total = total + objective.l0 * losses.l0_target_penalty(count, target)
     active = z.detach() > 0
     kept = z.detach()[active]
     return SAELoss(
         total=total,
         errors=torch.stack(errors).detach(),
-        residual=residual.detach(),
+        residual=(x - x_hat).detach(),
         l0=float(active.sum()) / max(len(x), 1),
         l1=float(charged.detach()),
         fired=active.any(0),
@@ -49,14 +50,12 @@ def activate(h: Tensor, threshold: Tensor | None, objective: Objective) -> Tenso
     selection = objective.selection
     if selection.bandwidth is not None:
         assert threshold is not None
-        # Derivative by the threshold: -threshold / bandwidth within the window: arXiv:2407.14435, eq. 11.
-        z = h * (h > threshold) + _straight_through(h, threshold, selection, threshold.detach())
-    elif selection.batch_k is not None and selection.batch_k < h.shape[1]:
-        places = h.flatten().topk(selection.batch_k * len(h), sorted=False).indices
-        z = (h.flatten() * torch.zeros_like(h).flatten().scatter(0, places, 1.0)).view_as(h).relu()
+        z = activations.jumprelu(h, threshold, bandwidth=selection.bandwidth)
+    elif selection.batch_k is not None:
+        z = activations.batchtopk(h, selection.batch_k)
     else:
-        z = h.relu()
-    return z if objective.soft_cap is None else objective.soft_cap * torch.tanh(z / objective.soft_cap)
+        z = activations.relu(h)
+    return z if objective.soft_cap is None else activations.soft_cap(z, objective.soft_cap)
 
 
 def nested_masks(h: Tensor, selection: Selection) -> Iterator[Tensor]:
@@ -70,16 +69,3 @@ def nested_masks(h: Tensor, selection: Selection) -> Iterator[Tensor]:
     ranked = h.detach().topk(widest, dim=1).indices  # signed: ReLU comes after
     for k in selection.levels or (d_sae,):
         yield torch.zeros_like(h).scatter(1, ranked[:, :k], 1.0) if k < d_sae else torch.ones_like(h)
-
-
-def _straight_through(h: Tensor, threshold: Tensor, selection: Selection, scale: Tensor | float) -> Tensor:
-    """Zeros whose derivative by the threshold is `-scale / bandwidth` within half a bandwidth of it."""
-    assert selection.bandwidth is not None
-    within = (h.detach() - threshold.detach()).abs() < selection.bandwidth / 2
-    return within * (threshold.detach() - threshold) * (scale / selection.bandwidth)
-
-
-def _count(h: Tensor, threshold: Tensor, selection: Selection) -> Tensor:
-    """Active latents of each row, differentiable with respect to the threshold: arXiv:2407.14435, eq. 12."""
-    above = (h.detach() > threshold.detach()).to(h.dtype)
-    return (above + _straight_through(h, threshold, selection, 1.0)).sum(1)

@@ -130,7 +130,7 @@ class Run:
             "lr": float(state.optimizer.param_groups[0]["lr"]),
             "loss": statistics.fmean(step.loss for step in recent),
             "reconstruction": statistics.fmean(step.reconstruction for step in recent),
-            "grad_norm": float(torch.stack([step.grad_norm for step in recent]).mean()),
+            "grad_norm": statistics.fmean(step.grad_norm for step in recent),
             "l0": recent[-1].l0,
             "sparsity": float((z == 0).float().mean()),
             "fvu": float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()),

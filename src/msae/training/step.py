@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from msae import losses
 from msae.kernels import SAELoss, Selection, sae_loss
-from msae.sae import SAE, normalize_rows_, remove_radial_gradient
+from msae.kernels.adamw import adamw_step_
+from msae.sae import SAE
 from msae.training.settings import TrainSettings
 
 JUMPRELU_BANDWIDTH = 0.1
@@ -31,7 +32,7 @@ class StepResult(NamedTuple):
     """Mean count of active latents per row."""
     fired: Bool[Tensor, " d_sae"]
     """Latents that were active in at least one row."""
-    grad_norm: Float[Tensor, ""]
+    grad_norm: float
     """Before clipping."""
 
 
@@ -65,7 +66,7 @@ def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_i
 def train_step(
     sae: SAE,
     x: Float[Tensor, "n d_in"],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     settings: TrainSettings,
     dead: Bool[Tensor, " d_sae"],
 ) -> StepResult:
@@ -78,10 +79,8 @@ def train_step(
         total = total + settings.auxiliary * aid
     optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
-    remove_radial_gradient(sae.W_dec)  # Adam must not spend its step on row length
-    grad_norm = nn.utils.clip_grad_norm_(sae.parameters(), settings.max_grad_norm)
-    optimizer.step()
-    normalize_rows_(sae.W_dec)  # every step ends with unit-norm decoder rows
+    # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
+    grad_norm = adamw_step_(optimizer, unit_rows=sae.W_dec, max_grad_norm=settings.max_grad_norm)
     if sae.threshold is not None:
         track_threshold_(sae.threshold, loss.smallest_kept)
     return StepResult(float(total.detach()), float(loss.errors[-1]), loss.l0, loss.fired, grad_norm)

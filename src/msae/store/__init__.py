@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from msae.arrays import ShardedRows, fingerprint, first_bad_row
 from msae.errors import StoreError, nearest
 from msae.files import atomic_path, read_json, write_json
-from msae.store_files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
 from msae.tables import Metadata, conform, unique_ids
 
 if TYPE_CHECKING:

@@ -24,15 +24,15 @@ import torch
 from numpy.typing import NDArray
 
 from msae.arrays import first_bad_row
-from msae.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
 from msae.embedder import DEMO, Embedder, Precision, revision_of
-from msae.errors import ConfigError, EmbedderError, SourceError, StoreError
+from msae.embedding.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
+from msae.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
 from msae.files import read_json, remove_leftovers, write_json
 from msae.images import quiet_about_size, read_picture
 from msae.progress import progress
 from msae.sources import Source, SourceItem, open_source
 from msae.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
-from msae.store_files import Modality
+from msae.store.files import Modality
 from msae.tables import common_schema, conform, unique_ids
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def embed(
         ConfigError: A number is below 1.
         SourceError: There is nothing to embed.
         EmbedderError: The encoder cannot be loaded.
-        StoreError: `out` cannot be written, holds something else, is being written by another process, or
-            the work was interrupted (the message says how to go on).
+        StoreError: `out` cannot be written, holds something else, or is being written by another process.
+        Interrupted: Ctrl-C; the message says how to go on.
     """
     _check_positive(batch_size=batch_size, shard_rows=shard_rows, workers=1 if workers is None else workers)
     out = Path(out)
@@ -116,7 +116,7 @@ def embed(
             _embed_chunks(opened, embedder, out, state["chunk_items"], batch_size, workers)
             return _finish(out, state)
         except KeyboardInterrupt:
-            raise StoreError(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
+            raise Interrupted(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
 
 
 def _check_positive(**values: int) -> None:

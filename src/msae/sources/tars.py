@@ -66,9 +66,7 @@ def samples(paths: Sequence[Path]) -> Iterator[TarSample]:
                 raise tarfile.ReadError("it has no end-of-archive mark")
         except _DAMAGE as err:
             reason = (str(err.args[0]) if err.args else type(err).__name__).split(" @ ")[0].splitlines()[0]
-            yield TarSample(
-                path.name, damage=f"damaged shard: {reason}; the samples after this point are lost"
-            )
+            yield TarSample(path.name, damage=f"damaged shard: {reason}; the samples after this point are lost")
 
 
 def _has_end(path: Path) -> bool:
@@ -91,11 +89,7 @@ def _sample(members: Mapping[str, Any]) -> TarSample:
         record = json.loads(members["json"]) if "json" in members else {}
     except ValueError as err:
         return TarSample(key, damage=f"damaged .txt or .json: {err}")
-    columns = (
-        {name: value for name, value in record.items() if _is_plain(value)}
-        if isinstance(record, dict)
-        else {}
-    )
+    columns = {name: value for name, value in record.items() if _is_plain(value)} if isinstance(record, dict) else {}
     for name in ("id", "image_path"):  # the key is the id
         columns.pop(name, None)
     found = [columns.pop(name) for name in CAPTION_COLUMNS if isinstance(columns.get(name), str)]

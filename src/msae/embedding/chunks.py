@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from msae.arrays import open_safetensors
 from msae.errors import StoreError
 from msae.files import atomic_path
-from msae.store_files import MODALITIES, Modality
+from msae.store.files import MODALITIES, Modality
 from msae.tables import first_line
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def list_chunks(folder: Path) -> list[Path]:
     files = sorted(folder.glob("chunk_*.safetensors"))
     for number, file in enumerate(files):
         if file != chunk_path(folder, number):
-            raise StoreError(
-                f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again"
-            )
+            raise StoreError(f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again")
     return files
 
 

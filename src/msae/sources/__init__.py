@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msae import tars
 from msae.errors import MissingDependencyError, SourceError, nearest
 from msae.images import SUFFIXES as IMAGE_SUFFIXES
+from msae.sources import tars
 from msae.tables import CAPTION_COLUMNS, IMAGE_PATH_COLUMNS, TABLE_SUFFIXES, first_line, read_table
 
 if TYPE_CHECKING:
@@ -242,9 +242,7 @@ def _load_dataset(url: str, name: str, options: Mapping[str, str]) -> Any:
     except SourceError:
         raise
     except Exception as err:  # the library raises almost anything for what it cannot find or reach
-        raise SourceError(
-            f"{url} cannot be loaded ({first_line(err)}); check its name and the network"
-        ) from err
+        raise SourceError(f"{url} cannot be loaded ({first_line(err)}); check its name and the network") from err
     if isinstance(dataset, dict):
         splits = list(dataset)
         split = options.get("split", splits[0] if len(splits) == 1 else "")
@@ -264,9 +262,7 @@ class _Columns:
     others: pa.Schema
 
     @classmethod
-    def of(
-        cls, schema: pa.Schema, name: str, image: str | None = None, caption: str | None = None
-    ) -> _Columns:
+    def of(cls, schema: pa.Schema, name: str, image: str | None = None, caption: str | None = None) -> _Columns:
         for asked in (image, caption):
             if asked is not None and asked not in schema.names:
                 raise SourceError(
@@ -277,18 +273,12 @@ class _Columns:
         if image is None and caption is None:
             wanted = ", ".join(IMAGE_PATH_COLUMNS + CAPTION_COLUMNS)
             close = next(
-                (
-                    hint
-                    for column in schema.names
-                    if (hint := nearest(column, (*IMAGE_PATH_COLUMNS, *CAPTION_COLUMNS)))
-                ),
+                (hint for column in schema.names if (hint := nearest(column, (*IMAGE_PATH_COLUMNS, *CAPTION_COLUMNS)))),
                 "",
             )
             raise SourceError(f"{name} has the columns {_list(schema)}; wanted one of {wanted}{close}")
         id = next((column for column in _ID_COLUMNS if column in schema.names), None)
-        return cls(
-            image, caption, id, _plain(schema, without=(image, caption, "id", "image_path", "caption"))
-        )
+        return cls(image, caption, id, _plain(schema, without=(image, caption, "id", "image_path", "caption")))
 
 
 def _rows(
@@ -304,12 +294,8 @@ def _rows(
     import pyarrow as pa
 
     names = {key: value for key, value in (names or {}).items() if key in columns.others.names}
-    schema = pa.schema(
-        [(field.name, pa.string() if field.name in names else field.type) for field in columns.others]
-    )
-    wanted = dict.fromkeys(
-        name for name in (columns.image, columns.caption, columns.id, *schema.names) if name
-    )
+    schema = pa.schema([(field.name, pa.string() if field.name in names else field.type) for field in columns.others])
+    wanted = dict.fromkeys(name for name in (columns.image, columns.caption, columns.id, *schema.names) if name)
 
     def items(start: int) -> Iterator[SourceItem]:
         number = start
@@ -322,9 +308,7 @@ def _rows(
                 yield _item(row, columns, others, folder, number)
                 number += 1
 
-    return Source(
-        name, columns.image is not None, columns.caption is not None, signature, items, total, schema
-    )
+    return Source(name, columns.image is not None, columns.caption is not None, signature, items, total, schema)
 
 
 def _item(
@@ -354,9 +338,7 @@ def _tars(name: str, paths: Sequence[Path]) -> Source:
         raise SourceError(f"{name} holds no samples; wanted members like 000001.jpg and 000001.txt")
     has_images, has_captions = first.image is not None, first.caption is not None
     if not has_images and not has_captions:
-        raise SourceError(
-            f"{name}: sample {first.key!r} has neither an image nor a caption (.txt, or in .json)"
-        )
+        raise SourceError(f"{name}: sample {first.key!r} has neither an image nor a caption (.txt, or in .json)")
 
     def items(start: int) -> Iterator[SourceItem]:
         for number, sample in enumerate(tars.samples(paths)):
@@ -373,9 +355,7 @@ def _is_image(schema: pa.Schema, column: str) -> bool:
         return False
     kind = schema.field(column).type
     has_bytes = pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]
-    return bool(
-        has_bytes or _is_text(schema, column) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    )
+    return bool(has_bytes or _is_text(schema, column) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_text(schema: pa.Schema, column: str) -> bool:

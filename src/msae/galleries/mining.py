@@ -1,0 +1,166 @@
+"""The pass over a store from which galleries are made, and what it needs to know about the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msae.concepts import FILE as NAMES_FILE
+from msae.concepts import ConceptNames
+from msae.errors import ConfigError, StoreError
+from msae.losses import default_levels
+from msae.progress import progress
+from msae.sae import SAE, Inference, as_sae
+from msae.samples import Origin, SampleMiner, TopSamples, block_rows
+from msae.standardize import Modality, Standardizer, fit_statistics
+from msae.store import EmbeddingStore, as_store
+
+SAMPLES_FOLDER = "samples"
+"""Inside a run folder: what was mined, to be used again."""
+
+
+def top_samples(
+    sae: SAE | str | Path,
+    on: EmbeddingStore | str | Path,
+    *,
+    modality: Modality = "image",
+    n: int = 16,
+    inference: Inference = "trained",
+) -> TopSamples:
+    """The strongest samples of every latent and the distribution of its activations, in one pass over a store.
+
+    With a run folder they are kept in it, and used again for the same store, SAE, inference and at most as large an n.
+
+    Raises:
+        ConfigError: n is below 1.
+        StoreError: The store does not fit the SAE or has no rows of `modality`.
+    """
+    check_n(n)
+    folder, model, store = run_folder(sae), as_sae(sae), as_store(on, modality)
+    check_fit(model, store, folder)
+    origin = Origin(
+        store=str(store.path),
+        fingerprint=store.fingerprint,
+        sae=weights_hash(model),
+        modality=modality,
+        inference=inference,
+        standardized_by="run" if modality in model.standardizer else "store",
+    )
+    cache = None if folder is None else folder / SAMPLES_FOLDER
+    known = None if cache is None else TopSamples.cached(cache, origin, n=n)
+    if known is not None:
+        return known
+    miner = SampleMiner(model.d_sae, n=n, levels=levels_of(model))
+    with progress(f"mining {modality} rows", total=len(store), unit="rows") as advance:
+        for z in activations(model, store, modality, inference=inference):
+            miner.add(z)
+            advance(len(z))
+    samples = miner.finish(origin, store.ids)
+    if cache is not None:
+        samples.save(cache)
+    return samples
+
+
+def activations(
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    *,
+    inference: Inference = "trained",
+    k: int | None = None,
+    rows: NDArray[np.int64] | None = None,
+) -> Iterator[NDArray[np.float32]]:
+    """Activations of all rows of a store in order, or of the given `rows`, block by block.
+
+    The blocks are the same whoever asks, because float32 products differ in their last bit with the shape of a block.
+    """
+    size = block_rows(sae.d_sae)
+    if rows is None:
+        batches = store.batches(modality, size)
+    else:
+        batches = (store.take(rows[first : first + size], modality) for first in range(0, len(rows), size))
+    standardizer = standardizer_for(sae, store, modality)
+    mode: Inference = "topk" if k is not None else inference
+    for batch in batches:
+        x = torch.from_numpy(batch).to(sae.W_dec.device)
+        with torch.no_grad():
+            z = sae.activate(sae.pre_activations(standardizer.apply(x, modality)), inference=mode, k=k)
+        yield z.cpu().numpy()
+
+
+def standardizer_for(sae: SAE, store: EmbeddingStore, modality: Modality) -> Standardizer:
+    """The SAE's own, with the statistics of a modality that it does not know fitted on the store."""
+    if modality in sae.standardizer:
+        return sae.standardizer
+    return sae.standardizer.with_statistics(modality, fit_statistics(partial(_rows, store, modality)))
+
+
+def _rows(store: EmbeddingStore, modality: Modality) -> Iterator[Tensor]:
+    return (torch.from_numpy(batch) for batch in store.batches(modality, 8192))
+
+
+def levels_of(sae: SAE) -> tuple[int, ...]:
+    """The SAE's levels; for kinds without any, those that a Matryoshka SAE of its width would have."""
+    return sae.config.levels or default_levels(sae.d_sae)
+
+
+def run_folder(sae: SAE | str | Path) -> Path | None:
+    """The run folder that was given, if it was one."""
+    if isinstance(sae, SAE):
+        return None
+    path = Path(sae)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
+def names_of(folder: Path | None) -> ConceptNames | None:
+    """The names that `msae name` left in a run folder, if it did."""
+    if folder is None or not (folder / NAMES_FILE).exists():
+        return None
+    return ConceptNames.load(folder)
+
+
+def weights_hash(sae: SAE) -> str:
+    """A hash of the weights and of the statistics that standardise."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = dict(sae.state_dict())
+    for modality, known in sae.standardizer.statistics.items():
+        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_n(n: int) -> None:
+    if n < 1:
+        raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 16")
+
+
+def check_fit(sae: SAE, store: EmbeddingStore, folder: Path | None) -> None:
+    """Refuse embeddings that the SAE was not made for."""
+    run = folder or "this SAE"
+    if store.d_in != sae.d_in:
+        raise StoreError(
+            f"{store.path} holds {store.d_in}-dim embeddings{_from(store.encoder)}, but {run} was trained on "
+            f"{sae.d_in}-dim embeddings{_from(sae.config.encoder)}; embed again with that encoder"
+        )
+    for theirs, mine in (
+        (store.encoder, sae.config.encoder),
+        (store.encoder_revision, sae.config.encoder_revision),
+    ):
+        if theirs and mine and theirs != mine:
+            raise StoreError(
+                f"{store.path} was embedded by {theirs}, but {run} was trained on embeddings from {mine}; "
+                f"embed again with --encoder {sae.config.encoder}"
+            )
+
+
+def _from(encoder: str | None) -> str:
+    return f" from {encoder}" if encoder else ""
