@@ -10,10 +10,10 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy"},
-    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"},
+    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo", "contactsheet"},
+    {"report", "interop", "distributed", "demo", "contactsheet", "auditreport"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {
