@@ -14,7 +14,6 @@ import argparse
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +66,7 @@ def main() -> None:
     parser.add_argument("--labels", help="a column whose last part is a class name, instead of attributes")
     parser.add_argument("--queries", type=int, default=120)
     parser.add_argument("--section", default="concept-edits")
+    parser.add_argument("--title", default="real vectors", help="what the section of RESULTS.md is called after")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     store = EmbeddingStore.open(arguments.store, modality="image")
@@ -84,7 +84,7 @@ def main() -> None:
                 n_named += 1
         named.append(n_named)
     body = report(found, [target.kind for target in targets], named, len(targets), arguments.queries)
-    write_section(arguments.section, f"Concept edits: {Path(arguments.store).stem}", body)
+    write_section(arguments.section, f"Concept edits: {arguments.title}", body)
     print(body)
 
 

@@ -10,10 +10,11 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy"} | {"filters", "rivals"},
-    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "edits", "neighbours"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"}
+    | {"filters", "rivals"},
+    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier"} | {"edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo", "contactsheet", "searchpage"},
+    {"report", "interop", "distributed", "demo", "contactsheet", "auditreport", "searchpage"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {

@@ -62,6 +62,7 @@ def test_options_train_too(extra, store, tmp_path):
     train(store, out=tmp_path / "run", **SMALL, levels=(4, 64), **extra)
     lines = lines_of(tmp_path / "run")
     assert lines[-1]["fvu"] < 0.8 * lines[0]["fvu"]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_auxiliary_loss_revives_dead_latents_and_reconstructs_better():

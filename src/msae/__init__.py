@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msae.alignment import Stability, stability
+    from msae.auditing import Audit, audit
     from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "auditing",
     "ConceptNames": "concepts",
     "Embedder": "embedding",
+    "audit": "auditing",
     "embed": "embedding",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
@@ -62,6 +65,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "Audit",
     "ConceptNames",
     "Embedder",
     "EmbeddingStore",
@@ -73,6 +77,7 @@ __all__ = [
     "Stability",
     "TopSamples",
     "TrainSettings",
+    "audit",
     "concept_tree",
     "embed",
     "evaluate",

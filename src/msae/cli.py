@@ -29,6 +29,7 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   name       a run and a vocabulary -> names for its latents, with evidence
   gallery    what activates a latent most; the tree of latents; their magnitudes
   stability  which latents come back in runs from other seeds
+  audit      which concepts a classifier relies on, and what removing them does
   search     nearest neighbours of a query in which concepts are turned up or down
   info       what a store or a run holds
 
@@ -392,6 +393,67 @@ def _stability(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def _audit(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.auditing import audit, parse_class_texts
+
+    def run(
+        sae: Annotated[str, tyro.conf.arg(metavar="RUN")],
+        /,
+        *,
+        on: str,
+        target: str | None = None,
+        concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+        classifier: str | None = None,
+        class_texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=TEXT")] = (),
+        train_store: str | None = None,
+        positive: str | None = None,
+        names: str | None = None,
+        all_latents: bool = False,
+        modality: Modality = "image",
+        inference: Literal["relu", "trained", "topk"] = "trained",
+        permutations: int | None = None,
+        sweep_id: str | None = None,
+        seed: int = 0,
+        html: Path | None = None,
+        json: str | None = None,
+    ) -> None:
+        """Which concepts a linear classifier relies on, by association and by intervention.
+
+        Args:
+            sae: A run folder, or a hub repository with an SAE.
+            on: The store whose rows are audited.
+            target: A metadata column of true classes.
+            concept: A name, or a latent as '#123'; may be given several times. Without it, every named concept.
+            classifier: A .npz or .safetensors file of coefficients.
+            class_texts: A text for each class, for CLIP's zero-shot classifier.
+            train_store: Where a classifier is trained; without it, on half of the rows of --on.
+            positive: The class whose probability is watched; without it the second of two, or all of more.
+            names: A names.json; without it, the run's.
+            all_latents: Audit every latent, named or not.
+            modality: Which embeddings of the store.
+            inference: The activation of the SAE.
+            permutations: At most so many shuffles for a p-value; without it 40 per concept, at least 2,000.
+            sweep_id: The row whose concepts are swept from 0 to twice their p99.
+            seed: Of everything that is drawn.
+            html: Write a page with plots to this file.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        found = audit(
+            sae, on, target, concept=concept, classifier=classifier, class_texts=parse_class_texts(class_texts),
+            train_store=train_store, positive=positive, names=names, all_latents=all_latents, modality=modality,
+            inference=inference, n_permutations=permutations, sweep_id=sweep_id, seed=seed,
+        )  # fmt: skip
+        if html is not None:
+            from msae.auditreport import write_html
+
+            write_html(found, html)
+        _report(found.table(), found.to_dict(), json)
+
+    return run
+
+
 def _search(_: list[str]) -> Callable[..., None]:
     import tyro
 
@@ -489,6 +551,7 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "name": _name,
     "gallery": _gallery,
     "stability": _stability,
+    "audit": _audit,
     "search": _search,
     "info": _info,
 }

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ class Run:
             self.settings.loggers, self.folder, settings=to_mapping(self.settings), resume_step=state.step
         )
         try:
-            self._loop(state, loggers)
+            with _matmul_precision(self.settings.precision):
+                self._loop(state, loggers)
         finally:
             loggers.close()
         state.sae.save(self.folder)
@@ -267,6 +268,17 @@ def _remove_folder(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.tmp")
     path.rename(doomed)
     remove_leftovers(path.parent)
+
+
+@contextmanager
+def _matmul_precision(precision: Literal["float32", "bfloat16"]) -> Iterator[None]:
+    """bfloat16 lets torch and our kernels multiply in it, with float32 sums and weights, where the hardware can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

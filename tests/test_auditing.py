@@ -1,0 +1,378 @@
+"""Laws of `audit`: closed forms against decoding every row anew, honest p-values, one clear line for bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.stats
+import torch
+from safetensors.numpy import save_file
+
+from msae.auditing import audit
+from msae.auditing.association import associate, taught
+from msae.auditing.controls import matched_groups
+from msae.classifier import LinearClassifier
+from msae.errors import ConfigError, RunError, StoreError
+from msae.sae import SAE, SAEConfig
+from msae.standardize import Standardizer, fit_statistics
+from msae.store import StorePart, write_store
+from tests.oracles import audits as oracle
+from tests.oracles import effects as effects_oracle
+
+D_IN, D_SAE, N = 12, 24, 600
+NAMES = {"own": [0], "planted": [1], "pair": [2, 3], "other": [4], "silent": [5], "rest": [6, 7, 8]}
+
+
+def make_sae(**config) -> SAE:
+    """Directions that are drawn at random and read back through their transpose; latent 5 never fires."""
+    sae = SAE(SAEConfig(D_IN, D_SAE, **({"kind": "relu"} | config)), seed=1)
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.fill_(-0.4)
+        sae.b_enc[5] = -1e3
+    return sae
+
+
+def world(n=N, *, bias=0.5, seed=0, classes=("a", "b")):
+    """Embeddings in which latent 0 is the class and latent 1 goes with it in a share `bias` of rows."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, len(classes), n)
+    z = rng.gamma(3, 0.5, (n, D_SAE)) * (rng.random((n, D_SAE)) < 0.2)
+    z[:, 0] = (truth == 1) * rng.gamma(3, 0.5, n)
+    has = np.where(rng.random(n) < bias, truth == 1, truth != 1)
+    z[:, 1] = has * rng.gamma(4, 0.5, n)
+    directions = make_sae().W_dec.detach().numpy()
+    x = (z @ directions + 0.3 * rng.normal(size=(n, D_IN)) + 1).astype(np.float32)
+    return x, [classes[k] for k in truth]
+
+
+def make_store(path: Path, x, labels, **columns):
+    table = pa.table({"id": [f"row {i}" for i in range(len(x))], "y": labels, **columns})
+    return write_store(path, [StorePart({"image": x}, table)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    return make_store(folder / "test.store", *world(seed=1))
+
+
+@pytest.fixture(scope="module")
+def biased(folder):
+    return make_store(folder / "biased.store", *world(1500, bias=0.95, seed=2))
+
+
+@pytest.fixture(scope="module")
+def sae(store):
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    found = make_sae()
+    found.standardizer = Standardizer().with_statistics("image", fit_statistics(lambda: [x]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(sae, store, biased):
+    return audit(sae, store, "y", train_store=biased, names=NAMES, n_permutations=400)
+
+
+def coefficients(n_classes=2, *, unit_norm=False, seed=0):
+    rng = np.random.default_rng(seed)
+    tensors = [
+        torch.from_numpy(part).float() for part in (rng.normal(size=(n_classes, D_IN)), rng.normal(size=n_classes))
+    ]
+    mean, scale = (torch.from_numpy(part).float() for part in (rng.normal(size=D_IN), rng.uniform(0.5, 2, D_IN)))
+    return LinearClassifier(tuple("abc"[:n_classes]), *tensors, mean, scale, unit_norm, "test")
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("config", [{}, {"kind": "topk", "k": 6}, {"soft_cap": 1.0}], ids=str)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_closed_form_is_decoding_and_classifying_every_edited_row(sae, store, config, unit_norm, n_classes):
+    subject = make_sae(**config)
+    subject.standardizer = sae.standardizer
+    classifier = coefficients(n_classes, unit_norm=unit_norm)
+    result = audit(subject, store, classifier=classifier, names=NAMES, n_permutations=20)
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    z = subject.encode(x)
+    before = classifier.logits(x).softmax(1)
+    for name, latents in NAMES.items():
+        one = result[name]
+        if name == "silent":
+            continue
+        fires = (z[:, latents] > 0).any(1)
+        k = classifier.classes.index(one.class_)
+        strength = oracle.group_strength(z, latents, subject.W_dec.detach())
+        for edit, q in ((one.remove, None), (one.set_p50, 0.5), (one.set_p99, 0.99)):
+            rows = fires if q is None else ~fires
+            wanted = 0.0 if q is None else float(np.quantile(strength[strength > 0].detach(), q))
+            edited = oracle.set_group(
+                z, torch.nonzero(rows).flatten().tolist(), latents, subject.W_dec.detach(), wanted
+            )
+            after = oracle.edited_probabilities(subject, classifier, x, z, edited)
+            change, flips = oracle.mean_change(before, after, rows, k)
+            assert edit.n == int(rows.sum()) and edit.strength == pytest.approx(wanted, rel=1e-4)
+            assert edit.change == pytest.approx(change, abs=1e-5)  # float32 probabilities
+            assert edit.flip_rate == pytest.approx(flips, abs=2 / N)  # a row may lie on the border
+
+
+def test_group_gaps_are_those_of_classifying_every_row_with_the_concept_removed(sae, store, biased, found):
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    truth = np.array(store.column("y"))
+    z = sae.encode(x)
+    edited = z.clone()
+    edited[:, 1] = 0
+    again = audit(sae, store, "y", train_store=biased, names={"planted": [1]}, n_permutations=20)["planted"].debiasing
+    assert again.overall == pytest.approx(found.classifier["accuracy"])
+    assert sum(group.n for group in again.groups) == N
+    for group in again.groups:
+        rows = (truth == group.class_) & ((z[:, 1] > 0).numpy() == group.present)
+        assert group.n == rows.sum()
+        if not group.present:
+            assert group.accuracy == group.accuracy_removed
+    assert again.worst == min(group.accuracy for group in again.groups)
+    assert again == found["planted"].debiasing
+
+
+def test_a_planted_correlation_is_found_and_removing_it_helps_the_worst_group(found):
+    assert found.concepts[0].name in ("planted", "own")  # the class itself has an effect too
+    planted = found["planted"]
+    assert planted.given_true.q < 0.05 and planted.given_true.effect_size > 0.3
+    assert abs(planted.by_true.effect_size) < 0.2  # the audited store does not have the correlation
+    assert planted.remove.change < -0.1 < 0.1 < planted.set_p99.change
+    assert planted.control.beaten >= 0.9  # the one random latent that may beat it is the class itself
+    assert planted.effect > 2 * planted.control.set_p50
+    assert planted.debiasing.worst_levelled > planted.debiasing.worst + 0.1
+    assert planted.test == "taught" and planted.taught.q < 0.05
+    # its direction is not orthogonal to the others', so they carry some of it
+    assert planted.taught.effect_size == max(one.taught.effect_size for one in found.concepts if one.taught)
+
+
+def test_on_the_unbiased_twin_nothing_is_reported(sae, store, folder):
+    twin = make_store(folder / "twin.store", *world(1500, seed=7))
+    result = audit(sae, store, "y", train_store=twin, names=NAMES, n_permutations=400)
+    assert result.reported() == []
+
+
+def test_taught_counts_every_pair_of_a_training_and_another_row_of_one_class():
+    rng = np.random.default_rng(0)
+    strengths = (rng.gamma(2, 1, (60, 2)) * (rng.random((60, 2)) < 0.6)).astype(np.float32)
+    is_training, truth = rng.random(60) < 0.5, rng.integers(0, 3, 60)
+    draw = {"n_permutations": 50, "n_resamples": 10, "rng": rng}
+    found = taught(strengths, is_training, truth, ("a", "b", "c"), positive=1, **draw)
+    for one, column in zip(found, strengths.T, strict=True):
+        sides = [
+            effects_oracle.cliffs_delta(column[side], is_training[side], truth[side])
+            for side in (truth == 1, truth != 1)
+        ]
+        assert one.effect_size == pytest.approx((sides[0] - sides[1]) / 2, abs=1e-6)
+
+
+def test_taught_p_values_are_uniform_where_training_and_audited_rows_are_alike():
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 2, 400)
+    strengths = (truth[:, None] + rng.normal(size=(400, 400))).clip(0).astype(np.float32)  # all follow the class
+    draw = {"n_permutations": 1000, "n_resamples": 10, "rng": rng}
+    found = taught(strengths, np.arange(400) < 150, truth, ("a", "b"), positive=1, **draw)
+    assert scipy.stats.kstest([one.p for one in found], "uniform").pvalue > 0.01
+
+
+def test_the_words_of_the_class_itself_come_last(sae, store, biased):
+    names = {"B": [0], "planted": [1], "silent": [5]}
+    result = audit(sae, store, "y", train_store=biased, names=names, n_permutations=20)
+    assert [(one.name, one.is_target) for one in result.concepts] == [
+        ("planted", False), ("silent", False), ("B", True),
+    ]  # fmt: skip
+
+
+def test_concepts_come_strongest_causal_effect_first(found):
+    effects = [one.effect for one in found.concepts]
+    assert effects == sorted(effects, reverse=True)
+    top = found.concepts[0]
+    assert top.effect == pytest.approx((abs(top.remove.change) + abs(top.set_p50.change)) / 2)
+
+
+def test_json_has_the_contracts_keys_and_no_nan(found):
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert {"target", "classifier", "concepts"} <= set(data)
+    wanted = {"latent", "name", "effect_size", "p", "q", "remove", "set_p99", "flip_rate", "control", "class"}
+    for concept in data["concepts"]:
+        assert wanted <= set(concept)
+    assert "planted" in found.table()
+
+
+def test_p_values_of_shuffled_predictions_are_uniform():
+    rng = np.random.default_rng(0)
+    strengths = (rng.gamma(2, 1, (300, 400)) * (rng.random((300, 400)) < 0.5)).astype(np.float32)
+    truth = rng.integers(0, 2, 300)
+    predicted = np.where(rng.random(300) < 0.8, truth, 1 - truth)  # independent of every column, given the truth
+    for labels, strata in ((predicted, truth), (predicted, np.zeros(300, int))):
+        some = associate(
+            strengths, labels, strata, ("a", "b"), positive=1, n_permutations=1000, n_resamples=10, rng=rng
+        )
+        assert scipy.stats.kstest([one.p for one in some], "uniform").pvalue > 0.01
+
+
+def test_given_the_truth_a_concept_that_only_follows_the_truth_is_not_reported():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 1000)
+    predicted = np.where(rng.random(1000) < 0.9, truth, 1 - truth)
+    strengths = (truth + rng.normal(size=1000)).clip(0).astype(np.float32)[:, None]
+    draw = {"positive": 1, "n_permutations": 999, "n_resamples": 10, "rng": rng}
+    one = associate(strengths, predicted, np.zeros(1000, int), ("a", "b"), **draw)[0]
+    other = associate(strengths, predicted, truth, ("a", "b"), **draw)[0]
+    assert one.p < 0.01 < 0.05 < other.p
+    assert abs(other.effect_size) < 0.1 < one.effect_size
+
+
+def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_among_others(sae, store, biased, found):
+    again = audit(sae, store, "y", train_store=biased, names=NAMES, n_permutations=400)
+    assert again.to_dict() == found.to_dict()
+    alone = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["Planted"], n_permutations=400)
+    assert [one.name for one in alone.concepts] == ["planted"]
+    assert alone["planted"].remove.change == pytest.approx(found["planted"].remove.change, abs=1e-6)
+
+
+def test_more_latents_than_memory_take_more_passes_and_change_nothing(sae, store, biased, found, monkeypatch):
+    monkeypatch.setattr("msae.auditing.auditor.ACTIVATION_ENTRIES", 2 * N)
+    monkeypatch.setattr("msae.auditing.measure.EDIT_ENTRIES", 100)
+    again = audit(sae, store, "y", train_store=biased, names=NAMES, n_permutations=400)
+    for one in found.concepts:
+        if one.remove:
+            assert again[one.name].remove.change == pytest.approx(one.remove.change, abs=1e-6)
+            assert again[one.name].debiasing == one.debiasing
+
+
+def test_a_concept_that_never_fires_says_so(found, store):
+    silent = found["silent"]
+    assert silent.note == f"never fires on {store.path}"
+    assert silent.remove is silent.main is silent.control is None and silent.effect == 0
+
+
+def test_missing_labels_are_left_out_and_counted(sae, folder, biased):
+    x, labels = world(300, seed=4)
+    holes = [None if i % 10 == 0 else "" if i % 10 == 1 else label for i, label in enumerate(labels)]
+    result = audit(
+        sae, make_store(folder / "holes.store", x, holes), "y", train_store=biased, names=NAMES, n_permutations=20
+    )
+    assert (result.n, result.n_left_out) == (240, 60)
+
+
+def test_without_a_classifier_half_the_rows_train_one_and_the_other_half_is_audited(sae, store):
+    result = audit(sae, store, "y", names=NAMES, n_permutations=20)
+    assert result.n == result.classifier["n_train"] == N // 2
+
+
+def test_without_names_every_latent_is_audited(sae, store, biased):
+    result = audit(sae, store, "y", train_store=biased, n_permutations=20)
+    assert len(result.concepts) == D_SAE and "every latent" in result.notes[0]
+    few = audit(sae, store, "y", train_store=biased, concept=["#3"], n_permutations=20)
+    assert [one.latents for one in few.concepts] == [(3,)]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_coefficients_in_a_file_are_the_classifier(sae, store, folder, suffix):
+    classifier = coefficients(3, unit_norm=True)
+    path = folder / f"coefficients{suffix}"
+    if suffix == ".npz":
+        classifier.save(path)
+    else:
+        arrays = {key: getattr(classifier, key).numpy() for key in ("weight", "bias", "mean", "scale")}
+        save_file(arrays, path, {"classes": '["a", "b", "c"]', "unit_norm": "true"})
+    again = LinearClassifier.load(path, d_in=D_IN)
+    assert (again.classes, again.unit_norm) == (classifier.classes, True)
+    x = torch.from_numpy(store.take(np.arange(9), "image"))
+    assert torch.equal(again.logits(x), classifier.logits(x))
+    result = audit(sae, store, classifier=path, names=NAMES, n_permutations=20)
+    assert result.n == N and result.concepts[0].given_true is None and result.concepts[0].by_predicted is not None
+
+
+def test_one_row_of_weights_is_scikit_learns_logit_of_the_second_class(store, folder):
+    np.savez(folder / "one.npz", weight=np.ones((1, D_IN)), bias=[0.5], classes=["no", "yes"])
+    x = torch.from_numpy(store.take(np.arange(9), "image"))
+    found = LinearClassifier.load(folder / "one.npz", d_in=D_IN).logits(x).softmax(1)[:, 1]
+    assert torch.allclose(found, torch.sigmoid(x.sum(1) + 0.5))
+
+
+def test_a_sweep_begins_without_the_concept_and_passes_the_samples_own_probability(sae, store, biased):
+    x, _ = world(seed=1)
+    z = sae.encode(torch.from_numpy(x))
+    row = int(z[:, 1].argmax())
+    result = audit(
+        sae, store, "y", train_store=biased, names={"planted": [1]}, n_permutations=20, sweep_id=f"row {row}"
+    )
+    sweep = result["planted"].sweep
+    assert sweep.id == f"row {row}" and sweep.own == pytest.approx(float(z[row, 1]), rel=1e-5)
+    assert list(sweep.probabilities) == sorted(sweep.probabilities)
+    assert sweep.strengths[0] == 0 and sweep.strengths[-1] == pytest.approx(2 * sweep.natural_p99, rel=1e-6)
+
+
+def test_controls_fire_like_the_concept_and_are_others():
+    rng = np.random.default_rng(0)
+    rate = np.repeat([0.1, 0.5], 20)
+    z = ((rng.random((2000, 40)) < rate) * rng.gamma(3, 1, (2000, 40))).astype(np.float32)
+    z[:, 39] = 0
+    drawn = matched_groups((0,), z, n_controls=10, rng=rng)
+    assert len(drawn) == 10 and all(0 < latent < 20 for (latent,) in drawn)
+    pairs = matched_groups((0, 20), z, n_controls=10, rng=rng)
+    assert all(not {0, 20, 39} & set(pair) and len(pair) == 2 and pair[0] < 20 <= pair[1] for pair in pairs)
+
+
+CASES = {
+    "no such column": ("StoreError", {"target": "yy"}, "has no column 'yy'; did you mean 'y'"),
+    "constant": ("ConfigError", {"target": "same"}, "has only 'x' in 600 labelled rows; an audit needs two classes"),
+    "empty": ("ConfigError", {"target": "nothing"}, "has no labels; an audit needs two classes"),
+    "numbers": ("ConfigError", {"target": "age"}, "has 600 different values"),
+    "unknown concept": ("ConfigError", {"concept": ["plantd"]}, "no latent is named 'plantd'; did you mean 'planted'"),
+    "unknown latent": ("ConfigError", {"concept": ["#99"]}, "there is no latent #99; this SAE has #0 to #23"),
+    "unknown class": ("ConfigError", {"positive": "z"}, "there is no class 'z'; the classes are a, b"),
+    "nothing to audit": ("ConfigError", {"target": None}, "nothing to audit; give --target COLUMN"),
+    "two classifiers": ("ConfigError", {"classifier": "x.npz", "class_texts": {}}, "keep one of them"),
+    "no file": ("ConfigError", {"classifier": "missing.npz"}, "missing.npz does not exist"),
+    "no names": ("RunError", {"names": "nowhere"}, "or audit every latent with --all-latents"),
+    "no encoder": ("ConfigError", {"class_texts": {"a": "a", "b": "b"}}, "does not say which model"),
+    "unknown sweep": ("StoreError", {"sweep_id": "row 9999"}, "has no row with the id 'row 9999'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_store(folder):
+    x, labels = world(seed=1)
+    columns = {"same": ["x"] * N, "nothing": pa.nulls(N, pa.string()), "age": list(range(N))}
+    return make_store(folder / "bad.store", x, labels, **columns)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_clear_line(sae, bad_store, case):
+    kind, options, message = CASES[case]
+    with pytest.raises({"ConfigError": ConfigError, "StoreError": StoreError, "RunError": RunError}[kind]) as caught:
+        audit(sae, bad_store, **({"target": "y", "names": NAMES, "n_permutations": 20} | options))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_coefficients_are_one_clear_line(folder):
+    for name, arrays, message in (
+        ("wide", {"weight": np.ones((2, 5))}, "weights of width 5, the embeddings have 12"),
+        ("odd", {"weight": np.ones((2, D_IN)), "bias": np.ones(3)}, "2 rows of weights, 3 biases"),
+        ("keys", {"coef_": np.ones((2, D_IN))}, "holds coef_; wanted weight"),
+        ("nan", {"weight": np.full((2, D_IN), np.nan)}, "NaN or infinite"),
+        ("pickle", {"weight": np.array([object()])}, "cannot be read"),
+    ):
+        np.savez(folder / f"{name}.npz", **arrays)
+        with pytest.raises(ConfigError, match=message):
+            LinearClassifier.load(folder / f"{name}.npz", d_in=D_IN)
+
+
+def test_a_classifier_that_predicts_one_class_leaves_nothing_to_test(sae, store):
+    nothing = torch.zeros(D_IN)
+    classifier = LinearClassifier(
+        ("a", "b"), torch.zeros(2, D_IN), torch.tensor([0.0, 5.0]), nothing, nothing + 1, False, "test"
+    )
+    result = audit(sae, store, "y", classifier=classifier, names=NAMES, n_permutations=20)
+    assert result.notes == ("the classifier predicts 'b' for every row, so there is no association to test",)
+    assert all(one.main is None for one in result.concepts)

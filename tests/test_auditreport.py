@@ -1,0 +1,109 @@
+"""The audit's page opens offline, shows names as text whatever they are, and is the same bytes for the same audit."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from msae.auditing import audit
+from msae.auditreport import concept_svg, section, write_html
+from msae.cli import _audit, main
+from tests.test_auditing import N, make_sae, make_store, world
+
+pytest.importorskip("matplotlib")
+EVIL = "<script>alert('$x$ & \"y\"')</script>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from msae.standardize import Standardizer, fit_statistics
+
+    path = tmp_path_factory.mktemp("page")
+    store = make_store(path / "on.store", *world(seed=1, classes=("<b>a", "$b")))
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    sae = make_sae()
+    sae.standardizer = Standardizer().with_statistics("image", fit_statistics(lambda: [x]))
+    sae.save(path / "run")
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    names = {EVIL: [1], "own": [0], "silent": [5]}
+    return audit(folder / "run", folder / "on.store", "y", names=names, n_permutations=50)
+
+
+def test_names_are_text_and_nothing_is_fetched(found, tmp_path):
+    write_html(found, tmp_path / "audit.html")
+    page = (tmp_path / "audit.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "<b>a" not in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)  # links inside the page alone
+    assert "@import" not in page and "url(http" not in page
+    assert "never fires" in section(found, n_plotted=0) or found["silent"].note
+
+
+def test_a_plot_is_well_formed_and_the_same_every_time(found):
+    one = concept_svg(found, found[EVIL])
+    assert ElementTree.fromstring(one).tag.endswith("svg")
+    assert one == concept_svg(found, found[EVIL])
+
+
+def test_the_page_has_a_row_for_every_concept(found):
+    assert section(found).count("<tr") == 1 + len(found.concepts)
+
+
+def test_the_command_writes_table_json_and_page(folder, capsys):
+    arguments = [
+        "audit",
+        str(folder / "run"),
+        "--on",
+        str(folder / "on.store"),
+        "--target",
+        "y",
+        "--permutations",
+        "20",
+    ]
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                *arguments,
+                "--concept",
+                "#0",
+                "--concept",
+                "#1",
+                "--html",
+                str(folder / "a.html"),
+                "--json",
+                str(folder / "a.json"),
+            ]
+        )
+    assert left.value.code == 0
+    assert "| concept |" in capsys.readouterr().out
+    assert (folder / "a.html").stat().st_size > 10_000 and '"flip_rate"' in (folder / "a.json").read_text()
+
+
+def test_the_command_says_what_is_missing_in_one_line(folder, capsys):
+    for options, message in (
+        (["--target", "z"], "has no column 'z'"),
+        (["--target", "y"], "names.json does not exist"),
+        (["--target", "y", "--all-latents", "--class-texts", "man"], "is not CLASS=TEXT"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["audit", str(folder / "run"), "--on", str(folder / "on.store"), *options])
+        error = capsys.readouterr().err
+        assert left.value.code == 1 and message in error and error.count("\n") == 1
+
+
+def test_the_recipes_use_options_that_exist():
+    recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
+    assert len(commands) >= 5
+    known = set(inspect.signature(_audit([])).parameters)
+    for command in commands:
+        options = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
+        assert options <= known and {"on", "target"} <= options
