@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
     {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"}
     | {"filters", "rivals"},
-    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier"} | {"edits", "neighbours"},
+    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
     {"report", "interop", "distributed", "demo", "contactsheet", "auditreport", "searchpage"},
     {"cli", "explorer"},
