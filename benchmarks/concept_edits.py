@@ -14,7 +14,6 @@ import argparse
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,8 @@ from msae.store import EmbeddingStore
 from results import write_section
 
 TOP = 20
+FEWEST = 5
+"""Rows of a class; of one with fewer than `TOP`, only that many neighbours are looked at."""
 RAISED = ("as it is", "p99", "text step of p99", "p99 strict", "p99 exclusive", "2xp99", "text step of 2xp99")
 REMOVED = ("as it is", "removed", "removed strict", "text removed")
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--labels", help="a column whose last part is a class name, instead of attributes")
     parser.add_argument("--queries", type=int, default=120)
     parser.add_argument("--section", default="concept-edits")
+    parser.add_argument("--title", default="real vectors", help="what the section of RESULTS.md is called after")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     store = EmbeddingStore.open(arguments.store, modality="image")
@@ -82,7 +84,7 @@ def main() -> None:
                 n_named += 1
         named.append(n_named)
     body = report(found, [target.kind for target in targets], named, len(targets), arguments.queries)
-    write_section(arguments.section, f"Concept edits: {Path(arguments.store).stem}", body)
+    write_section(arguments.section, f"Concept edits: {arguments.title}", body)
     print(body)
 
 
@@ -110,15 +112,13 @@ def measure(
     edited = {key: apply(sae, x, "image", value) for key, value in edits.items()}
     for key in ("p99", "2xp99"):
         edited[f"text step of {key}"] = x + (edited[key] - x).norm(dim=1, keepdim=True) * text
-    kind = target.kind
+    kind, k = target.kind, min(TOP, int(has.sum()))
     for key in RAISED:
         rows = neighbours(space, edited[key], queries)
-        found[kind, key].append(has[rows].mean(1))
+        found[kind, key].append(has[rows[:, :k]].mean(1))
         found[kind, f"{key}: kept"].append((target.others[rows] == target.others[queries][:, None]).mean(1))
     found[kind, "rivals"].append(np.array([len(rivals)]))
-    owners = queries[has[queries]]
-    if not len(owners):
-        return True
+    owners = np.random.default_rng(1).permutation(np.flatnonzero(has))[: len(queries)]
     x = space.x[owners]
     centre = space.x.mean(0)
     removed = {
@@ -128,7 +128,7 @@ def measure(
         "text removed": x - ((x - centre) @ text)[:, None] * text,
     }
     for key in REMOVED:
-        found[kind, f"{key} (has it)"].append(has[neighbours(space, removed[key], owners)].mean(1))
+        found[kind, f"{key} (has it)"].append(has[neighbours(space, removed[key], owners)[:, :k]].mean(1))
     found[kind, "base rate"].append(np.array([has.mean()]))
     return True
 
@@ -186,7 +186,7 @@ def label_targets(store: EmbeddingStore, column: str) -> list[Target]:
     return [
         Target("class", str(label), (plain(str(label).rsplit("/", 1)[-1]),), labels == label, nothing)
         for label in np.unique(labels)
-        if (labels == label).sum() >= TOP
+        if (labels == label).sum() >= FEWEST
     ]
 
 

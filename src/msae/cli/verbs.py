@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msae.cli.output import report
+from msae.cli.output import report, say
 
 Modality = Literal["image", "text"]
 
