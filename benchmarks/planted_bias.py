@@ -240,9 +240,10 @@ def summary(found: Audit, planted: str) -> dict[str, Any]:
         for test in ("taught", "given_true", "by_predicted", "by_true")
     }  # fmt: skip
     rank = order.index(planted) + 1 if planted in order else None
+    by_effect = [one.name for one in sorted(found.concepts, key=lambda one: -one.effect)]
     return {
         "rank": rank,
-        "rank_among_nuisance": nuisance.index(planted) + 1 if planted in order else None,
+        "rank_with_own_words": by_effect.index(planted) + 1 if planted in order else None,
         "first": order[:4],
         "effects": [round(one.effect, 3) for one in found.concepts[:4]],
         "alarms": alarms,
@@ -267,17 +268,19 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
         f"concepts ({sum(map(len, world.groups.values()))} latents of {world.sae.d_sae}; "
         f"{planted!r}: {world.groups.get(planted)}).",
         "",
-        "| hats on crosses | ranks 1st | 1st of nuisance concepts | reported | another nuisance reported | accuracy | "
-        "worst group |",
-        "|---|---|---|---|---|---|---|",
+        "| hats on crosses | planted concept first | first, the class's own words counted | planted reported | "
+        "another nuisance reported | how many | the same by `given_true` | accuracy | worst group |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for s, some in by.items():
         alarms = [one["alarms"]["taught"] for one in some]
         cells = [
             np.mean([one["rank"] == 1 for one in some]),
-            np.mean([one["rank_among_nuisance"] == 1 for one in some]),
+            np.mean([one["rank_with_own_words"] == 1 for one in some]),
             np.mean([planted in names for names in alarms]),
             np.mean([any(other != planted for other in names) for names in alarms]),
+            np.mean([sum(other != planted for other in names) for names in alarms]),
+            np.mean([any(other != planted for other in one["alarms"]["given_true"]) for one in some]),
             np.mean([one["unedited"][1] for one in some]),
             np.mean([one["unedited"][0] for one in some]),
         ]
