@@ -24,7 +24,7 @@ from torch import Tensor
 from msae.config import to_mapping
 from msae.errors import Interrupted, RunError, TrainingError
 from msae.files import atomic_folder, read_json, remove_leftovers, write_json
-from msae.loggers import Loggers
+from msae.loggers import Loggers, check_installed
 from msae.progress import progress
 from msae.sae import SAE, SAEConfig
 from msae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
@@ -70,6 +70,7 @@ class Run:
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
+        check_installed(self.settings.loggers)
         is_begun = self._is_begun(resume=resume)
         if (self.folder / "sae.json").exists():
             return SAE.load(self.folder)
