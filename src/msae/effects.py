@@ -18,6 +18,9 @@ CHUNK_ENTRIES = 1 << 24
 STOP_AFTER = 100
 """A column that relabelled data have beaten so often is done: its p-value is known to a tenth of itself."""
 
+CLEAR_AFTER, CLEAR_Q = 2000, 0.005
+"""Draws after which an undefeated column is done too, if its q-value is below this already."""
+
 
 class Interval(NamedTuple):
     """Ends of a 95 % interval, one pair per column."""
@@ -115,10 +118,13 @@ def resampled_deltas(
     n_opponents = np.where(is_positive, (size - positive)[strata], positive[strata])[:, None]
     influence = ((sign * against - delta * n_opponents) / pairs).astype(np.float32)
     resampled = np.empty((n_resamples, values.shape[1]))
+    # Poisson numbers from a table of 65,536: five times faster than drawing them, and all of this is drawing them.
+    shares = np.cumsum(np.exp(-1.0) / np.cumprod(np.r_[1.0, np.arange(1.0, 12)]))
+    extra_copies = np.searchsorted(shares, (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32) - 1
     step = max(1, CHUNK_ENTRIES // len(values))
     for first in range(0, n_resamples, step):
         shape = (min(step, n_resamples - first), len(values))
-        extra = rng.poisson(1.0, shape).astype(np.float32) - 1
+        extra = extra_copies[rng.integers(0, len(extra_copies), shape, dtype=np.uint16)]
         resampled[first : first + step] = delta + extra @ influence
     return resampled
 
@@ -160,6 +166,7 @@ def permutation_p(
         is_done = running[-1] >= STOP_AFTER
         draws = first + 1 + (running >= STOP_AFTER).argmax(0)
         p[open_] = np.where(is_done, STOP_AFTER / draws, (running[-1] + 1) / (first + len(running) + 1))
+        is_done |= _is_clear(running[-1], first + len(running), wins.shape[1])
         if is_done.any():
             table, open_, running = table[:, ~is_done], open_[~is_done], running[:, ~is_done]
         defeats = running[-1]
@@ -188,6 +195,17 @@ def _permutation_sd(wins: np.ndarray, is_positive: np.ndarray, strata: np.ndarra
             squares = np.einsum("nc,nc->c", wins[own], wins[own], dtype=np.float64)
             variance += squares * positive * (size - positive) / (size * (size - 1))
     return np.sqrt(variance)
+
+
+def _is_clear(defeats: Int64[np.ndarray, " o"], n_drawn: int, n_columns: int) -> np.ndarray:
+    """Which columns are undefeated so often that their q-value is small whatever is drawn yet.
+
+    Their p-value 1 / (n_drawn + 1) is what it would be had no more been asked for, so it stays honest.
+    """
+    undefeated = defeats == 0
+    q = n_columns / max(1, int(undefeated.sum())) / (n_drawn + 1)
+    clear: np.ndarray = undefeated & (n_drawn >= CLEAR_AFTER and q < CLEAR_Q)
+    return clear
 
 
 def _largest_z(sums: list[np.ndarray], spread: np.ndarray) -> np.ndarray:

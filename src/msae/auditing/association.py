@@ -47,8 +47,8 @@ def associate(
     del wins
     for place, (k, size) in enumerate(usable):
         own = np.flatnonzero(best == place)
-        for first in range(0, len(own), 128):  # intervals need three more tables of this size
-            some = own[first : first + 128]
+        for first in range(0, len(own), 256):  # intervals need three more tables of this size
+            some = own[first : first + 256]
             chosen = strengths[:, columns[some]]
             interval = effects.bootstrap_interval(chosen, labels == k, strata, n_resamples=n_resamples, rng=rng)
             for i, low, high in zip(some, interval.low, interval.high, strict=True):
@@ -95,8 +95,8 @@ def taught(
                 best[i] = (float(size), min(1.0, float(value) * len(watched)), k)
     for k in watched:
         own = [i for i, one in best.items() if one[2] == k]
-        for first in range(0, len(own), 128):
-            some = own[first : first + 128]
+        for first in range(0, len(own), 256):
+            some = own[first : first + 256]
             chosen, ends = strengths[:, columns[some]], []
             for side in (truth == k, truth != k):
                 own_side = (chosen[side], is_training[side], truth[side])
