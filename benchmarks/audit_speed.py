@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from results import write_section
 
 from msae.auditing import audit
 from msae.sae import SAE, SAEConfig
 from msae.standardize import Standardizer, fit_statistics
 from msae.store import EmbeddingStore, StorePart, write_store
+from results import write_section
 
 
 def make_store(path: Path, n_rows: int, d_in: int, seed: int) -> EmbeddingStore:
@@ -67,7 +67,8 @@ def main() -> None:
     rate = np.mean([concept.firing_rate for concept in found.concepts])
     text = (
         f"{options.rows:,} rows of width {options.d_in} and {options.train_rows:,} training rows, "
-        f"d_sae {options.d_sae:,}, {options.concepts} concepts that fire in {rate:.0%} of rows, {options.threads} threads: "
+        f"d_sae {options.d_sae:,}, {options.concepts} concepts that fire in {rate:.0%} of rows, "
+        f"{options.threads} threads: "
         f"**{seconds / 60:.1f} minutes**, peak memory {peak:.1f} GiB; training of the classifier included; "
         f"four tests of at most {found.settings['n_permutations']:,} permutations."
     )

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import write_section
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -26,7 +28,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments.rows[0], arguments)))
         return
-    print("| rows | seconds | peak memory, MB |\n|---|---|---|")
+    lines = ["| rows | seconds | peak memory of the process, MB |", "|---:|---:|---:|"]
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             options = [*("--d-in", str(arguments.d_in), "--d-sae", str(arguments.d_sae)), "--child", folder]
@@ -34,7 +36,12 @@ def main() -> None:
             write_rows(Path(folder) / "rows.npy", rows, arguments.d_in)
             command = [sys.executable, __file__, "--rows", str(rows), *options]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"| {rows} | {found['seconds']:.0f} | {found['peak_mb']:.0f} |", flush=True)
+        lines.append(f"| {rows:,} | {found['seconds']:.0f} | {found['peak_mb']:.0f} |")
+        print(lines[-1], flush=True)
+    what = f"d_in {arguments.d_in}, d_sae {arguments.d_sae}, {'with' if arguments.recovery else 'without'} --recovery."
+    write_section(
+        "evaluate-memory", "Memory of evaluating against the number of rows", what + "\n\n" + "\n".join(lines)
+    )
 
 
 def write_rows(path: Path, n_rows: int, d_in: int) -> None:

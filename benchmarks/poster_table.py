@@ -50,7 +50,8 @@ def main() -> None:
     name = f"poster-{arguments.recipe}"
     curves = FIGURES / f"{name}-recovery.svg"
     plot_recovery(results, curves)
-    (FIGURES / f"{name}.json").write_text(json.dumps([r.to_dict() for r in results], indent=1) + "\n")
+    records = [{**r.to_dict(), "run": Path(str(r.run)).name, "on": Path(arguments.test).name} for r in results]
+    (FIGURES / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
     body = (
         f"{poster_table(results)}\n\nTraining, wall time: {times}.\n\n"
         f"![FVU, cosine and CKNNA when only the k strongest latents are kept](figures/{curves.name})\n"

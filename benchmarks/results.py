@@ -46,8 +46,8 @@ def _git(*arguments: str) -> str:
 
 
 def _without_folders(word: str) -> str:
-    """A path as its last two parts: where this machine keeps things is nobody's business."""
-    return "/".join(Path(word).parts[-2:]) if "/" in word else word
+    """A path as its last part: where this machine keeps things is nobody's business."""
+    return Path(word).name if "/" in word else word
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import NormalDist
+from unittest.mock import MagicMock
 
 Step = Callable[[], object]
 LR = 1e-6
@@ -161,6 +162,10 @@ def widths_of(d_sae: int) -> tuple[int, ...]:
 
 def overcomplete(x, bias: float, case: dict) -> Step:  # noqa: ARG001 (its encoder has no bias to set)
     import torch
+
+    for module in ("models", "visualization"):
+        # Only its SAEs are measured; so its vision models and plots need no matching torchvision and matplotlib.
+        sys.modules.setdefault(f"overcomplete.{module}", MagicMock())
     from overcomplete.sae import SAE, BatchTopKSAE, TopKSAE
 
     kind = case["kind"]
@@ -193,7 +198,7 @@ def dictionary_learning(x, bias: float, case: dict) -> Step:
     named = {"layer": 0, "lm_name": "none", "lr": LR}
     kind = case["kind"]
     if kind == "relu":
-        trainer = standard.StandardTrainer(**sizes, **named, l1_penalty=0.003)
+        trainer = standard.StandardTrainer(steps=10**6, l1_penalty=0.003, **sizes, **named)
     elif kind == "topk":
         trainer = top_k.TopKTrainer(steps=10**6, k=case["k"], **sizes, **named)
     elif kind == "batchtopk":

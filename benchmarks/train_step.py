@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py [--full] [--threads 1] [--rounds 9] [--out FILE.json] [--peer NAME=PYTHON]...
 
-A peer's name is overcomplete, dictionary-learning or sae-lens, PYTHON that of the environment that has it.
+A peer's name is overcomplete, dictionary-learning or sae-lens, PYTHON that of the environment that has it
+(and no torchvision that does not match its torch).
 
 A *step* is loss, gradients, radial projection, clipping, AdamW and unit rows. The *floor* is five dense products of the
 same shapes by the same library and nothing else, so a whole step is compared with less than a whole step. Each library
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=[], help="kinds to measure")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="batches to measure")
+    parser.add_argument("--skip", nargs="+", default=[], help="lines of the table to leave out")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer and its environment")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -134,7 +136,7 @@ def main() -> None:
             options.batch and case["batch"] not in options.batch
         ):
             continue
-        wanted = candidates(case, list(peers))
+        wanted = {k: v for k, v in candidates(case, list(peers)).items() if k not in options.skip}
         for name, (library, _) in wanted.items():
             if name not in workers:
                 workers[name] = Worker(library, peers.get(library, sys.executable), options.threads)

@@ -12,7 +12,8 @@ import torch
 
 from msae.auditing import audit
 from msae.auditreport import concept_svg, section, write_html
-from msae.cli import _audit, main
+from msae.cli import main
+from msae.cli.verbs import _audit
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")

@@ -10,15 +10,17 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
     {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
-    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"},
-    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier"},
+    {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"}
+    | {"filters", "rivals"},
+    {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo", "contactsheet", "auditreport"},
+    {"report", "interop", "distributed", "demo", "contactsheet", "auditreport", "searchpage"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {
     ("losses", "activations"), ("kernels", "losses"), ("kernels", "activations"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
+    ("edits", "sae"),  # what an edit does to an SAE's activations
     ("arrays", "errors"), ("tables", "errors"), ("images", "errors"),
 }  # fmt: skip
 MODULES = sorted(SRC.rglob("*.py"))

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae.errors import ConfigError, Interrupted, RunError, StoreError, TrainingError
+from msae.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
 from msae.sae import SAE, SAEConfig
 from msae.training import TrainSettings, learning_rate, shuffled_batches, train, train_step
 
@@ -62,6 +63,7 @@ def test_options_train_too(extra, store, tmp_path):
     train(store, out=tmp_path / "run", **SMALL, levels=(4, 64), **extra)
     lines = lines_of(tmp_path / "run")
     assert lines[-1]["fvu"] < 0.8 * lines[0]["fvu"]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_auxiliary_loss_revives_dead_latents_and_reconstructs_better():
@@ -263,6 +265,26 @@ def test_nan_rows_stop_training_with_their_row(tmp_path):
     np.save(tmp_path / "x.npy", rows)
     with pytest.raises(StoreError, match="137"):
         train(tmp_path / "x.npy", out=tmp_path / "run", **SMALL)
+
+
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(store, tmp_path):
+    missing = next(name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None)
+    with pytest.raises(MissingDependencyError, match=f"{missing} is not installed.*pip install {missing}"):
+        train(store, out=tmp_path / "run", loggers=(missing,), **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_figures_of_the_jsonl_file(store, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(store, out=tmp_path / "run", loggers=("tensorboard",), **SMALL)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    lines = lines_of(tmp_path / "run")
+    assert [(e.step, e.value) for e in events.Scalars("fvu")] == [
+        (line["step"], pytest.approx(line["fvu"], rel=1e-6)) for line in lines
+    ]
 
 
 def test_settings_file_and_options_meet(store, tmp_path):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from msae.evaluation import Evaluation, evaluate, poster_table
     from msae.galleries import Gallery, concept_tree, gallery, top_samples
     from msae.naming import NameSettings, name
+    from msae.retrieval import SearchResult, search
     from msae.sae import SAE, SAEConfig
     from msae.samples import TopSamples
     from msae.store import EmbeddingStore
@@ -35,6 +36,8 @@ _HOME = {
     "top_samples": "galleries",
     "NameSettings": "naming",
     "name": "naming",
+    "SearchResult": "retrieval",
+    "search": "retrieval",
     "SAE": "sae",
     "SAEConfig": "sae",
     "TopSamples": "samples",
@@ -70,6 +73,7 @@ __all__ = [
     "Gallery",
     "NameSettings",
     "SAEConfig",
+    "SearchResult",
     "Stability",
     "TopSamples",
     "TrainSettings",
@@ -80,6 +84,7 @@ __all__ = [
     "gallery",
     "name",
     "poster_table",
+    "search",
     "stability",
     "top_samples",
     "train",

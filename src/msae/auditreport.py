@@ -23,8 +23,9 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 STYLE = """
-.audit { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
-.audit table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0 }
+.audit { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1220px; margin: 2rem auto; padding: 0 1rem }
+.audit table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; font-size: 12.5px;
+  display: block; overflow-x: auto }
 .audit th, .audit td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
 .audit th:first-child, .audit td:first-child { text-align: left }
 .audit .reported td:first-child { font-weight: 600 }

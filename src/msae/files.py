@@ -36,14 +36,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends; `path` must not exist."""
+def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends; `path` must not exist.
+
+    Args:
+        durable: Flush each file to disk before the rename; without it a power cut, but no kill, may empty files.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if durable and file.is_file():
                 _flush(file)
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)

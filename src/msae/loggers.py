@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,13 @@ class Logger(Protocol):
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_installed(names: Sequence[LoggerName]) -> None:
+    """Refuse, before anything is written, a logger whose package is not there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed but --loggers asks for it; type: pip install {name}")
 
 
 class JsonlLogger:
@@ -40,10 +49,8 @@ class JsonlLogger:
 
 class _TensorBoardLogger:
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as err:
-            raise MissingDependencyError.of("tensorboard", extra="loggers") from err
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(log_dir=str(folder / "tensorboard"))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -58,12 +65,7 @@ class _TrackerLogger:
     """wandb and trackio share one interface: init, log, finish."""
 
     def __init__(self, package: Literal["wandb", "trackio"], folder: Path, settings: Mapping[str, Any]) -> None:
-        import importlib
-
-        try:
-            self._tracker: Any = importlib.import_module(package)
-        except ImportError as err:
-            raise MissingDependencyError.of(package, extra="loggers") from err
+        self._tracker: Any = importlib.import_module(package)
         self._tracker.init(project="msae", name=folder.name, config=dict(settings))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

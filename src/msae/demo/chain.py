@@ -1,27 +1,31 @@
-"""The whole chain on the embedded default: scenes, their embeddings, an SAE of each kind, the poster's table."""
+"""The whole chain on the embedded default: scenes, embeddings, an SAE of each kind, the poster's table, names."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msae.concepts import ConceptNames
 from msae.demo.drawing import render
-from msae.demo.scenes import UNSEEN_SEEDS, Value
+from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
 from msae.embedding import embed
 from msae.errors import ConfigError
 from msae.evaluation import Evaluation, evaluate, poster_table
-from msae.files import atomic_folder
+from msae.files import atomic_folder, atomic_path
+from msae.naming import name
 from msae.progress import progress
 from msae.training import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 """Scenes to train on and to evaluate on; the CLIP has seen none of them."""
 RUNS: Mapping[str, Mapping[str, Any]] = {
-    "msae-uniform": {"kind": "matryoshka"},
-    "msae-reverse": {"kind": "matryoshka", "weighting": "reverse"},
+    "msae-uniform": {"levels": (8, 16, 32, 64, 128, 256)},
+    "msae-reverse": {"levels": (8, 16, 32, 64, 128, 256), "weighting": "reverse"},
     "topk-16": {"kind": "topk", "k": 16},
     "topk-64": {"kind": "topk", "k": 64},
     "batchtopk-16": {"kind": "batchtopk", "k": 16},
@@ -29,8 +33,10 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "relu-0.03": {"kind": "relu", "l1": 0.03},
     "relu-0.003": {"kind": "relu", "l1": 0.003},
 }
-"""The poster's eight rows, with the k of the baselines scaled to this world's width of 128."""
-COMMON: Mapping[str, Any] = {"expansion": 8, "epochs": 10, "batch_size": 64}
+"""The poster's eight rows, with every k scaled to this world's width of 128."""
+COMMON: Mapping[str, Any] = {"d_sae": 256, "epochs": 30, "batch_size": 64}
+"""Twice as many latents as dimensions: this world has some forty things to tell, and a wider SAE splits them."""
+NAMED_RUN = "msae-reverse"
 
 
 @dataclass(frozen=True)
@@ -39,28 +45,42 @@ class DemoResult:
 
     folder: Path
     evaluations: list[Evaluation]
+    names: ConceptNames
 
     @property
     def closing(self) -> str:
         """The table, where the files are, and what to type next."""
-        run, holdout = self.folder / "runs" / "msae-reverse", self.folder / "holdout.store"
+        run, holdout = self.folder / "runs" / NAMED_RUN, self.folder / "holdout.store"
+        named = sorted({concept.name for concept in self.names})
         return "\n".join(
             [
+                "",
                 poster_table(self.evaluations),
+                "",
+                f"{len(self.names)} of the {self.names.d_sae} latents of {NAMED_RUN} have a name that the captions "
+                "confirm:",
+                textwrap.fill(", ".join(named), 100),
                 "",
                 f"pictures and captions  {self.folder / 'scenes'}",
                 f"embeddings             {self.folder / 'scenes.store'} and {holdout}",
                 f"trained SAEs           {self.folder / 'runs'}/*/sae.safetensors",
-                f"try next               msae evaluate {run} --on {holdout} --modality text",
+                f"names                  {run / 'names.json'}",
+                "",
+                f"look at one            msae gallery {run} --on {holdout} --concept red --sheet red.html",
+                f"the text side          msae evaluate {run} --on {holdout} --modality text",
             ]
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "evaluations": [e.to_dict() for e in self.evaluations]}
+        return {
+            "folder": str(self.folder),
+            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
+            "names": self.names.to_dict(),
+        }
 
 
 def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], object] = lambda _: None) -> DemoResult:
-    """Render scenes, embed them, train the poster's eight SAEs, and evaluate them on scenes that none has seen.
+    """Render scenes, embed them, train the poster's eight SAEs, evaluate them on unseen scenes, name latents.
 
     Args:
         out: Folder for everything. What a finished or interrupted demo left there is gone on with.
@@ -75,20 +95,45 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
         raise ConfigError(f"{folder} is a file; give a folder with --out")
     stores = {}
     first = UNSEEN_SEEDS.start + seed * sum(N_SCENES.values())
-    for name, n in N_SCENES.items():
-        say(f"rendering {n:,} scenes with captions: {folder / name}")
-        write_scenes(folder / name, range(first, first + n))
+    for part, n in N_SCENES.items():
+        say(f"rendering {n:,} scenes with captions: {folder / part}")
+        write_scenes(folder / part, range(first, first + n))
         first += n
-        say(f"embedding pictures and captions with the demo's own CLIP: {folder / name}.store")
-        stores[name] = embed(folder / name / "scenes.csv", encoder="demo", out=folder / f"{name}.store", batch_size=256)
-    for run, options in RUNS.items():
-        say(f"training {run}: {folder / 'runs' / run}")
-        train(stores["scenes"], out=folder / "runs" / run, resume=True, seed=seed, **COMMON, **options)
+        say(f"embedding pictures and captions with the demo's own CLIP: {folder / part}.store")
+        stores[part] = embed(folder / part / "scenes.csv", encoder="demo", out=folder / f"{part}.store", batch_size=256)
+    with _one_thread():
+        for run, options in RUNS.items():
+            say(f"training {run}: {folder / 'runs' / run}")
+            train(stores["scenes"], out=folder / "runs" / run, resume=True, seed=seed, **COMMON, **options)
     say(f"evaluating on {len(stores['holdout']):,} scenes that no SAE has seen")
     evaluations = evaluate(
         [folder / "runs" / run for run in RUNS], stores["holdout"], labels="background", probe_train=stores["scenes"]
     )
-    return DemoResult(folder, evaluations)
+    say(f"naming the latents of {NAMED_RUN} by the words of this world, checked on those scenes' captions")
+    words = embed(_write_words(folder / "words.txt"), encoder="demo", out=folder / "words.store")
+    names = name(folder / "runs" / NAMED_RUN, words, on=stores["holdout"])
+    return DemoResult(folder, evaluations, names)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """SAEs this small train twice as fast on one thread as on two, which spend their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_words(file: Path) -> Path:
+    """The plainest word for everything that this world can show, one a line."""
+    ways = [ways[0] for values in VOCABULARY.values() for value, ways in values.items() if value is not False]
+    with atomic_path(file) as temporary:
+        temporary.write_text("\n".join(ways) + "\n", encoding="utf-8")
+    return file
 
 
 def write_scenes(
@@ -105,7 +150,10 @@ def write_scenes(
     if folder.exists():
         raise ConfigError(f"{folder} holds no scenes.csv, so msae did not make it; give another --out")
     seeds = list(seeds)
-    with atomic_folder(folder) as temporary, progress("rendering", total=len(seeds), unit="scenes") as advance:
+    with (
+        atomic_folder(folder, durable=False) as temporary,
+        progress("rendering", total=len(seeds), unit="scenes") as advance,
+    ):
         (temporary / "images").mkdir()
         with (temporary / "scenes.csv").open("w", newline="", encoding="utf-8") as file:
             writer = None

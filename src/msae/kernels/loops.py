@@ -375,15 +375,13 @@ def weight_gradients(
     """
     width = W_dec.shape[1]
     W, S, x, dec, enc = W_dec.reshape(-1), S.reshape(-1), x.reshape(-1), grad_dec.reshape(-1), grad_enc.reshape(-1)
-    for place in range(start * width, stop * width, WIDTH):
-        store(dec, place, zeros())
-        store(enc, place, zeros())
+    dec[start * width : stop * width] = 0
+    enc[start * width : stop * width] = 0
     grad_bias[start:stop] = 0
     near[start:stop] = 0
     for block in range(pointers.shape[0]):
         for j in range(start, stop):
-            row = j * width
-            last = pointers[block, j + 1] - 1
+            row, last = j * width, pointers[block, j + 1] - 1
             cut = threshold[j] if threshold.size else np.float32(0)
             for q in range(pointers[block, j], last + 1, 4):
                 # A group that reaches past the last entry repeats it with weight zero.
@@ -400,12 +398,9 @@ def weight_gradients(
                 d1, n1, c1 = _through_activation(total(a1) + row_pull[x1], z1, cap, cut, half_window)
                 d2, n2, c2 = _through_activation(total(a2) + row_pull[x2], z2, cap, cut, half_window)
                 d3, n3, c3 = _through_activation(total(a3) + row_pull[x3], z3, cap, cut, half_window)
-                if q + 3 > last:
-                    z3 = d3 = n3 = c3 = np.float32(0)
-                    if q + 2 > last:
-                        z2 = d2 = n2 = c2 = np.float32(0)
-                    if q + 1 > last:
-                        z1 = d1 = n1 = c1 = np.float32(0)
+                is1, is2, is3 = np.float32(q + 1 <= last), np.float32(q + 2 <= last), np.float32(q + 3 <= last)
+                z1, z2, z3 = z1 * is1, z2 * is2, z3 * is3
+                d1, d2, d3 = d1 * is1, d2 * is2, d3 * is3
                 x0, x1, x2, x3 = x0 * width, x1 * width, x2 * width, x3 * width
                 for k in range(0, width, WIDTH):
                     g = axpy(axpy(load(dec, row + k), z0, load(S, s0 + k)), z1, load(S, s1 + k))
@@ -413,8 +408,8 @@ def weight_gradients(
                     g = axpy(axpy(load(enc, row + k), d0, load(x, x0 + k)), d1, load(x, x1 + k))
                     store(enc, row + k, axpy(axpy(g, d2, load(x, x2 + k)), d3, load(x, x3 + k)))
                 grad_bias[j] += (d0 + d1) + (d2 + d3)
-                near[j, 0] += (n0 + n1) + (n2 + n3)
-                near[j, 1] += (c0 + c1) + (c2 + c3)
+                near[j, 0] += (n0 + n1 * is1) + (n2 * is2 + n3 * is3)
+                near[j, 1] += (c0 + c1 * is1) + (c2 * is2 + c3 * is3)
 
 
 @compiled

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from msae.config import to_mapping
 from msae.errors import Interrupted, RunError, TrainingError
 from msae.files import atomic_folder, read_json, remove_leftovers, write_json
-from msae.loggers import Loggers
+from msae.loggers import Loggers, check_installed
 from msae.progress import progress
 from msae.sae import SAE, SAEConfig
 from msae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
@@ -70,6 +70,7 @@ class Run:
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
+        check_installed(self.settings.loggers)
         is_begun = self._is_begun(resume=resume)
         if (self.folder / "sae.json").exists():
             return SAE.load(self.folder)
@@ -80,7 +81,8 @@ class Run:
             self.settings.loggers, self.folder, settings=to_mapping(self.settings), resume_step=state.step
         )
         try:
-            self._loop(state, loggers)
+            with _matmul_precision(self.settings.precision):
+                self._loop(state, loggers)
         finally:
             loggers.close()
         state.sae.save(self.folder)
@@ -267,6 +269,17 @@ def _remove_folder(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.tmp")
     path.rename(doomed)
     remove_leftovers(path.parent)
+
+
+@contextmanager
+def _matmul_precision(precision: Literal["float32", "bfloat16"]) -> Iterator[None]:
+    """bfloat16 lets torch and our kernels multiply in it, with float32 sums and weights, where the hardware can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

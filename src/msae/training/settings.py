@@ -59,6 +59,7 @@ class TrainSettings:
     dead_after: int = 100_000
     """A latent is dead once it has not fired for this many rows; the auxiliary loss acts on those."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products inside the step; weights, sums and the optimiser stay float32. bfloat16 is not exact."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None

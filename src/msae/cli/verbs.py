@@ -1,137 +1,14 @@
-"""The command line: each verb is the Python function of the same name, its options read by tyro."""
+"""The verbs: for each a function that tyro reads, made when its verb is asked for, so that others load nothing."""
 
 # No `from __future__ import annotations` here: tyro reads the real types of functions made inside functions.
-import contextlib
 import functools
-import io
 import itertools
 import json as json_format
-import os
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msae import __version__
-from msae.errors import Interrupted, MsaeError, nearest
-from msae.files import atomic_path
-
-OVERVIEW = """\
-usage: msae VERB [options]        msae VERB --help explains one verb
-
-Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
-
-  demo       the whole chain on a small world that comes with the package, offline
-  embed      images or captions -> a store of embeddings
-  train      a store -> a sparse autoencoder in a run folder
-  evaluate   runs -> the poster's metrics and table
-  name       a run and a vocabulary -> names for its latents, with evidence
-  gallery    what activates a latent most; the tree of latents; their magnitudes
-  stability  which latents come back in runs from other seeds
-  audit      which concepts a classifier relies on, and what removing them does
-  info       what a store or a run holds
-
-Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb and leave with its exit code: 0 done, 1 a named error, 2 wrong usage, 130 Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(OVERVIEW)
-        sys.exit(0)
-    if arguments[0] == "--version":
-        sys.stdout.write(f"msae {__version__}\n")
-        sys.exit(0)
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        _say(f"msae: there is no verb {verb!r}{nearest(verb, VERBS)}; msae --help lists them")
-        sys.exit(2)
-    debug = "--debug" in rest
-    rest = [argument for argument in rest if argument != "--debug"]
-    sys.exit(_run(verb, rest, debug=debug))
-
-
-def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
-    try:
-        command = _parse(verb, arguments)
-        command()
-        sys.stdout.flush()
-    except Interrupted as err:
-        _say(f"msae {verb}: {err}")
-        return 130
-    except KeyboardInterrupt:
-        _say(f"msae {verb}: interrupted; nothing half-written was left, type the same command to start again")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output went away, as `head` does; say nothing more to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (MsaeError, OSError, MemoryError) as err:
-        if debug:
-            raise
-        _say(f"msae {verb}: {_one_line(err)}")
-        return 1
-    except Exception as err:
-        if debug:
-            raise
-        _say(f"msae {verb}: unexpected {type(err).__name__}: {_one_line(err)}; --debug shows where, please report it")
-        return 1
-    return 0
-
-
-def _parse(verb: str, arguments: list[str]) -> Callable[[], None]:
-    """The verb with its options bound; wrong usage is one line and exit code 2."""
-    import tyro
-
-    function = VERBS[verb](arguments)
-    bound = functools.wraps(function)(lambda *args, **options: functools.partial(function, *args, **options))
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(bound, prog=f"msae {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as leave:
-        if leave.code == 2:
-            _say(f"msae {verb}: {_usage_line(complaint.getvalue())}; type: msae {verb} --help")
-        raise
-
-
-def _usage_line(complaint: str) -> str:
-    """tyro's page about a wrong option as one line: what is wrong, and the nearest option where it names one."""
-    # Framed or dashed, as the terminal has it; the first section after the title says what is wrong.
-    title, *sections = [" ".join(part.split()) for part in re.split(r"[-─]{6,}", re.sub("[│╭╮╰╯]", " ", complaint))]
-    what = sections[0] if sections else title
-    what = re.sub(r"^Missing from msae \w+: (\S+).*", r"\1 is missing", what).removesuffix(".")
-    near = next((re.search(r"--[\w-]+", part) for part in sections if part.startswith("Perhaps you meant")), None)
-    return what + (f"; did you mean {near.group()}?" if near else "")
-
-
-def _one_line(err: BaseException) -> str:
-    if isinstance(err, OSError) and err.filename is not None:
-        return f"{err.filename}: {err.strerror}; check the path, its permissions and the free space"
-    return " ".join(str(err).split()) or type(err).__name__
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-
-
-def _report(text: str, data: Any, json: str | None) -> None:
-    """Print `text`, and write `data` where --json says; with `-` the data alone goes to stdout."""
-    if json == "-":
-        sys.stdout.write(_as_json(data))
-        return
-    if json is not None:
-        with atomic_path(Path(json)) as temporary:
-            temporary.write_text(_as_json(data), encoding="utf-8")
-    sys.stdout.write(text + "\n")
-
-
-def _as_json(data: Any) -> str:
-    return json_format.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
+from msae.cli.output import report, say
 
 Modality = Literal["image", "text"]
 
@@ -147,9 +24,9 @@ def _demo(_: list[str]) -> Callable[..., None]:
             seed: Of the scenes and of the training.
             json: Write the result as JSON to this file; - is stdout.
         """
-        say = (lambda line: _say(line)) if json == "-" else (lambda line: (print(line, flush=True), None)[1])  # noqa: T201
-        result = demo(out, seed=seed, say=say)
-        _report(result.closing, result.to_dict(), json)
+        tell = say if json == "-" else functools.partial(print, flush=True)
+        result = demo(out, seed=seed, say=tell)
+        report(result.closing, result.to_dict(), json)
 
     return run
 
@@ -189,7 +66,7 @@ def _embed(_: list[str]) -> Callable[..., None]:
         )
         skipped = f", {len(store.skipped)} inputs skipped (listed in store.json)" if store.skipped else ""
         text = f"{out}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
-        _report(text, store.describe(), json)
+        report(text, store.describe(), json)
 
     return run
 
@@ -231,7 +108,7 @@ def _train(arguments: list[str]) -> Callable[..., None]:
             f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
             f"FVU {last['fvu']:.3f} at sparsity {last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
         )
-        _report(text, {"run": str(out), "settings": to_mapping(settings), "last": last}, json)
+        report(text, {"run": str(out), "settings": to_mapping(settings), "last": last}, json)
 
     return run
 
@@ -277,7 +154,7 @@ def _evaluate(_: list[str]) -> Callable[..., None]:
             list(runs), on, modality=modality, inference=inference, k=k, labels=labels, probe_train=probe_train,
             recovery=recovery, seed=seed, device=device,
         )  # fmt: skip
-        _report(poster_table(results, style="latex" if latex else "markdown"), [r.to_dict() for r in results], json)
+        report(poster_table(results, style="latex" if latex else "markdown"), [r.to_dict() for r in results], json)
 
     return run
 
@@ -309,7 +186,7 @@ def _name(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         names = name(sae, vocabulary, on=on, out=out, settings=settings)
-        _report(names_table(names), names.to_dict(), json)
+        report(names_table(names), names.to_dict(), json)
 
     return run
 
@@ -352,17 +229,17 @@ def _gallery(_: list[str]) -> Callable[..., None]:
         """
         if tree:
             found = galleries.concept_tree(run, on, k=k, inference=inference)
-            _report(found.to_text(), found.to_dict(), json)
+            report(found.to_text(), found.to_dict(), json)
         elif magnitudes:
             sizes = galleries.all_magnitudes(run, on, inference=inference)
-            _report(sizes.to_text(), sizes.to_dict(), json)
+            report(sizes.to_text(), sizes.to_dict(), json)
         else:
             shown = galleries.gallery(run, on, latent=latent, concept=concept, n=n, inference=inference)
             if sheet is not None:
                 from msae.contactsheet import write_sheet
 
                 write_sheet(shown, sheet)
-            _report(shown.to_text(), shown.to_dict(), json)
+            report(shown.to_text(), shown.to_dict(), json)
 
     return run
 
@@ -387,7 +264,7 @@ def _stability(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         result = stability(runs, threshold=threshold)
-        _report(result.to_text(), result.to_dict(), json)
+        report(result.to_text(), result.to_dict(), json)
 
     return run
 
@@ -448,7 +325,69 @@ def _audit(_: list[str]) -> Callable[..., None]:
             from msae.auditreport import write_html
 
             write_html(found, html)
-        _report(found.table(), found.to_dict(), json)
+        report(found.table(), found.to_dict(), json)
+
+    return run
+
+
+def _search(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.retrieval import search
+    from msae.searchpage import write_page
+
+    def run(
+        run: str,
+        /,
+        *,
+        on: str,
+        like: str | None = None,
+        image: Path | None = None,
+        text: str | None = None,
+        embedding: Path | None = None,
+        set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONCEPT=VALUE")] = (),
+        n: int = 20,
+        no_residual: bool = False,
+        exclusive: bool = False,
+        strict: bool = False,
+        where: str | None = None,
+        space: Literal["embedding", "latent"] = "embedding",
+        modality: Modality | None = None,
+        query_modality: Modality | None = None,
+        encoder: str | None = None,
+        html: Path | None = None,
+        json: str | None = None,
+    ) -> None:
+        """The rows of a store nearest to a query, before and after concepts of the query are turned up or down.
+
+        Args:
+            run: A run folder, or a hub repository with an SAE.
+            on: The store to search.
+            like: Search for the row with this id; or
+            image: for the picture in this file; or
+            text: for these words; or
+            embedding: for the vector in this .npy file.
+            set: A name, #123 or several divided by |, and a strength: 8 (0 removes it), x2, +3, -1, p99 or 2xp99.
+            n: Rows to find.
+            no_residual: Drop what the SAE does not reconstruct of the query.
+            exclusive: Also set to 0 the concepts of the same kind as one that is raised.
+            strict: Turn the latents that bear a name alone, without what moves with them.
+            where: Only rows whose metadata fit, such as "split == 'test' and size in (1, 2)".
+            space: embedding is by cosine, latent by the L1 distance of activations.
+            modality: What is searched; images where the store has them.
+            query_modality: Of the row or vector that is searched for; as what is searched.
+            encoder: The model for --image and --text; that which made the store.
+            html: Also make a page of what was found before and after the edits; it opens offline.
+            json: Write the result as JSON to this file; - is stdout.
+        """
+        result = search(
+            run, on, like=like, image=image, text=text, embedding=embedding, set=set, n=n, modality=modality,
+            query_modality=query_modality, where=where, space=space, keep_residual=not no_residual,
+            exclusive=exclusive, strict=strict, encoder=encoder,
+        )  # fmt: skip
+        if html is not None:
+            write_page(result, html)
+        report(result.table(), result.to_dict(), json)
 
     return run
 
@@ -465,7 +404,7 @@ def _info(_: list[str]) -> Callable[..., None]:
         """
         data = _describe(Path(path))
         width = max(map(len, data))
-        _report("\n".join(f"{key:<{width}}  {value}" for key, value in data.items()), data, json)
+        report("\n".join(f"{key:<{width}}  {value}" for key, value in data.items()), data, json)
 
     return run
 
@@ -489,9 +428,6 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "gallery": _gallery,
     "stability": _stability,
     "audit": _audit,
+    "search": _search,
     "info": _info,
 }
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()

@@ -1,0 +1,356 @@
+"""Search: plain CLIP search when nothing is edited, and the right movement when something is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from msae import search
+from msae.cli import main
+from msae.concepts import Concept, ConceptNames
+from msae.embedder import Embedder
+from msae.errors import ConfigError, EmbedderError, RunError, SourceError, StoreError
+from msae.sae import SAE, SAEConfig
+from msae.standardize import Standardizer, fit_statistics
+from msae.store import EmbeddingStore, StorePart, write_store
+from tests.oracles import edits as edits_oracle
+from tests.oracles import neighbours as oracle
+from tests.tiny_clip import make_encoder
+
+pytest.importorskip("faiss")
+COLOURS = ("red", "green", "blue", "black")
+PLACES = ("sky", "sand")
+D, N = 16, 1200
+
+
+def plant(seed=0):
+    """Rows with one colour and one place each along orthogonal directions, and an SAE that reads them perfectly.
+
+    `red` is split into two latents, each of which sees it in one place only.
+    """
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.normal(size=(D, D)))[0].astype(np.float32)
+    colour, place = random.integers(4, size=N), random.integers(2, size=N)
+    strength = random.uniform(1, 2, size=(N, 1)).astype(np.float32)
+    images = strength * (basis[colour] + basis[4 + place]) + 0.1 * random.normal(size=(N, D)).astype(np.float32)
+    texts = images + 3 * basis[10] + 0.1 * random.normal(size=(N, D)).astype(np.float32)
+    labels = {"colour": [COLOURS[i] for i in colour], "place": [PLACES[i] for i in place]}
+    return basis, images + basis[9], texts, labels
+
+
+BASIS, IMAGES, TEXTS, LABELS = plant()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    import pyarrow as pa
+
+    columns = {"id": [f"row{i}" for i in range(N)], "image_path": [f"{i}.png" for i in range(N)], **LABELS}
+    part = StorePart({"image": IMAGES, "text": TEXTS}, pa.table(columns))
+    return write_store(tmp_path_factory.mktemp("world") / "rows.store", [part])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    both = {m: fit_statistics(lambda x=x: [torch.from_numpy(x)]) for m, x in (("image", IMAGES), ("text", TEXTS))}
+    directions = torch.from_numpy(BASIS[[0, 0, 1, 2, 3, 4, 5]])
+    sae = SAE(SAEConfig(d_in=D, d_sae=7, levels=(2, 7)), Standardizer(both))
+    with torch.no_grad():
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+        sae.W_enc[:, 0] -= 3 * directions[6]  # red in the sky alone
+        sae.W_enc[:, 1] -= 3 * directions[5]  # red on the sand alone
+        # Where there is no sand its coordinate is not 0 but below the mean, always by as much.
+        means = torch.from_numpy((IMAGES @ BASIS[[5, 4]].T).mean(0) * both["image"].scale)
+        sae.b_enc[:2] = -3 * means
+    names = ("red", "red", "green", "blue", "black", "sky", "sand")
+    concepts = tuple(Concept(i, name, 0.9, 0.5) for i, name in enumerate(names))
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    sae.save(folder)
+    ConceptNames("evidence", 7, concepts).save(folder)
+    return folder
+
+
+def share(result, name, column="colour"):
+    return np.mean([hit.columns[column] == name for hit in result.hits])
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("n", [1, 20, 5000])
+def test_an_unedited_search_is_float32_brute_force(run, store, modality, n):
+    x = store.take(np.arange(N), modality)
+    keep = np.arange(N) != 7
+    rows, scores = oracle.nearest(x, x[7], n, keep)
+    found = search(run, store, like="row7", n=n, modality=modality)
+    assert [hit.row for hit in found.hits] == rows.tolist()
+    np.testing.assert_allclose([hit.score for hit in found.hits], scores, atol=1e-6)
+    assert [hit.rank for hit in found.hits] == [hit.rank_before for hit in found.hits] == list(range(1, len(rows) + 1))
+    assert found.before == ()
+
+
+@pytest.mark.parametrize("value", ["x1", "+0"])
+def test_an_edit_that_changes_nothing_changes_nothing(run, store, value):
+    plain, edited = search(run, store, like="row7"), search(run, store, like="row7", set={"red": value})
+    assert [(hit.id, hit.score) for hit in plain.hits] == [(hit.id, hit.score) for hit in edited.hits]
+
+
+def test_an_edit_of_one_latent_is_the_oracles_followed_by_brute_force(run, store):
+    sae, x = SAE.load(run), store.take(np.arange(N), "image")
+    known = sae.standardizer.statistics["image"]
+    weights = [w.detach().double().numpy() for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    for keep_residual in (True, False):
+        found = search(run, store, like="row3", set={"#4": 6.0}, keep_residual=keep_residual)
+        query = edits_oracle.set_latent(
+            x[3], known.mean.numpy(), known.scale, *weights, 4, 6.0, keep_residual=keep_residual
+        )
+        rows, scores = oracle.nearest(x, query, 20, np.arange(N) != 3)
+        assert [hit.row for hit in found.hits] == rows.tolist()
+        np.testing.assert_allclose([hit.score for hit in found.hits], scores, atol=1e-5)
+
+
+def test_ranks_and_scores_before_are_those_of_the_unedited_search(run, store):
+    everything = {hit.id: hit for hit in search(run, store, like="row7", n=N).hits}
+    found = search(run, store, like="row7", set={"green": "p99"})
+    for hit in (*found.hits, *found.before):
+        assert hit.score_before == pytest.approx(everything[hit.id].score, abs=1e-6)
+        # Beyond the first n, ranks are counted in float16: close rows may swap places.
+        assert abs(hit.rank_before - everything[hit.id].rank) <= 3
+    assert [hit.rank_before for hit in found.before] == list(range(1, 21))
+    assert [hit.id for hit in found.before] == list(everything)[:20]
+
+
+def test_raising_and_removing_a_concept_do_what_they_say(run, store):
+    blue = next(i for i in range(N) if LABELS["colour"][i] == "blue")
+    query = {"like": f"row{blue}"}
+    assert share(search(run, store, **query), "blue") == 1
+    assert share(search(run, store, **query, set={"red": "p99"}), "red") >= 0.5
+    assert share(search(run, store, **query, set={"red": "2xp99"}), "red") == 1
+    assert share(search(run, store, **query, set={"red": "p99"}, exclusive=True), "red") == 1
+    ten = [f"row{i}" for i in range(N) if LABELS["colour"][i] == "blue"][:10]
+    left = [share(search(run, store, like=id, set={"blue": 0}), "blue") for id in ten]
+    assert np.mean(left) <= 0.5  # a quarter of all rows are blue
+    kept = LABELS["place"][blue]
+    assert share(search(run, store, **query, set={"red": "p99"}), kept, "place") >= 0.9
+
+
+def test_rivals_are_the_concepts_of_the_same_kind(run, store):
+    for colour in COLOURS:
+        edit = search(run, store, like="row7", set={colour: "2xp99"}, exclusive=True).edits[0]
+        assert set(edit.rivals) == set(COLOURS) - {colour}
+    assert search(run, store, like="row7", set={"red": 0}, exclusive=True).edits[0].rivals == ()
+
+
+def test_a_text_finds_its_image_and_the_reverse(run, store):
+    """Texts lie apart from images; the nearest of the other modality is still one of the same colour and place."""
+    for query_modality, modality in (("text", "image"), ("image", "text")):
+        found = search(run, store, like="row7", query_modality=query_modality, modality=modality)
+        assert share(found, LABELS["colour"][7]) >= 0.8 and share(found, LABELS["place"][7], "place") >= 0.8
+        other = next(colour for colour in COLOURS if colour != LABELS["colour"][7])
+        moved = search(
+            run,
+            store,
+            like="row7",
+            query_modality=query_modality,
+            modality=modality,
+            set={other: "p99"},
+            exclusive=True,
+        )
+        assert share(moved, other) >= 0.8
+
+
+def test_latent_space_is_l1_brute_force(run, store):
+    z = SAE.load(run).encode(torch.from_numpy(store.take(np.arange(N), "image")), "image").numpy()
+    edited = z[7].copy()
+    edited[2] = 5.0
+    for query, options in ((z[7], {}), (edited, {"set": {"#2": 5.0}})):
+        distances = np.abs(z - query).sum(1)
+        distances[7] = np.inf
+        order = np.argsort(distances, kind="stable")[:20]
+        found = search(run, store, like="row7", space="latent", **options)
+        np.testing.assert_allclose([-hit.score for hit in found.hits], distances[order], atol=1e-4)
+        assert [hit.row for hit in found.hits] == order.tolist()
+    places = np.argsort(np.argsort(np.where(np.arange(N) == 7, np.inf, np.abs(z - z[7]).sum(1)), kind="stable"))
+    assert [hit.rank_before for hit in found.hits] == (places[order] + 1).tolist()
+
+
+def test_a_filter_and_a_row_limit_what_is_found(run, store):
+    found = search(run, store, like="row7", where="colour == 'red' and place != 'sky'", n=5)
+    assert len(found.hits) == 5
+    assert {(hit.columns["colour"], hit.columns["place"]) for hit in found.hits} == {("red", "sand")}
+    assert search(run, store, like="row7", where="id == 'row7'").hits == ()
+
+
+def test_hits_share_the_concepts_that_both_have(run, store):
+    found = search(run, store, like="row7")
+    for hit in found.hits:
+        shared = {shared.concept for shared in hit.shared}
+        assert hit.columns["place"] in shared
+        assert all(shared.query > 0 and shared.hit > 0 for shared in hit.shared)
+
+
+def test_a_search_without_names_takes_latents_and_names_what_it_can(run, store):
+    sae = SAE.load(run)
+    found = search(sae, store, like="row7", set={"#2": "p99"}, n=3)
+    assert found.hits[0].shared[0].concept.startswith("#")
+    with pytest.raises(ConfigError, match="has no names"):
+        search(sae, store, like="row7", set={"red": 0})
+    with pytest.raises(ConfigError, match="--exclusive needs the names"):
+        search(sae, store, like="row7", set={"#2": "2xp99"}, exclusive=True)
+    assert search(sae, store, like="row7", set={"red": 0}, names=run, n=3).edits[0].latents == (0, 1)
+
+
+def test_groups_and_synonyms_are_one_handle(run, store):
+    edit = search(run, store, like="row7", set=["red|#2=p99"]).edits[0]
+    assert edit.latents == (0, 1, 2) and edit.after == pytest.approx(edit.natural["p99"])
+
+
+def test_leaving_the_natural_range_is_warned_of(run, store):
+    found = search(run, store, like="row7", set={"red": 500})
+    assert len(found.warnings) == 1 and "beyond the natural range" in found.warnings[0]
+    assert found.edits[0].warning == found.warnings[0]
+    assert search(run, store, like="row7", set={"red": "p90"}).warnings == ()
+
+
+def test_a_vector_in_a_file_is_searched_for(run, store, tmp_path):
+    np.save(tmp_path / "v.npy", store.take(np.array([7]), "image")[0])
+    found = search(run, store, embedding=tmp_path / "v.npy", n=3)
+    assert found.hits[0].id == "row7" and found.hits[0].score == pytest.approx(1)
+    again = search(run, store, embedding=np.load(tmp_path / "v.npy")[None], n=3)
+    assert [hit.id for hit in again.hits] == [hit.id for hit in found.hits]
+
+
+def test_texts_and_pictures_are_embedded_by_the_encoder_of_the_store(run, tmp_path):
+    from PIL import Image
+
+    encoder = make_encoder(tmp_path / "clip")
+    embedder = Embedder.load(encoder, device="cpu", dtype="float32")
+    words = ["a red cat", "two blue dog", "photo of the green dog"]
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    import pyarrow as pa
+
+    rows = {"image": embedder.embed_images(pictures), "text": embedder.embed_texts(words)}
+    small = write_store(
+        tmp_path / "small.store", [StorePart(rows, pa.table({"id": ["a", "b", "c"], "caption": words}))],
+        record={"encoder": str(encoder)},
+    )  # fmt: skip
+    for i, word in enumerate(words):
+        found = search(run, small, text=word, modality="text", n=1)
+        assert found.hits[0].caption == word and found.hits[0].score == pytest.approx(1, abs=1e-3)
+        assert found.query_modality == "text"
+        assert search(run, small, image=tmp_path / f"{i}.png", n=1).hits[0].row == i
+    with pytest.raises(SourceError, match=r"none\.png cannot be searched for: no such file"):
+        search(run, small, image=tmp_path / "none.png")
+    with pytest.raises(EmbedderError, match="does not exist"):
+        search(run, small, text="a cat", encoder=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ConfigError, "nothing is given to search for"),
+        ({"like": "row7", "text": "x"}, ConfigError, "--like and --text are given"),
+        ({"like": "row7777"}, StoreError, "did you mean 'row77"),
+        ({"like": "row7", "n": 0}, ConfigError, "n is 0"),
+        ({"like": "row7", "set": ["rde=3"]}, ConfigError, "did you mean 'red'"),
+        ({"like": "row7", "set": ["#7=3"]}, ConfigError, "latents #0 to #6"),
+        ({"like": "row7", "set": ["red=lots"]}, ConfigError, "cannot be set to 'lots'"),
+        ({"like": "row7", "set": ["red"]}, ConfigError, "not CONCEPT=VALUE"),
+        ({"like": "row7", "where": "colour = 'red'"}, ConfigError, "at character 8"),
+        ({"like": "row7", "where": "colur == 'red'"}, ConfigError, "did you mean 'colour'"),
+        ({"like": "row7", "space": "moon"}, ConfigError, "give embedding or latent"),
+        ({"text": "  "}, ConfigError, "is empty"),
+        ({"text": "a cat"}, ConfigError, "give --encoder ID"),
+        ({"embedding": "missing.npy"}, StoreError, "does not exist"),
+        ({"embedding": np.zeros(D)}, ConfigError, "all zero"),
+        ({"embedding": np.full(D, np.nan)}, ConfigError, "not finite"),
+        ({"embedding": np.ones(3)}, ConfigError, "3 wide"),
+        ({"embedding": np.ones((2, D))}, ConfigError, "one vector"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_said_in_one_line(run, store, options, error, message):
+    with pytest.raises(error) as caught:
+        search(run, store, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_store_that_does_not_fit_is_refused(run, store, tmp_path):
+    np.save(tmp_path / "wide.npy", np.ones((5, 20), np.float32))
+    with pytest.raises(StoreError, match=r"20-dim embeddings, but .* was trained on 16-dim"):
+        search(run, tmp_path / "wide.npy", like="0")
+    np.save(tmp_path / "images.npy", IMAGES)
+    with pytest.raises(StoreError, match="has no text embeddings"):
+        search(run, EmbeddingStore.open(tmp_path / "images.npy"), like="0", modality="text")
+    with pytest.raises(RunError, match="does not exist"):
+        search(tmp_path / "no-run", store, like="row7")
+
+
+def test_an_sae_without_the_modality_searches_but_does_not_edit(store):
+    sae = SAE(
+        SAEConfig(d_in=D, d_sae=7, levels=(2, 7)),
+        Standardizer({"image": fit_statistics(lambda: [torch.from_numpy(IMAGES)])}),
+    )
+    found = search(sae, store, like="row7", modality="text")
+    assert len(found.hits) == 20 and "no statistics of text" in found.warnings[0]
+    for options in ({"set": {"#1": 3}}, {"space": "latent"}):
+        with pytest.raises(ConfigError, match="no text statistics"):
+            search(sae, store, like="row7", modality="text", **options)
+
+
+def test_where_the_store_lacks_the_querys_modality_the_other_tells_what_is_natural(run, tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    found = search(run, tmp_path / "images.npy", embedding=TEXTS[7], query_modality="text", set={"red": "p99"})
+    assert "natural strengths are those of its image rows" in found.warnings[0]
+
+
+def test_the_index_lies_beside_the_store_and_is_rebuilt_when_the_store_changes(run, tmp_path, caplog):
+    np.save(tmp_path / "x.npy", IMAGES)
+    search(run, tmp_path / "x.npy", like="7")
+    assert (tmp_path / "x.npy.msae-index" / "image.faiss").exists()
+    np.save(tmp_path / "x.npy", IMAGES[::-1])
+    found = search(run, tmp_path / "x.npy", like="7")
+    rows, _ = oracle.nearest(IMAGES[::-1], IMAGES[::-1][7], 20, np.arange(N) != 7)
+    assert [hit.row for hit in found.hits] == rows.tolist()
+    assert "built from other rows" in caplog.text
+
+
+def test_json_and_table_hold_the_answer(run, store):
+    result = search(run, store, like="row7", set={"green": "p99"}, exclusive=True)
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert data["query"] == {"kind": "like", "value": "row7", "modality": "image"}
+    assert data["edits"][0]["concept"] == "green" and data["edits"][0]["value"] == "p99"
+    assert [hit["rank"] for hit in data["hits"]] == list(range(1, 21))
+    assert {"id", "score", "rank_before", "score_before", "path", "caption", "shared"} <= set(data["hits"][0])
+    lines = result.table().splitlines()
+    assert len(lines) == 4 + 20 and all(hit.id in line for hit, line in zip(result.hits, lines[4:], strict=True))
+
+
+def test_real_vectors_are_searched_exactly(real_vectors, tmp_path):
+    x = np.load(real_vectors / "image_train.npy", mmap_mode="r")
+    (tmp_path / "real.npy").symlink_to(real_vectors / "image_train.npy")
+    sae = SAE(SAEConfig(d_in=x.shape[1], d_sae=8, levels=(8,)))
+    rows = x.astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for query in (5, 20_000, 48_000):
+        scores = rows @ rows[query]
+        scores[query] = -1
+        found = search(sae, tmp_path / "real.npy", embedding=rows[query], n=21)
+        found_rows = [hit.row for hit in found.hits if hit.row != query][:20]
+        wanted = np.sort(scores)[::-1][:20]
+        np.testing.assert_allclose(scores[found_rows], wanted, atol=1e-6)
+
+
+def test_the_command_line_searches(run, store, capsys):
+    def msae(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["search", str(run), "--on", str(store.path), *arguments])
+        return left.value.code, capsys.readouterr()
+
+    options = ("--like", "row7", "--set", "red=p99", "--set", "sky=0", "--n", "3", "--exclusive", "--json", "-")
+    code, said = msae(*options)
+    data = json.loads(said.out)
+    assert code == 0 and len(data["hits"]) == 3 and [edit["concept"] for edit in data["edits"]] == ["red", "sky"]
+    code, said = msae("--like", "no")
+    assert code == 1 and said.err.count("\n") == 1 and "no row with the id" in said.err
