@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 import msae
-from msae.contactsheet import PAPER, draw_sheet
 from msae.demo.chain import write_scenes
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.galleries import gallery
+from msae.reporting.sheet import PAPER, draw_sheet
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 

@@ -369,9 +369,9 @@ def test_wrong_options_are_refused_in_one_line(world, options, error, message):
 
 def test_another_width_names_both(world, tmp_path):
     wide = write_store(tmp_path / "wide.npy", d_in=D_IN + 1)
-    with pytest.raises(RunError, match=rf"width {D_IN + 1}.* width {D_IN}"):
+    with pytest.raises(StoreError, match=rf"{D_IN + 1}-dim.* {D_IN}-dim"):
         evaluate(world[2], wide)
-    with pytest.raises(StoreError, match=rf"width {D_IN + 1}.* width {D_IN}"):
+    with pytest.raises(StoreError, match=rf"{D_IN + 1}-dim.* {D_IN}-dim"):
         evaluate(world[2], world[1], labels="label", probe_train=wide)
 
 

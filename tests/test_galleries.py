@@ -331,7 +331,7 @@ def test_wrong_question_is_one_line(store, run, options, error, words):
 
 def test_store_of_another_width_or_encoder_or_modality_is_refused(tmp_path, store, run):
     np.save(tmp_path / "wide.npy", np.ones((4, 9), np.float32))
-    with pytest.raises(StoreError, match=r"holds 9-dim embeddings, but .* trained on 8-dim"):
+    with pytest.raises(StoreError, match=r"holds 9-dim embeddings, but .* reads 8-dim"):
         gallery(run, tmp_path / "wide.npy", latent=0)
     np.save(tmp_path / "images.npy", store.take(np.arange(50), "image"))
     images = EmbeddingStore.open(tmp_path / "images.npy", modality="image")

@@ -14,7 +14,7 @@ LAYERS = [
     | {"filters", "rivals"},
     {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier", "edits", "neighbours"},
     {"embedding", "training", "evaluation", "naming", "galleries", "retrieval", "auditing", "alignment"},
-    {"report", "interop", "distributed", "demo", "contactsheet", "auditreport", "searchpage"},
+    {"reporting", "interop", "distributed", "demo"},
     {"cli", "explorer"},
 ]
 SIDEWAYS = {

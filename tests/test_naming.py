@@ -398,7 +398,7 @@ def test_a_damaged_file_is_one_line(tmp_path, damage):
 
 def test_unfit_vocabularies_are_one_line(world, tmp_path):
     cases = {
-        "width 12, but this SAE reads width 48": (world.word_rows[:, :12], {"text": WORDS}),
+        "12-dim embeddings, but this SAE reads 48-dim": (world.word_rows[:, :12], {"text": WORDS}),
         "row 1 of the vocabulary .* has no word": (world.word_rows[:2], {"text": ["bob", " "]}),
         "has 1 word; a name needs at least two": (world.word_rows[:2], {"text": ["bob", "Bob"]}),
         "none of the columns text": (world.word_rows[:2], {"id": ["a", "b"]}),

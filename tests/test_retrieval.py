@@ -278,7 +278,7 @@ def test_what_cannot_be_searched_for_is_said_in_one_line(run, store, options, er
 
 def test_a_store_that_does_not_fit_is_refused(run, store, tmp_path):
     np.save(tmp_path / "wide.npy", np.ones((5, 20), np.float32))
-    with pytest.raises(StoreError, match=r"20-dim embeddings, but .* was trained on 16-dim"):
+    with pytest.raises(StoreError, match=r"20-dim embeddings, but .* reads 16-dim"):
         search(run, tmp_path / "wide.npy", like="0")
     np.save(tmp_path / "images.npy", IMAGES)
     with pytest.raises(StoreError, match="has no text embeddings"):

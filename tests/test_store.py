@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from msae.errors import StoreError
-from msae.store import EmbeddingStore, StorePart, as_store, write_store
+from msae.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
 
 N, D = 25, 6
 
@@ -342,3 +342,22 @@ def test_an_empty_store_is_not_written(tmp_path):
     with pytest.raises(StoreError, match="empty"):
         write_store(tmp_path / "none.store", [part(0, 0)])
     assert not (tmp_path / "none.store" / "store.json").exists()
+
+
+def test_rows_are_described_with_picture_caption_and_the_rest(tmp_path):
+    rows = EmbeddingStore.open(own_store(tmp_path)).describe_rows([20, 3])
+    assert [(row.row, row.id, row.path) for row in rows] == [(20, "row/20", "20.png"), (3, "row/3", "3.png")]
+    assert rows[1].caption == "a line\nand another, 3"
+    assert rows[1].columns == {"label": 0}
+
+
+def test_a_picture_is_found_in_the_first_folder_that_has_it_and_never_above(tmp_path):
+    inside = tmp_path / "photos"
+    inside.mkdir()
+    for file in (inside / "a.png", tmp_path / "secret.png"):
+        file.touch()
+    roots = (tmp_path / "nowhere", inside)
+    assert find_picture("a.png", roots) == inside / "a.png"
+    assert find_picture(str(inside / "a.png"), roots) == inside / "a.png"
+    for path in (None, "b.png", "../secret.png", "x/../../secret.png", "."):
+        assert find_picture(path, roots) is None

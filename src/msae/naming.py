@@ -19,7 +19,7 @@ from msae import evidence
 from msae.concepts import Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.config import from_mapping
 from msae.errors import ConfigError, StoreError
-from msae.sae import SAE, as_sae
+from msae.sae import SAE, as_sae, check_fit
 from msae.standardize import Modality, Statistics, fit_statistics
 from msae.store import EmbeddingStore, as_store
 
@@ -135,7 +135,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     Raises:
         StoreError: The vocabulary has no words, or is of another encoder or width.
     """
-    _check_fits(sae, vocabulary, "vocabulary")
+    check_fit(sae, vocabulary)
     texts, row_words = _distinct(_text_column(vocabulary, _WORD_COLUMNS, None), vocabulary)
     raw = np.concatenate(list(vocabulary.batches("text", 8192)))
     n_rows = np.bincount(row_words)
@@ -172,23 +172,6 @@ def _origin(sae: SAE, words: Float32[np.ndarray, "m d_in"], centre: Centre, voca
 
 def _standardize(x: Float32[np.ndarray, "n d_in"], origin: Statistics) -> Float32[np.ndarray, "n d_in"]:
     return np.asarray((x - origin.mean.cpu().numpy()) * np.float32(origin.scale))
-
-
-def _check_fits(sae: SAE, store: EmbeddingStore, role: str) -> None:
-    if store.d_in != sae.d_in:
-        raise StoreError(
-            f"the {role} {store.path} has embeddings of width {store.d_in}, but this SAE reads width {sae.d_in}; "
-            f"embed it with {sae.config.encoder or 'the encoder of the SAE'}"
-        )
-    mine, theirs = (sae.config.encoder, sae.config.encoder_revision), (store.encoder, store.encoder_revision)
-    # A revision identifies the weights, wherever their folder lies; only without one must the name do.
-    compared = 1 if mine[1] and theirs[1] else 0
-    if mine[compared] and theirs[compared] and mine[compared] != theirs[compared]:
-        found, wanted = (" at ".join(part[:40] for part in pair if part) for pair in (theirs, mine))
-        raise StoreError(
-            f"the {role} {store.path} was embedded by {found}, but this SAE reads embeddings of {wanted}; "
-            f"embed it again with --encoder {mine[0] or 'ID'}"
-        )
 
 
 def _text_column(store: EmbeddingStore, known: Sequence[str], column: str | None) -> list[str]:
@@ -352,7 +335,7 @@ class _Witness:
     def __init__(
         self, sae: SAE, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
     ) -> None:
-        _check_fits(sae, store, "store")
+        check_fit(sae, store)
         captions = _text_column(store, _CAPTION_COLUMNS, settings.column)
         is_readable = [m for m in store.modalities if m in sae.standardizer]
         self.modality: Modality = settings.modality or (is_readable or store.modalities)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msae import activations
 from msae.config import from_mapping, to_mapping
-from msae.errors import ConfigError, MissingDependencyError, RunError
+from msae.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.files import atomic_path, read_json, write_json
 from msae.standardize import MODALITIES, Modality, Standardizer, Statistics
 
@@ -214,6 +214,49 @@ class SAE(nn.Module):
 def as_sae(sae: SAE | str | Path) -> SAE:
     """`sae` itself, or the one saved in that run folder."""
     return sae if isinstance(sae, SAE) else SAE.load(sae)
+
+
+@runtime_checkable
+class Embeddings(Protocol):
+    """What an SAE must know of a store to tell whether it can read it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def encoder(self) -> str | None: ...
+    @property
+    def encoder_revision(self) -> str | None: ...
+
+
+def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = None) -> None:
+    """Refuse embeddings that the SAE was not made for.
+
+    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
+    encoder's name agree. What a file does not say is not compared.
+
+    Args:
+        run: What the SAE was given as; named in the message where it is a folder.
+
+    Raises:
+        StoreError: The store is of another width or of another encoder.
+    """
+    known = sae.config
+    name = "this SAE" if run is None or isinstance(run, SAE) else str(run)
+    if store.d_in != sae.d_in:
+        raise StoreError(
+            f"{store.path} holds {store.d_in}-dim embeddings, but {name} reads {sae.d_in}-dim ones; "
+            f"give a store embedded with --encoder {known.encoder or 'ID of its encoder'}"
+        )
+    mine, theirs = (known.encoder, known.encoder_revision), (store.encoder, store.encoder_revision)
+    compared = 1 if mine[1] and theirs[1] else 0
+    if mine[compared] and theirs[compared] and mine[compared] != theirs[compared]:
+        found, wanted = (" at ".join(part[:40] for part in pair if part) for pair in (theirs, mine))
+        raise StoreError(
+            f"{store.path} was embedded by {found}, but {name} reads embeddings of {wanted}; "
+            f"embed it again with --encoder {mine[0] or 'ID'}"
+        )
 
 
 def as_device(name: str) -> str:

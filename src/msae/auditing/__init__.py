@@ -17,7 +17,7 @@ from msae.auditing.subjects import concept_groups, make_subject, parse_class_tex
 from msae.classifier import LinearClassifier
 from msae.concepts import ConceptNames, as_names
 from msae.errors import ConfigError, RunError
-from msae.sae import SAE, Inference, as_sae
+from msae.sae import SAE, Inference, as_sae, check_fit
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 
@@ -71,12 +71,11 @@ def audit(
 
     Raises:
         ConfigError: Options that contradict each other, an unknown concept or class, a column that has no two classes.
-        RunError: The run is missing or damaged, or does not fit the store.
-        StoreError: A store is missing or damaged, or lacks the modality or the column.
+        RunError: The run is missing or damaged.
+        StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
     model, store = as_sae(sae), as_store(on, modality)
-    if store.d_in != model.d_in:
-        raise RunError(f"{store.path} has embeddings of width {store.d_in}, the SAE reads {model.d_in}; give its own")
+    check_fit(model, store, run=sae)
     subject = make_subject(
         model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
         seed=seed,

@@ -236,7 +236,7 @@ def _gallery(_: list[str]) -> Callable[..., None]:
         else:
             shown = galleries.gallery(run, on, latent=latent, concept=concept, n=n, inference=inference)
             if sheet is not None:
-                from msae.contactsheet import write_sheet
+                from msae.reporting.sheet import write_sheet
 
                 write_sheet(shown, sheet)
             report(shown.to_text(), shown.to_dict(), json)
@@ -322,7 +322,7 @@ def _audit(_: list[str]) -> Callable[..., None]:
             inference=inference, n_permutations=permutations, sweep_id=sweep_id, seed=seed,
         )  # fmt: skip
         if html is not None:
-            from msae.auditreport import write_html
+            from msae.reporting.audit import write_html
 
             write_html(found, html)
         report(found.table(), found.to_dict(), json)
@@ -333,8 +333,8 @@ def _audit(_: list[str]) -> Callable[..., None]:
 def _search(_: list[str]) -> Callable[..., None]:
     import tyro
 
+    from msae.reporting.search import write_page
     from msae.retrieval import search
-    from msae.searchpage import write_page
 
     def run(
         run: str,

@@ -12,6 +12,7 @@ from torch import Tensor
 from msae.errors import ConfigError, StoreError
 from msae.evaluation.subject import NoTrainingStoreError, Options, Subject, training_store
 from msae.probe import Probe, fit_probe
+from msae.sae import check_fit
 from msae.store import EmbeddingStore
 
 
@@ -41,11 +42,7 @@ class Probes:
 
     def _store_of(self, subject: Subject) -> EmbeddingStore:
         if self._store is not None:
-            if self._store.d_in != subject.sae.d_in:
-                raise StoreError(
-                    f"{self._store.path} holds embeddings of width {self._store.d_in}, but {subject.name} reads width "
-                    f"{subject.sae.d_in}; give --probe-train a store of the same encoder"
-                )
+            check_fit(subject.sae, self._store, run=subject.run)
             return self._store
         wanted = f"--labels {self._options.labels} needs original embeddings to train the probe on"
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msae.errors import ConfigError, RunError, StoreError
 from msae.files import read_json
-from msae.sae import SAE, Inference
+from msae.sae import SAE, Inference, check_fit
 from msae.standardize import Modality, fit_statistics
 from msae.store import EmbeddingStore, as_store
 
@@ -75,11 +75,7 @@ def open_subject(sae: SAELike, store: EmbeddingStore, options: Options) -> Subje
     run, settings = (None, {}) if isinstance(sae, SAE) else (str(sae), _run_settings(Path(sae)))
     sae = copy.deepcopy(sae) if isinstance(sae, SAE) else SAE.load(sae)  # the caller's stays as and where it is
     name = run or f"the {sae.config.kind} SAE"
-    if sae.d_in != store.d_in:
-        raise RunError(
-            f"{store.path} holds embeddings of width {store.d_in}, but {name} reads width {sae.d_in}; "
-            f"embed again with {sae.config.encoder or 'the encoder it was trained on'}, or give another run"
-        )
+    check_fit(sae, store, run=run)
     if options.k is not None and options.k > sae.d_sae:
         raise ConfigError(f"--k {options.k} is above the {sae.d_sae} latents of {name}; give a smaller --k")
     if options.modality in sae.standardizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 from msae.errors import ConfigError
 from msae.galleries.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.galleries.mining import activations, check_fit, check_n, names_of, run_folder, top_samples
+from msae.galleries.mining import activations, check_n, names_of, run_folder, top_samples
 from msae.galleries.tree import ConceptTree, concept_tree
-from msae.sae import SAE, Inference, as_sae
+from msae.sae import SAE, Inference, as_sae, check_fit
 from msae.samples import TopSamples, check_latent, describe
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
@@ -64,6 +63,8 @@ class Gallery:
     """Firing rate, mean, natural range and level profile, for each modality of the store."""
     notes: tuple[str, ...]
     """What a reader must know: statistics that were not the SAE's own."""
+    roots: tuple[Path, ...] = ()
+    """Folders that the paths of pictures may be relative to."""
 
     @property
     def firing_rate(self) -> float:
@@ -122,7 +123,7 @@ def gallery(
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
     folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
-    check_fit(model, store, folder)
+    check_fit(model, store, run=sae)
     names = names_of(folder)
     alike: tuple[int, ...] = ()
     if concept is not None:
@@ -145,32 +146,17 @@ def gallery(
         texts=_samples(store, found["text"], latent, n) if "text" in found else (),
         statistics={modality: describe(samples, latent) for modality, samples in found.items()},
         notes=tuple(note for samples in found.values() for note in _notes(samples)),
+        roots=store.picture_roots,
     )
 
 
 def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
-    if not top:
-        return ()
-    table = store.metadata.take([sample.row for sample in top]).to_pylist()
-    found = []
-    for sample, columns in zip(top, table, strict=True):
-        path = next((columns.pop(name) for name in ("image_path", "path") if name in columns), None)
-        caption = next((columns.pop(name) for name in ("caption", "text") if name in columns), None)
-        columns = {name: _plain(value) for name, value in columns.items() if name != "id"}
-        found.append(Sample(sample.id, sample.activation, sample.row, _text(path), _text(caption), columns))
-    return tuple(found)
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    rows = store.describe_rows([sample.row for sample in top])
+    return tuple(
+        Sample(row.id, sample.activation, row.row, row.path, row.caption, row.columns)
+        for sample, row in zip(top, rows, strict=True)
+    )
 
 
 def _notes(samples: TopSamples) -> list[str]:

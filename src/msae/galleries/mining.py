@@ -14,10 +14,10 @@ from torch import Tensor
 
 from msae.concepts import FILE as NAMES_FILE
 from msae.concepts import ConceptNames
-from msae.errors import ConfigError, StoreError
+from msae.errors import ConfigError
 from msae.losses import default_levels
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_sae
+from msae.sae import SAE, Inference, as_sae, check_fit
 from msae.samples import Origin, SampleMiner, TopSamples, block_rows
 from msae.standardize import Modality, Standardizer, fit_statistics
 from msae.store import EmbeddingStore, as_store
@@ -44,7 +44,7 @@ def top_samples(
     """
     check_n(n)
     folder, model, store = run_folder(sae), as_sae(sae), as_store(on, modality)
-    check_fit(model, store, folder)
+    check_fit(model, store, run=sae)
     origin = Origin(
         store=str(store.path),
         fingerprint=store.fingerprint,
@@ -141,26 +141,3 @@ def weights_hash(sae: SAE) -> str:
 def check_n(n: int) -> None:
     if n < 1:
         raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 16")
-
-
-def check_fit(sae: SAE, store: EmbeddingStore, folder: Path | None) -> None:
-    """Refuse embeddings that the SAE was not made for."""
-    run = folder or "this SAE"
-    if store.d_in != sae.d_in:
-        raise StoreError(
-            f"{store.path} holds {store.d_in}-dim embeddings{_from(store.encoder)}, but {run} was trained on "
-            f"{sae.d_in}-dim embeddings{_from(sae.config.encoder)}; embed again with that encoder"
-        )
-    for theirs, mine in (
-        (store.encoder, sae.config.encoder),
-        (store.encoder_revision, sae.config.encoder_revision),
-    ):
-        if theirs and mine and theirs != mine:
-            raise StoreError(
-                f"{store.path} was embedded by {theirs}, but {run} was trained on embeddings from {mine}; "
-                f"embed again with --encoder {sae.config.encoder}"
-            )
-
-
-def _from(encoder: str | None) -> str:
-    return f" from {encoder}" if encoder else ""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from msae.errors import ConfigError
-from msae.galleries.mining import activations, check_fit, names_of, run_folder, top_samples
+from msae.galleries.mining import activations, names_of, run_folder, top_samples
 from msae.hierarchy import Activity, Hierarchy, find_hierarchy
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_sae
+from msae.sae import SAE, Inference, as_sae, check_fit
 from msae.samples import level_shares
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
@@ -88,7 +88,7 @@ def concept_tree(
         StoreError: The store does not fit the SAE.
     """
     folder, model, store = run_folder(sae), as_sae(sae), as_store(on, modality)
-    check_fit(model, store, folder)
+    check_fit(model, store, run=sae)
     if max_rows < 1 or (k is not None and k < 1):
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
     if k is None and model.config.levels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +16,14 @@ from torch import Tensor
 from msae.concepts import FILE as NAMES_FILE
 from msae.concepts import ConceptNames, as_names
 from msae.edits import Change, Edit, parse_change, parse_edit
-from msae.errors import ConfigError, StoreError
+from msae.errors import ConfigError
 from msae.filters import Filter
 from msae.retrieval.handles import Handles
 from msae.retrieval.query import Ask, Query, read_query
 from msae.retrieval.results import AppliedEdit, Hit, SearchResult, Shared, Space
 from msae.retrieval.spaces import Ranked, check_modality, search_embeddings, search_latents
 from msae.retrieval.turning import turn
-from msae.sae import SAE, as_sae
+from msae.sae import SAE, as_sae, check_fit
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 
@@ -35,8 +34,6 @@ __all__ = ["AppliedEdit", "Hit", "SearchResult", "Shared", "search"]
 
 SHARED = 5
 """Concepts that are named with a hit."""
-PATH_COLUMNS = ("image_path", "path")
-CAPTION_COLUMNS = ("caption", "text")
 
 
 def search(
@@ -93,7 +90,7 @@ def search(
     how = _How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))
     store, known = as_store(on, modality), as_names(names) if names is not None else _names_of(sae)
     model = as_sae(sae)
-    _check_fit(model, store, sae)
+    check_fit(model, store, run=sae)
     return _search(model, store, modality or store.modalities[0], known, ask, how)
 
 
@@ -142,42 +139,15 @@ def _search(
         hits=describe(found.after, flipped=False),
         before=describe(found.before, flipped=True) if turned.is_changed else (),
         warnings=turned.warnings,
-        roots=_roots(store),
-        query_path=None if query.row is None else _path(store.metadata.slice(query.row, 1).to_pylist()[0]),
+        roots=store.picture_roots,
+        query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
     )
-
-
-def _roots(store: EmbeddingStore) -> tuple[Path, ...]:
-    """Where the pictures of a store may be: where it was embedded from, beside it, or here."""
-    source = store.record.get("source")
-    made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
-    return tuple(root for root in dict.fromkeys([*made_from, store.path.parent, Path()]) if root.is_dir())
-
-
-def _path(columns: Mapping[str, Any]) -> str | None:
-    path = next((columns[name] for name in PATH_COLUMNS if columns.get(name) is not None), None)
-    return None if path is None else str(path)
 
 
 def _wanted(edits: Mapping[str, str | float] | Sequence[str]) -> list[tuple[str, Change]]:
     if isinstance(edits, Mapping):
         return [(concept, parse_change(value)) for concept, value in edits.items()]
     return [parse_edit(edit) for edit in edits]
-
-
-def _check_fit(sae: SAE, store: EmbeddingStore, run: SAE | str | Path) -> None:
-    """Refuse embeddings that the SAE was not made for."""
-    name = "this SAE" if isinstance(run, SAE) else str(run)
-    if store.d_in != sae.d_in:
-        raise StoreError(
-            f"{store.path} holds {store.d_in}-dim embeddings, but {name} was trained on {sae.d_in}-dim ones; "
-            f"give a store of {sae.config.encoder or 'the same encoder'}"
-        )
-    if store.encoder and sae.config.encoder and store.encoder != sae.config.encoder:
-        raise StoreError(
-            f"{store.path} was embedded by {store.encoder}, but {name} was trained on embeddings from "
-            f"{sae.config.encoder}; embed again with --encoder {sae.config.encoder}"
-        )
 
 
 def _names_of(run: SAE | str | Path) -> ConceptNames | None:
@@ -245,30 +215,19 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
     after, before = (
         ((found.other_ranks, found.other_scores), own) if flipped else (own, (found.other_ranks, found.other_scores))
     )
-    table = store.metadata.take(found.rows).to_pylist()
-    hits = []
-    for i, (row, columns, shared) in enumerate(zip(found.rows.tolist(), table, sharing.of(found.rows), strict=True)):
-        path = _path(columns)
-        caption = next((columns.pop(name) for name in CAPTION_COLUMNS if name in columns), None)
-        hits.append(
-            Hit(
-                rank=int(after[0][i]),
-                id=str(columns.pop("id")),
-                score=float(after[1][i]),
-                rank_before=int(before[0][i]),
-                score_before=float(before[1][i]),
-                row=row,
-                path=path,
-                caption=None if caption is None else str(caption),
-                shared=shared,
-                columns={name: _plain(value) for name, value in columns.items() if name not in PATH_COLUMNS},
-            )
+    rows = store.describe_rows(found.rows)
+    return tuple(
+        Hit(
+            rank=int(after[0][i]),
+            id=row.id,
+            score=float(after[1][i]),
+            rank_before=int(before[0][i]),
+            score_before=float(before[1][i]),
+            row=row.row,
+            path=row.path,
+            caption=row.caption,
+            shared=shared,
+            columns=row.columns,
         )
-    return tuple(hits)
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
+        for i, (row, shared) in enumerate(zip(rows, sharing.of(found.rows), strict=True))
+    )

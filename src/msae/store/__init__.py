@@ -20,10 +20,24 @@ from msae.arrays import ShardedRows, fingerprint, first_bad_row
 from msae.errors import StoreError, nearest
 from msae.files import atomic_path, read_json, write_json
 from msae.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.store.rows import Row, find_picture
 from msae.tables import Metadata, conform, unique_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+__all__ = [
+    "EmbeddingStore",
+    "Modality",
+    "Row",
+    "RowIds",
+    "Skipped",
+    "StorePart",
+    "as_store",
+    "find_picture",
+    "resume_command",
+    "write_store",
+]
 
 SCHEMA_VERSION = 1
 PARTIAL = ".partial"
@@ -196,6 +210,18 @@ class EmbeddingStore:
             hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
             raise StoreError(f"{self.path} has no column {name!r}{hint}")
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
+
+    def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
+        """What a person sees of `rows`, in their order."""
+        table = self.metadata.take(np.asarray(rows, dtype=np.int64)).to_pylist()
+        return [Row.of(int(row), metadata) for row, metadata in zip(rows, table, strict=True)]
+
+    @property
+    def picture_roots(self) -> tuple[Path, ...]:
+        """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here."""
+        source = self.record.get("source")
+        made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
+        return tuple(root for root in dict.fromkeys([*made_from, self.path.parent, Path()]) if root.is_dir())
 
     def describe(self) -> dict[str, Any]:
         """What `msae info` shows."""

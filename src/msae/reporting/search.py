@@ -5,14 +5,12 @@ The page opens offline: pictures are inlined. Only pictures that the store itsel
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
-from msae.errors import MissingDependencyError, SourceError
+from msae.errors import MissingDependencyError
 from msae.files import atomic_path
-from msae.images import read_picture
+from msae.reporting.pictures import data_uri
 from msae.retrieval import Hit, SearchResult
 
 SIDE = 160
@@ -91,11 +89,11 @@ def render(result: SearchResult) -> str:
     except ImportError as err:
         raise MissingDependencyError.of("jinja2", extra="report") from err
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    after = [(hit, _inlined(result, hit.path), *_after(hit, bool(result.edits))) for hit in result.hits]
+    after = [(hit, data_uri(hit.path, result.roots, SIDE), *_after(hit, bool(result.edits))) for hit in result.hits]
     sides: list[tuple[str, list[Any]]] = [("Found", after)]
     if result.before:
         n = len(result.before)
-        before = [(hit, _inlined(result, hit.path), *_before(hit, n)) for hit in result.before]
+        before = [(hit, data_uri(hit.path, result.roots, SIDE), *_before(hit, n)) for hit in result.before]
         sides = [("Before", before), ("After", after)]
     return environment.from_string(TEMPLATE).render(result=result, sides=sides, query=_query_picture(result))
 
@@ -113,29 +111,5 @@ def _before(hit: Hit, n: int) -> tuple[int, str, bool]:
 
 def _query_picture(result: SearchResult) -> str | None:
     if result.kind == "image":
-        return _data_uri(Path(result.value))
-    return _inlined(result, result.query_path)
-
-
-def _inlined(result: SearchResult, path: str | None) -> str | None:
-    """A picture of the store as a data URI, or None where it is not to be had."""
-    if path is None:
-        return None
-    for root in result.roots:
-        uri = _data_uri(root / path)
-        if uri is not None:
-            return uri
-    return None
-
-
-def _data_uri(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        picture = read_picture(path).image
-    except SourceError:
-        return None
-    picture.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    picture.save(data, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+        return data_uri(str(Path(result.value).absolute()), (), SIDE)
+    return data_uri(result.query_path, result.roots, SIDE)

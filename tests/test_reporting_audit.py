@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from msae.auditing import audit
-from msae.auditreport import concept_svg, section, write_html
 from msae.cli import main
 from msae.cli.verbs import _audit
+from msae.reporting.audit import concept_svg, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")

@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import textwrap
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msae.errors import ConfigError, MissingDependencyError
 from msae.files import atomic_path
 from msae.galleries import Gallery, Sample
+from msae.reporting.pictures import thumbnail
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,7 +68,7 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
     pen.text((MARGIN, MARGIN + 26), _subtitle(gallery), fill=PALE, font=font)
     for i, sample in enumerate(gallery.images):
         x, y = MARGIN + i % columns * cell[0], top + i // columns * cell[1]
-        sheet.paste(_thumbnail(sample), (x, y))
+        sheet.paste(_thumbnail(gallery, sample), (x, y))
         lines = [f"{sample.activation:.2f}", *_wrap(sample.caption or sample.id, 20, CAPTION_LINES)]
         for j, line in enumerate(lines):
             pen.text((x, y + SIDE + 2 + j * LINE), line, fill=PALE if j else INK, font=font)
@@ -84,7 +84,7 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
 def as_html(gallery: Gallery) -> str:
     """One page with everything in it; whatever comes from the store is escaped."""
     title = html.escape(_title(gallery))
-    figures = "\n".join(_figure(sample) for sample in gallery.images)
+    figures = "\n".join(_figure(gallery, sample) for sample in gallery.images)
     texts = "\n".join(
         f"<li><b>{text.activation:.2f}</b> {html.escape(text.caption or text.id)}</li>" for text in gallery.texts
     )
@@ -107,10 +107,10 @@ figure {{ margin: 0; overflow-wrap: anywhere; }} img {{ display: block; }} p, fi
 """
 
 
-def _figure(sample: Sample) -> str:
+def _figure(gallery: Gallery, sample: Sample) -> str:
     try:
         data = io.BytesIO()
-        _thumbnail(sample).save(data, format="PNG")
+        _thumbnail(gallery, sample).save(data, format="PNG")
     except ImportError as err:
         raise MissingDependencyError.of("pillow", extra="clip") from err
     source = base64.b64encode(data.getvalue()).decode("ascii")
@@ -122,19 +122,16 @@ def _figure(sample: Sample) -> str:
     )
 
 
-def _thumbnail(sample: Sample) -> Image.Image:
+def _thumbnail(gallery: Gallery, sample: Sample) -> Image.Image:
     """The picture on a square; a grey one where there is none to read."""
     from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF and palettes: a thumbnail need not be perfect
-            with Image.open(sample.path or "") as picture:
-                picture.draft("RGB", (2 * SIDE, 2 * SIDE))
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
-                return ImageOps.pad(upright, (SIDE, SIDE), color=PAPER)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on bad files
-        return Image.new("RGB", (SIDE, SIDE), "#d8d8d8")
+    picture = thumbnail(sample.path, gallery.roots, SIDE)
+    return (
+        Image.new("RGB", (SIDE, SIDE), "#d8d8d8")
+        if picture is None
+        else ImageOps.pad(picture, (SIDE, SIDE), color=PAPER)
+    )
 
 
 def _title(gallery: Gallery) -> str:

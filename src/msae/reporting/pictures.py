@@ -1,0 +1,41 @@
+"""Thumbnails of a store's pictures: small, upright, and nothing but pixels, whatever the file held."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msae.errors import SourceError
+from msae.images import read_picture
+from msae.store import find_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def thumbnail(path: str | None, roots: Iterable[Path], side: int) -> Image | None:
+    """The picture that a store lists as `path`, its longer side at most `side` pixels; None where there is none."""
+    file = find_picture(path, roots)
+    if file is None:
+        return None
+    try:
+        picture = read_picture(file).image
+    except SourceError:
+        return None
+    picture.thumbnail((side, side))
+    return picture
+
+
+def as_jpeg(picture: Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="JPEG", quality=85)
+    return data.getvalue()
+
+
+def data_uri(path: str | None, roots: Iterable[Path], side: int) -> str | None:
+    """The thumbnail as the `src` of an image in a page that opens offline."""
+    picture = thumbnail(path, roots, side)
+    return None if picture is None else "data:image/jpeg;base64," + base64.b64encode(as_jpeg(picture)).decode("ascii")
