@@ -12,7 +12,7 @@ import torch
 
 from msae.auditing import audit
 from msae.cli import main
-from msae.cli.verbs import _audit
+from msae.cli.look import audit_verb
 from msae.reporting.audit import concept_svg, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 
@@ -104,7 +104,7 @@ def test_the_recipes_use_options_that_exist():
     recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
     commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
     assert len(commands) >= 5
-    known = set(inspect.signature(_audit([])).parameters)
+    known = set(inspect.signature(audit_verb([])).parameters)
     for command in commands:
         options = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
         assert options <= known and {"on", "target"} <= options
