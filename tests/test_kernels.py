@@ -34,6 +34,7 @@ KINDS = {
     "topk": {"selection": Selection(levels=(12,))},
     "batchtopk": {"selection": Selection(batch_k=12)},
     "relu": {"selection": Selection(), "l1": 0.03},
+    "relu with a soft cap": {"selection": Selection(), "l1": 0.01, "soft_cap": 1.5},
     "jumprelu": {"selection": Selection(bandwidth=0.1), "l0": 0.1, "l0_target": 5},
     "widths": {"selection": Selection(widths=(20, 100, 200)), "weights": (1, 1, 1)},
     "soft cap": {**MATRYOSHKA, "soft_cap": 1.5},
@@ -234,7 +235,7 @@ def test_one_level_is_plain_topk_and_many_equal_levels_change_nothing(kernel):
     _, relu = run(kernel, x, weights, selection=Selection())
     _, many = run(kernel, x, weights, selection=Selection(levels=(64, 65, 70)), weights=(1, 2, 3))
     for a, b, c in zip(one, relu, many, strict=True):
-        assert torch.equal(a, b)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
         assert torch.allclose(a, c, rtol=1e-5, atol=1e-7)
 
 
@@ -254,6 +255,34 @@ def test_same_input_gives_the_same_bytes_at_any_number_of_threads(kernel):
         assert all(torch.equal(a, b) for a, b in zip(results[1], other, strict=True))
     for other in results[1:]:  # the dense encoder product is torch's, which may add in another order
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_numba
+@pytest.mark.parametrize(("bias", "is_dense"), [(0.5, True), (-0.8, False)])
+def test_relu_is_the_reference_s_whether_few_or_most_latents_are_active(bias, is_dense):
+    from msae.kernels import dense
+
+    weights = parameters(96, 700, with_threshold=False)
+    x = rows_of(300, 96)
+    with torch.no_grad():
+        h = (x - weights[3]) @ weights[0]
+        weights[1] += bias * h.std() - weights[1]
+        h = (h + weights[1]).numpy()
+    assert dense.is_worthwhile(h, Selection()) == is_dense
+    assert not dense.is_worthwhile(h, Selection(levels=(700,)))
+    options = {"selection": Selection(), "l1": 0.03}
+    wanted, exact = run("reference", x, weights, dtype=torch.float64, **options)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found, gradients = run("cpu", x, weights, **options)
+            assert found.l1 == pytest.approx(wanted.l1, rel=1e-6)
+            assert torch.equal(found.fired, wanted.fired)
+            for name, gradient, truth in zip(NAMES, gradients, exact, strict=False):
+                assert relative_error(gradient, truth) < 2e-6, name
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kernel", EVERY)

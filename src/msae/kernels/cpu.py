@@ -2,7 +2,8 @@
 
 A naive step makes L selections and 3 L + 4 dense products. Here the positive entries of each row are ordered into
 bands, the decode runs on from level to level, and each entry then meets its gradient once: work goes with the entries
-that are active, whatever the number of levels. Only the encoder stays a dense product. `loops` has the compiled loops.
+that are active, whatever the number of levels. Only the encoder stays a dense product; with plain ReLU and many active
+latents, where gathering costs more, all five products are. `loops` has the compiled loops, `dense` those of ReLU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msae.kernels import loops
+from msae.kernels import dense, loops
 from msae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 _CACHE_BYTES = 2 << 20
@@ -37,7 +38,8 @@ def evaluate(
     """The loss of one batch of float32 rows and, if asked for, its gradients, in the layout of the parameters."""
     with _lock:
         batch = _Batch(x, parameters, objective)
-        batch.encode()
+        if not _has_fast_onednn() and dense.is_worthwhile(batch.values, objective.selection):  # where MKL is fast
+            batch = _DenseBatch(batch)
         batch.select()
         batch.decode()
         loss = batch.loss()
@@ -68,8 +70,6 @@ class _Batch:
         self.threshold = _no_thresholds if threshold is None else threshold.contiguous().numpy()
         self.half_window = np.float32((objective.selection.bandwidth or 0.0) / 2)
         self.cap = np.float32(objective.soft_cap or 0.0)
-
-    def encode(self) -> None:
         self.x_centred = _scratch("x", (self.n, self.width))
         self.x_centred[:, self.d_in :] = 0
         centred = torch.from_numpy(self.x_centred)[:, : self.d_in]
@@ -126,8 +126,7 @@ class _Batch:
         self.row_pull = np.zeros(self.n, np.float32)
         if objective.l1:
             norms = self.x.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).numpy()
-            sums = np.array([row[:end].sum() for row, end in zip(self.values, self.ends[:, -1], strict=True)])
-            l1 = float((sums / norms).mean())
+            l1 = float((self.sums() / norms).mean())
             self.row_pull = (objective.l1 / self.n / norms).astype(np.float32)
             total += objective.l1 * l1
         if objective.l0 and objective.l0_target:
@@ -141,6 +140,10 @@ class _Batch:
             fired=torch.from_numpy(self.fired),
             smallest_kept=float(self.smallest_kept),
         )
+
+    def sums(self) -> Any:
+        """Sum of the activations of each row."""
+        return np.array([row[:end].sum() for row, end in zip(self.values, self.ends[:, -1], strict=True)])
 
     def gradients(self, l0: float) -> Parameters:
         pointers, entries, values = self._sorted_entries()
@@ -193,6 +196,44 @@ class _Batch:
             slope = 2 * objective.l0 * (l0 / objective.l0_target - 1) / objective.l0_target
             gradient -= slope / self.n * near[:, 1]
         return gradient / objective.selection.bandwidth
+
+
+class _DenseBatch(_Batch):
+    """Plain ReLU by dense products: `values` are activations, zeros among them."""
+
+    def __init__(self, batch: _Batch) -> None:
+        self.__dict__ = batch.__dict__  # encoded already
+        self.centred = torch.from_numpy(self.x_centred)[:, : self.d_in]
+
+    def select(self) -> None:
+        self.fired = np.zeros(self.d_sae, np.bool_)
+        self.active, self.row_sums = np.empty(self.n, np.int64), np.empty(self.n, np.float32)
+        found = share(dense.rectify_rows, self.n, self.values, self.cap, self.fired, self.active, self.row_sums)
+        smallest, is_sound = zip(*found, strict=True)
+        self.is_sound = all(is_sound)
+        kept = np.int32(min(smallest)).view(np.float32) if self.fired.any() else np.float32(0)
+        self.smallest_kept = float(self.cap * np.tanh(kept / self.cap) if self.cap else kept)
+
+    def decode(self) -> None:
+        self.error = torch.addmm(self.centred, torch.from_numpy(self.values), self.parameters.W_dec, beta=-1)
+        self.squared = self.error.square().sum(1, keepdim=True).numpy()
+        self.residual = self.error.neg().numpy()
+
+    def sums(self) -> Any:
+        return self.row_sums
+
+    def gradients(self, l0: float) -> Parameters:  # noqa: ARG002
+        W_enc, _, W_dec, _, _ = self.parameters
+        pull = self.error.mul_(2 / (self.n * self.d_in))
+        dh = torch.from_numpy(_scratch("dh", (self.n, self.d_sae)))
+        torch.mm(pull, W_dec.T, out=dh)
+        share(dense.mask_rows, self.n, dh.numpy(), self.values, self.row_pull, self.cap)
+        grad_dec, grad_enc = (torch.from_numpy(_empty((self.d_sae, self.d_in))) for _ in range(2))
+        torch.mm(torch.from_numpy(self.values).T, pull, out=grad_dec)
+        torch.mm(dh.T, self.centred, out=grad_enc)
+        b_enc = dh.sum(0)
+        b_dec = pull.sum(0, dtype=torch.float64).float() - W_enc @ b_enc
+        return Parameters(W_enc=grad_enc.T, b_enc=b_enc, W_dec=grad_dec, b_dec=b_dec, threshold=None)
 
 
 def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:

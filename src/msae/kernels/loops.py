@@ -22,7 +22,8 @@ TILE = 4 * WIDTH
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Function = TypeVar("Function", bound=Callable[..., Any])
-_INFINITY = 0x7F800000  # bits of float32 infinity; whatever lies above, the sign left out, is NaN
+INFINITY = np.int32(0x7F800000)
+"""Bits of float32 infinity; whatever lies above, the sign left out, is NaN."""
 
 
 def compiled(function: Function) -> Function:
@@ -78,7 +79,7 @@ def compress_rows(
         largest = np.int32(0)
         for j in range(bits.size):
             largest = max(largest, bits[j] & np.int32(0x7FFFFFFF))
-        is_sound &= largest <= _INFINITY
+        is_sound &= largest <= INFINITY
         if threshold.size:
             counts[b] = _compress_near(h[b], indices[b], threshold, half_window)
         else:
