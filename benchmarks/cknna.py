@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+from results import write_section
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,14 +32,16 @@ def main() -> None:
         for way, results in found.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--child", way]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    print("| way | value | wall s (each) | CPU s (median) | peak memory, MB |\n|---|---|---|---|---|")
+    lines = ["| way | value | wall s (each) | CPU s (median) | peak memory, MB |", "|---|---|---|---|---|"]
     for way, results in found.items():
         walls = " ".join(f"{r['wall']:.1f}" for r in results)
         cpu = statistics.median(r["cpu"] for r in results)
-        print(f"| {way} | {results[0]['value']:.9f} | {walls} | {cpu:.1f} | {results[0]['peak_mb']:.0f} |")
-    for clock in ("wall", "cpu"):
-        dense, lists = (statistics.median(r[clock] for r in found[way]) for way in ("dense", "lists"))
-        print(f"{clock}: lists are {dense / lists:.1f} times faster")
+        lines.append(f"| {way} | {results[0]['value']:.9f} | {walls} | {cpu:.1f} | {results[0]['peak_mb']:.0f} |")
+    ratios = [a["cpu"] / b["cpu"] for a, b in zip(found["dense"], found["lists"], strict=True)]
+    lines.append(f"\nn = {arguments.rows:,}, d_sae {arguments.d_sae}: the neighbour lists take ")
+    lines[-1] += f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f}) times fewer CPU seconds."
+    print("\n".join(lines))
+    write_section("cknna", "CKNNA against the dense formula", "\n".join(lines))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:

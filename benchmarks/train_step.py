@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from results import write_section
+
 Case = dict[str, Any]
 
 
@@ -97,21 +99,35 @@ def plan(full: bool) -> list[Case]:
     return [{**size, "batch": batch, **kind} for size, batch, kind in cases]
 
 
-def table(case: Case, seconds: dict[str, Any]) -> str:
-    title = ", ".join(f"{key} {value}" for key, value in case.items())
-    lines = [f"\n### {title}\n", "| step | CPU ms (quartiles) | wall ms | / msae | / floor |", "|---|---|---|---|---|"]
-    for name, found in seconds.items():
-        if isinstance(found, str):
-            lines.append(f"| {name} | not measured: {found} | | | |")
-            continue
-        low, cpu, high = (1e3 * q for q in statistics.quantiles([s["cpu"] for s in found], n=4))
-        wall = 1e3 * statistics.median(s["wall"] for s in found)
-        cells = []
-        for other in ("msae", "floor"):
-            middle, first, last = ratio(found, seconds[other], "cpu")
-            cells.append(f"{middle:.2f} ({first:.2f}-{last:.2f})")
-        lines.append(f"| {name} | {cpu:.1f} ({low:.1f}-{high:.1f}) | {wall:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def cell(found: dict[str, Any], of: str, to: str) -> str:
+    """The ratio of the CPU seconds of two lines, with its quartiles, or a dash where either was not measured."""
+    if not isinstance(found.get(of), list) or not isinstance(found.get(to), list):
+        return "-"
+    middle, low, high = ratio(found[of], found[to], "cpu")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def tables(records: list[dict[str, Any]], peers: list[str]) -> str:
+    """Every case against floor, naive step, reference and peers; and how the number of levels matters."""
+    head = ["size", "batch", "step of", "step / floor", "naive / step", "reference / step"]
+    head += [f"{peer} / step" for peer in peers]
+    lines = [f"| {' | '.join(head)} |", "|---|---:|---|" + "---:|" * (len(head) - 3)]
+    levels = ["| size | batch | density | 1 level / 7 | 3 / 7 | 12 / 7 |", "|---|---:|---:|---:|---:|---:|"]
+    for record in records:
+        case, found = record["case"], record["seconds"]
+        size = f"{case['d_in']}/{case['d_sae']}"
+        what = f"{case['kind']}, " + (f"density {case['density']}" if "density" in case else f"k {case['k']}")
+        others = [cell(found, other, "msae") for other in ("naive", "reference", *peers)]
+        lines.append(f"| {size} | {case['batch']} | {what} | {cell(found, 'msae', 'floor')} | {' | '.join(others)} |")
+        if case["kind"] == "matryoshka":
+            counts = [cell(found, f"msae, {n} levels", "msae") for n in (1, 3, 12)]
+            levels.append(f"| {size} | {case['batch']} | {case['density']} | {' | '.join(counts)} |")
+    loads = sorted(record["load"] for record in records)
+    return "\n".join([*lines, "", *levels, "", f"Load of the machine meanwhile: {loads[0]:.1f} to {loads[-1]:.1f}."])
+
+
+def wanted(case: Case, options: argparse.Namespace) -> bool:
+    return (not options.only or case["kind"] in options.only) and (not options.batch or case["batch"] in options.batch)
 
 
 def main() -> None:
@@ -121,30 +137,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=[], help="kinds to measure")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="batches to measure")
-    parser.add_argument("--skip", nargs="+", default=[], help="lines of the table to leave out")
+    parser.add_argument("--skip", nargs="+", default=[], help="lines to leave out")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer and its environment")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file of the seconds; cases that are in it already are not run again")
+    parser.add_argument("--section", default="train-step", help="of RESULTS.md")
     options = parser.parse_args()
     peers = dict(peer.split("=", 1) for peer in options.peer)
-    records = []
-    print(
-        f"threads {options.threads}, rounds {options.rounds}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    )
+    records = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     workers: dict[str, Worker] = {}
     for case in plan(options.full):
-        if (options.only and case["kind"] not in options.only) or (
-            options.batch and case["batch"] not in options.batch
-        ):
+        if not wanted(case, options) or any(record["case"] == case for record in records):
             continue
-        wanted = {k: v for k, v in candidates(case, list(peers)).items() if k not in options.skip}
-        for name, (library, _) in wanted.items():
+        lines = {k: v for k, v in candidates(case, list(peers)).items() if k not in options.skip}
+        for name, (library, _) in lines.items():
             if name not in workers:
                 workers[name] = Worker(library, peers.get(library, sys.executable), options.threads)
-        seconds = measure(workers, wanted, options.rounds)
-        print(table(case, seconds), flush=True)
-        records.append({"case": case, "seconds": seconds, "load": os.getloadavg()[0]})
-    if options.out:
-        options.out.write_text(json.dumps(records, indent=1))
+        record = {"case": case, "seconds": measure(workers, lines, options.rounds), "load": os.getloadavg()[0]}
+        print(tables([record], list(peers)), flush=True)
+        print({name: why for name, why in record["seconds"].items() if isinstance(why, str)}, flush=True)
+        records.append(record)
+        if options.out:
+            options.out.write_text(json.dumps(records, indent=1))
+    records.sort(key=lambda record: plan(True).index(record["case"]))
+    body = (
+        f"CPU seconds on {options.threads} thread, interleaved; medians (quartiles) of the ratios within each of "
+        f"{options.rounds} rounds. *Step* is ours, with the optimiser.\n\n{tables(records, list(peers))}"
+    )
+    write_section(options.section, "One training step against its floor, a naive step and the peers", body)
 
 
 if __name__ == "__main__":
