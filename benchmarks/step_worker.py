@@ -246,7 +246,9 @@ def sae_lens(x, bias: float, case: dict) -> Step:
         dead = torch.zeros(case["d_sae"], dtype=torch.bool)
         n = next(count)
         out = model.training_forward_pass(
-            TrainStepInput(sae_in=x, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=n)
+            TrainStepInput(
+                sae_in=x, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=n, is_logging_step=False
+            )
         )
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

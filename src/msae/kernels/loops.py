@@ -387,25 +387,23 @@ def weight_gradients(
             for q in range(pointers[block, j], last + 1, 4):
                 # A group that reaches past the last entry repeats it with weight zero.
                 q1, q2, q3 = min(q + 1, last), min(q + 2, last), min(q + 3, last)
+                is1, is2, is3 = np.float32(q + 1 <= last), np.float32(q + 2 <= last), np.float32(q + 3 <= last)
+                z0, z1, z2, z3 = values[q, 2], values[q1, 2] * is1, values[q2, 2] * is2, values[q3, 2] * is3
                 s0, s1, s2, s3 = _places(entries, q, q1, q2, q3, 1, width)
                 a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
-                for k in range(0, width, WIDTH):
-                    w = load(W, row + k)
-                    a0, a1 = fma(a0, w, load(S, s0 + k)), fma(a1, w, load(S, s1 + k))
-                    a2, a3 = fma(a2, w, load(S, s2 + k)), fma(a3, w, load(S, s3 + k))
+                for k in range(0, width, WIDTH):  # the rows of S are read once, for both: the cache sets the pace
+                    w, g = load(W, row + k), load(dec, row + k)
+                    v0, v1, v2, v3 = load(S, s0 + k), load(S, s1 + k), load(S, s2 + k), load(S, s3 + k)
+                    a0, a1, a2, a3 = fma(a0, w, v0), fma(a1, w, v1), fma(a2, w, v2), fma(a3, w, v3)
+                    store(dec, row + k, axpy(axpy(axpy(axpy(g, z0, v0), z1, v1), z2, v2), z3, v3))
                 x0, x1, x2, x3 = _places(entries, q, q1, q2, q3, 0, 1)
-                z0, z1, z2, z3 = values[q, 2], values[q1, 2], values[q2, 2], values[q3, 2]
                 d0, n0, c0 = _through_activation(total(a0) + row_pull[x0], z0, cap, cut, half_window)
                 d1, n1, c1 = _through_activation(total(a1) + row_pull[x1], z1, cap, cut, half_window)
                 d2, n2, c2 = _through_activation(total(a2) + row_pull[x2], z2, cap, cut, half_window)
                 d3, n3, c3 = _through_activation(total(a3) + row_pull[x3], z3, cap, cut, half_window)
-                is1, is2, is3 = np.float32(q + 1 <= last), np.float32(q + 2 <= last), np.float32(q + 3 <= last)
-                z1, z2, z3 = z1 * is1, z2 * is2, z3 * is3
                 d1, d2, d3 = d1 * is1, d2 * is2, d3 * is3
                 x0, x1, x2, x3 = x0 * width, x1 * width, x2 * width, x3 * width
                 for k in range(0, width, WIDTH):
-                    g = axpy(axpy(load(dec, row + k), z0, load(S, s0 + k)), z1, load(S, s1 + k))
-                    store(dec, row + k, axpy(axpy(g, z2, load(S, s2 + k)), z3, load(S, s3 + k)))
                     g = axpy(axpy(load(enc, row + k), d0, load(x, x0 + k)), d1, load(x, x1 + k))
                     store(enc, row + k, axpy(axpy(g, d2, load(x, x2 + k)), d3, load(x, x3 + k)))
                 grad_bias[j] += (d0 + d1) + (d2 + d3)
