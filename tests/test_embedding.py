@@ -392,7 +392,7 @@ def test_a_bad_encoder_is_one_line_and_leaves_nothing(encoders, tmp_path, monkey
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "x.store").exists()
-    with pytest.raises(EmbedderError, match="device 'tpu' is not there"):
+    with pytest.raises(ConfigError, match="device tpu cannot be used here"):
         Embedder.load(encoders["clip"], device="tpu")
     with pytest.raises((EmbedderError, TypeError), match="half"):  # a TypeError where types are checked
         Embedder.load(encoders["clip"], dtype="half")

@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "msae"
 LAYERS = [
-    {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images"},
+    {"errors", "files", "config", "progress", "loggers", "arrays", "tables", "images", "devices"},
     {"activations", "losses", "metrics", "standardize", "kernels", "evidence", "hierarchy", "effects", "interventions"}
     | {"filters", "rivals"},
     {"store", "sources", "embedder", "sae", "probe", "concepts", "samples", "classifier", "edits", "neighbours"},
@@ -21,7 +21,7 @@ SIDEWAYS = {
     ("losses", "activations"), ("kernels", "losses"), ("kernels", "activations"), ("metrics", "activations"),
     ("files", "errors"), ("config", "errors"), ("loggers", "errors"), ("loggers", "files"), ("progress", "errors"),
     ("edits", "sae"),  # what an edit does to an SAE's activations
-    ("arrays", "errors"), ("tables", "errors"), ("images", "errors"),
+    ("arrays", "errors"), ("devices", "errors"), ("tables", "errors"), ("images", "errors"),
 }  # fmt: skip
 MODULES = sorted(SRC.rglob("*.py"))
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from msae.devices import as_device
 from msae.errors import EmbedderError, MissingDependencyError, nearest
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Embedder:
         except ImportError as err:
             raise MissingDependencyError.of(err.name or "transformers", extra="clip") from None
         folder = find_folder(str(id), revision)
-        device = _choose_device(device)
+        device = as_device(device, allow_mps=True)
         chosen = choose_dtype(dtype, device)
         with _silent_transformers():
             config = _load(id, transformers.AutoConfig, folder)
@@ -196,16 +197,6 @@ def choose_dtype(dtype: Precision, device: str) -> Literal["float32", "bfloat16"
     # Private, so feature-tested: torch has no public name for it in all the versions that msae takes.
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return "bfloat16" if device == "cpu" and has_amx else "float32"
-
-
-def _choose_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
-        raise EmbedderError(f"device {device!r} is not there ({_line(err)}); type: --device auto") from err
-    return device
 
 
 def _load_model(id: str | Path, source: Path | str, **options: Any) -> Any:

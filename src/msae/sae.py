@@ -259,21 +259,6 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
         )
 
 
-def as_device(name: str) -> str:
-    """The device called `name`; `auto` is a CUDA GPU where there is one.
-
-    Raises:
-        ConfigError: It cannot be used here.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as err:
-        raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
-    return name
-
-
 def _read_config(folder: Path) -> SAEConfig:
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist; give the folder that msae train --out made")

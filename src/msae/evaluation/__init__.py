@@ -9,13 +9,14 @@ from typing import Any, overload
 import torch
 
 from msae import metrics
+from msae.devices import as_device
 from msae.evaluation.passes import Scores, cknna_over_batches, dead_in_training
 from msae.evaluation.probes import Probes, targets_of
 from msae.evaluation.record import Evaluation, RecoveryPoint, json_number
 from msae.evaluation.subject import Options, SAELike, StoreLike, Subject, batches_of, open_subject
 from msae.evaluation.table import Cell, poster_table, table_rows
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_device
+from msae.sae import SAE, Inference
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 

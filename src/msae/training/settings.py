@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from msae import losses
+from msae.devices import as_device
 from msae.errors import ConfigError
 from msae.loggers import LoggerName
 from msae.losses import Weighting
-from msae.sae import Kind, as_device
+from msae.sae import Kind
 from msae.standardize import Modality
 from msae.store import EmbeddingStore
 
