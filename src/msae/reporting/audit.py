@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from msae.auditing import Audit, ConceptAudit
-from msae.errors import MissingDependencyError
 from msae.files import atomic_path
+from msae.reporting.figures import COLOURS, as_svg, legend, new_figure, plain
 
 N_PLOTTED = 8
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
-"""Paul Tol's bright scheme, which the colour-blind can tell apart."""
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 STYLE = """
@@ -127,13 +124,9 @@ def _concept(audit: Audit, concept: ConceptAudit) -> str:
 
 def concept_svg(audit: Audit, concept: ConceptAudit) -> str:
     """Density and boxes of the concept's strength by class, accuracy by group, and the sweep of one sample, as SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise MissingDependencyError.of("matplotlib", extra="report") from err
     assert audit.sample is not None
     strengths = audit.sample.strengths[:, audit.concepts.index(concept)]
-    figure = Figure(figsize=(13, 2.9), layout="constrained")
+    figure = new_figure(13, 2.9)
     density, boxes, groups, sweep = figure.subplots(1, 4)
     classes = audit.classes[:MAX_CLASSES]
     by_predicted = [strengths[audit.sample.predicted == k] for k in range(len(classes))]
@@ -143,7 +136,7 @@ def concept_svg(audit: Audit, concept: ConceptAudit) -> str:
     _draw_boxes(boxes, by_predicted, by_true, classes)
     _draw_groups(groups, concept)
     _draw_sweep(sweep, concept)
-    return _svg(figure)
+    return as_svg(figure, f"Strength, accuracy and sweep of {concept.name}")
 
 
 def _draw_density(axes: Any, by_class: Sequence[np.ndarray], classes: Sequence[str]) -> None:
@@ -158,7 +151,7 @@ def _draw_density(axes: Any, by_class: Sequence[np.ndarray], classes: Sequence[s
         else:
             axes.plot([], color=colour, label=f"{name}: never fires")
     axes.set(title="density where it fires, by predicted class", xlabel="strength")
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_boxes(
@@ -173,7 +166,7 @@ def _draw_boxes(
                     boxprops={"facecolor": COLOURS[place] if shift < 0 else "white", "edgecolor": COLOURS[place]},
                 )  # fmt: skip
     axes.set(title="strength by predicted (filled) and true class", xlim=(-0.6, len(classes) - 0.4))
-    axes.set_xticks(range(len(classes)), [_plain(name) for name in classes])
+    axes.set_xticks(range(len(classes)), [plain(name) for name in classes])
 
 
 def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
@@ -182,7 +175,7 @@ def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
     for place, group in enumerate(known):
         axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
         axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
-    labels = [_plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
+    labels = [plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
     axes.set_xticks(range(len(known)), labels, fontsize=7)
     if not known:
         axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
@@ -193,35 +186,9 @@ def _draw_sweep(axes: Any, concept: ConceptAudit) -> None:
     if sweep is None:
         axes.set_axis_off()
         return
-    axes.plot(sweep.strengths, sweep.probabilities, color="#222222")
+    axes.plot(sweep.strengths, sweep.probabilities, color="#000000")
     axes.axvspan(0, sweep.natural_p99, color="#228833", alpha=0.12, label="natural, up to p99")
     axes.axvline(sweep.own, color="#ee6677", linestyle=":", label="the sample's own")
-    title = _plain(f"P({concept.class_}) of sample {sweep.id}")
+    title = plain(f"P({concept.class_}) of sample {sweep.id}")
     axes.set(title=title, xlabel="strength", ylim=(-0.02, 1.02))
-    _legend(axes)
-
-
-def _legend(axes: Any) -> None:
-    legend = axes.legend(fontsize=7, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _plain(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
-    for axes in figure.axes:
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    # Text stays text, which matplotlib escapes; a fixed salt makes the same audit the same bytes.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "msae"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    legend(axes)
