@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from msae.cli.output import report, say
+from msae.cli.output import check_target, report, say
 
 Modality = Literal["image", "text"]
 
@@ -150,6 +150,7 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
             device: auto, cpu, cuda …
             json: Write the records as JSON to this file; - is stdout.
         """
+        check_target(json)
         results = evaluate(
             list(runs), on, modality=modality, inference=inference, k=k, labels=labels, probe_train=probe_train,
             recovery=recovery, seed=seed, device=device,
