@@ -12,7 +12,7 @@ from msae.reporting import figures
 from msae.samples import Origin, SampleMiner
 
 pytest.importorskip("matplotlib")
-EVIL = "<script>alert('$x_$ & \"y\"')</script> fill: #000000"
+EVIL = "<script>alert('$x_$ & \"y\"')</script> fill: #000000\x00\x1b \U00020000"
 RECOVERY = [{"k": k, "fvu": 0.5 / k, "cosine": 1 - 0.5 / k, "cknna": None, "dead": 3} for k in (1, 2, 4, 8, 16)]
 METRICS = [{"step": step, "fvu": 1 / step, "l0": 8.0, "sparsity": 0.5} for step in (50, 100, 150)]
 

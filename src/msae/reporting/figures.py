@@ -10,8 +10,9 @@ import html
 import io
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ DASHES = ("-", "--", ":", "-.")
 SIZE = 4.6, 2.9
 """Inches of a drawing: as wide as a phone, so that its words stay readable there."""
 
+T = TypeVar("T")
 RecoveryMeasure = Literal["fvu", "fvu_per_sample", "cosine", "cknna", "dead"]
 TrainingMeasure = Literal["fvu", "sparsity", "l0", "loss", "reconstruction", "grad_norm", "lr", "dead"]
 TITLES: Mapping[str, str] = {
@@ -42,6 +44,8 @@ TITLES: Mapping[str, str] = {
     "grad_norm": "norm of the gradient",
     "lr": "learning rate",
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
+"""What no XML may hold."""
 _LOG_Y = {"fvu", "fvu_per_sample", "loss", "reconstruction", "grad_norm"}
 _ONE_AT_A_TIME = threading.Lock()
 """matplotlib reads how to write an SVG from settings of the whole process."""
@@ -49,7 +53,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def recovery_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], measure: RecoveryMeasure = "fvu") -> str:
     """One measure against the k strongest latents kept, a line for each run; `curves` has each run's `recovery`."""
-    figure = new_figure(height=_height(len(curves)))
+    figure = new_figure(height=_height(curves))
     axes = figure.subplots()
     every = sorted({int(point["k"]) for points in curves.values() for point in points})
     for (name, points), style in zip(curves.items(), _styles(len(curves)), strict=True):
@@ -67,10 +71,10 @@ def recovery_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], measure: 
 
 def training_curves(by_run: Mapping[str, Sequence[Mapping[str, Any]]], measure: TrainingMeasure = "fvu") -> str:
     """One measure against the training step, a line for each run; `by_run` has the rows of each metrics.jsonl."""
-    figure = new_figure(height=_height(len(by_run)))
+    figure = new_figure(height=_height(by_run))
     axes = figure.subplots()
     for (name, rows), style in zip(by_run.items(), _styles(len(by_run)), strict=True):
-        known = [(row["step"], row[measure]) for row in rows if row.get(measure) is not None]
+        known = [(row["step"], row[measure]) for row in _thinned(rows) if row.get(measure) is not None]
         axes.plot([step for step, _ in known], [value for _, value in known], label=shorten(name), **style)
     _set_scale(axes, measure, [row.get(measure) for rows in by_run.values() for row in rows])
     axes.set(title=TITLES[measure], xlabel="training step")
@@ -139,13 +143,13 @@ def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
 
 def legend(axes: Any) -> None:
     """The legend of what has a label, under the drawing where it is long; nothing where nothing has."""
-    n = len(axes.get_legend_handles_labels()[0])
-    if n == 0:
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
         return
-    if n > MAX_INSIDE:
-        made = axes.figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    if len(labels) > MAX_INSIDE:
+        made = axes.figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=_columns(labels))
     else:
-        made = axes.legend(fontsize=7, frameon=False)
+        made = axes.legend(fontsize=8, frameon=False)
     for text in made.get_texts():
         text.set_parse_math(False)
 
@@ -167,15 +171,17 @@ def as_svg(figure: Any, label: str) -> str:
     import matplotlib as mpl
 
     for axes in figure.axes:
-        axes.title.set_fontsize(9)
-        axes.xaxis.label.set_fontsize(8)
-        axes.yaxis.label.set_fontsize(8)
-        axes.tick_params(labelsize=7, which="both")
+        axes.title.set_fontsize(10)
+        axes.xaxis.label.set_fontsize(9)
+        axes.yaxis.label.set_fontsize(9)
+        axes.tick_params(labelsize=8, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # A fixed salt makes the same figure the same bytes.
-    with _ONE_AT_A_TIME, mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "msae"}):
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "msae"}
+    with _ONE_AT_A_TIME, mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the words, not matplotlib's
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     return _for_a_page(buffer.getvalue(), label)
 
@@ -185,7 +191,8 @@ def _for_a_page(text: str, label: str) -> str:
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'style="[^"]*"', lambda style: style.group().replace("#000000", "currentColor"), text)
     text = re.sub(r'<g id="[^"]*"', "<g", text).replace("'DejaVu Sans'", "system-ui")
-    words = html.escape(label)
+    text = _CONTROL.sub("", text)
+    words = html.escape(_CONTROL.sub("", label))
     start, rest = text.split(">", 1)
     return f'{start} role="img" aria-label="{words}" fill="currentColor">\n <title>{words}</title>{rest.strip()}\n'
 
@@ -196,9 +203,21 @@ def _styles(n: int) -> list[dict[str, Any]]:
     return [{"color": COLOURS[i % len(COLOURS)], "linestyle": turns[i], "linewidth": 1.5} for i in range(n)]
 
 
-def _height(n: int) -> float:
-    """Inches, with room for a legend of n lines under the drawing."""
-    return SIZE[1] + (0.17 * -(-n // 3) if n > MAX_INSIDE else 0)
+def _columns(labels: Collection[str]) -> int:
+    """Of a legend under a drawing: as many as its labels leave room for."""
+    return 3 if max(map(len, labels)) <= 14 else 2
+
+
+def _height(names: Collection[str]) -> float:
+    """Inches, with room for a legend under the drawing."""
+    n = len(names)
+    return SIZE[1] + (0.19 * -(-n // _columns(names)) if n > MAX_INSIDE else 0)
+
+
+def _thinned(rows: Sequence[T], n: int = 500) -> Sequence[T]:
+    """About n of the rows, evenly, the last among them: more are not to be seen."""
+    step = -(-len(rows) // n) or 1
+    return rows[(len(rows) - 1) % step :: step] if rows else rows
 
 
 def _set_scale(axes: Any, measure: str, values: Iterable[float | None]) -> None:
