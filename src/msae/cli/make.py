@@ -32,7 +32,7 @@ def demo_verb(_: list[str]) -> Callable[..., None]:
         result = demo(out, seed=seed, say=tell)
         tell("writing the report, with an audit of a classifier of hats")
         page = _demo_report(result)
-        closing = f"{result.closing}\n\nall of it, to look at   {page}"
+        closing = f"{result.closing}\n\nall of it, to look at  {page}"
         report(closing, {**result.to_dict(), "report": str(page)}, json)
 
     return run

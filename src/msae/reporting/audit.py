@@ -59,7 +59,8 @@ def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = No
 
 def _head(audit: Audit) -> str:
     classifier = audit.classifier
-    facts = [
+    facts = [] if audit.target is None else [f"target: the column {audit.target}"]
+    facts += [
         f"{audit.n:,} rows of {Path(audit.on).name}",
         f"classes {', '.join(audit.classes)}",
         f"classifier: {str(classifier['source']).replace(audit.on, Path(audit.on).name)}",

@@ -318,7 +318,8 @@ class _Draft:
             return None
         if result is None:
             if self.facts.names is not None:
-                self._lacks("search", "no named latent fires in these rows")
+                why = "no named latent fires in these rows" if len(self.facts.names) else "no latent has earned a name"
+                self._lacks("search", why)
             return None
         return {"result": result, **search_page.parts(result, self.album)}
 
