@@ -17,7 +17,10 @@ from msae.cli import main
 from msae.concepts import Agreement, Concept, ConceptNames
 from msae.errors import ConfigError, RunError
 from msae.evaluation import evaluate
+from msae.galleries import ConceptTree
+from msae.hierarchy import Edge, Hierarchy
 from msae.reporting import document, report
+from msae.reporting.views import nodes_of
 from msae.store import StorePart, write_store
 from msae.training import train
 from tests.test_bad_input import snapshot
@@ -213,6 +216,28 @@ def test_huge_data_stays_below_the_limit(world, monkeypatch):
     monkeypatch.setattr(document, "LIMIT", 400_000)
     found = report(world / "run", world / "pairs.store")
     assert found.size < 400_000 and (world / "run/report.html").stat().st_size == found.size
+
+
+def test_a_tree_that_is_deep_wide_and_large_is_cut_and_says_so():
+    deep, pairs = ({i: i - 1 for i in numbers} for numbers in (range(1, 40), range(91, 400, 2)))
+    parents = deep | dict.fromkeys(range(41, 90), 40) | pairs
+    fired = np.arange(1000, 600, -1)
+    edges = tuple(Edge(child, parent, 9, 0.9, 0.8, 0.95, 2.0, 1.9) for child, parent in parents.items())
+    tree = ConceptTree(Hierarchy(2000, fired, edges), 8, {398: "named"}, {})
+    roots = nodes_of(tree)
+    assert roots[0].latent == 398 and sum(root.n_shown for root in roots) <= 120
+
+    def shown(node, depth=0):
+        yield node.latent, depth
+        for child in node.children:
+            yield from shown(child, depth + 1)
+
+    for root in roots:
+        nodes = list(shown(root))
+        assert len(nodes) == root.n_shown <= 16 and max(depth for _, depth in nodes) <= 4
+        assert all(parents[latent] is not None for latent, depth in nodes if depth)
+    hidden = {root.latent: root.n_hidden for root in roots}
+    assert hidden[0] == 40 - 5 and hidden[40] == 50 - 16
 
 
 def test_an_album_has_room_for_so_much_and_no_more(world):

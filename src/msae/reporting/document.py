@@ -67,13 +67,13 @@ class Report:
     missing: tuple[Missing, ...]
 
     def to_text(self) -> str:
-        lines = [f"{self.path}: {self.size / 1e6:.1f} MB, opens in any browser, offline"]
+        lines = [f"{self.path}: {self.size / 1e6:.2f} MB, opens in any browser, offline"]
         if self.card is None:
             lines.append("README.md of the run was written or edited by hand and is left as it is")
         else:
             lines.append(f"{self.card}: the model card")
         for section, why, line in self.missing:
-            lines.append(f"not in it: {section} ({why})" + (f"; type: {line}" if line else ""))
+            lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -249,7 +249,9 @@ class _Draft:
             cells = [list(row.values()) for row in rows]
             tables.append(Table(title, titles, list(zip(ours, cells, strict=True)), kept.labels))
         if not tables:
-            self._lacks("quality", "not evaluated", "evaluate", self.facts.folder, "--on", self.store_word)
+            self._lacks(
+                "quality", "this run has not been evaluated", "evaluate", self.facts.folder, "--on", self.store_word
+            )
         return tables
 
     def _of_subject(self, subject: tuple[str, ...]) -> dict[str, Kept]:
@@ -262,7 +264,15 @@ class _Draft:
         known = next((kept for kept in self.facts.evaluations if kept.evaluation.recovery), None)
         if known is None:
             on = self.facts.evaluations[0].evaluation.on if self.facts.evaluations else self.store_word
-            self._lacks("recovery", "not measured", "evaluate", self.facts.folder, "--on", on, "--recovery")
+            self._lacks(
+                "recovery",
+                "what few latents recover has not been measured",
+                "evaluate",
+                self.facts.folder,
+                "--on",
+                on,
+                "--recovery",
+            )
             return []
         curves = {
             name: [asdict(point) for point in one.evaluation.recovery]
@@ -274,7 +284,7 @@ class _Draft:
 
     def _training(self) -> list[str]:
         if not self.facts.metrics:
-            self._lacks("training", "the run has no metrics.jsonl")
+            self._lacks("training", "this run has no metrics.jsonl, so it was not trained here")
             return []
         by_run = {name: facts.metrics for name, facts in self.runs.items() if facts.metrics}
         measures: list[figures.TrainingMeasure] = ["fvu", "l0"]
@@ -284,9 +294,18 @@ class _Draft:
         facts = self.facts
         if facts.names is None:
             on = ("--on", self.store_word)
-            self._lacks("names", "not named", "name", facts.folder, "--vocabulary", "WORDS.store", *on)
+            self._lacks(
+                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
+            )
         if self.looked is None:
-            self._lacks("samples", "no store was given", "report", facts.folder, "--on", "STORE")
+            self._lacks(
+                "samples",
+                "pictures, texts and strengths need a store of embeddings, such as msae embed makes",
+                "report",
+                facts.folder,
+                "--on",
+                "STORE",
+            )
             return []
         if facts.names is not None and len(facts.names):
             named = reliable(facts.names)[: self.n_concepts]
@@ -306,7 +325,10 @@ class _Draft:
         if self.looked is None:
             return None
         tree = tree_of(self.facts, self.looked.store)
-        return {"k": tree.k, "roots": nodes_of(tree), "n": len(tree.hierarchy.parent), "rows": tree.hierarchy.n_rows}
+        roots = nodes_of(tree)
+        n_left_out = len(tree.hierarchy.roots) - len(roots)
+        n, rows = len(tree.hierarchy.parent), tree.hierarchy.n_rows
+        return {"k": tree.k, "roots": roots, "n_left_out": n_left_out, "n": n, "rows": rows}
 
     def _search(self) -> dict[str, Any] | None:
         if self.looked is None:
@@ -326,7 +348,7 @@ class _Draft:
     def _audit(self) -> str | None:
         if self.audit is None:
             audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
-            self._lacks("audit", "none was given; msae report takes one with --audit audit.json", *audit)
+            self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
         return audit_page.section(self.audit, n_plotted=3, n_rows=12, brief=True)
 

@@ -89,7 +89,10 @@ class Facts:
             ("trained on", self._trained_on()),
         ]
         if settings:
-            how = [f"{settings['epochs']} epochs", f"batches of {settings['batch_size']:,}"]
+            how = [
+                f"{settings['epochs']} epoch{'s' if settings['epochs'] != 1 else ''}",
+                f"batches of {settings['batch_size']:,}",
+            ]
             how += [f"learning rate {settings['lr']:g}", f"seed {settings['seed']}", f"recipe {settings['recipe']}"]
             lines.append(("training", ", ".join(how)))
         if self.names is not None:

@@ -47,6 +47,7 @@ TITLES: Mapping[str, str] = {
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]")
 """What no XML may hold."""
 _LOG_Y = {"fvu", "fvu_per_sample", "loss", "reconstruction", "grad_norm"}
+_COUNTS = {"l0", "dead"}
 _ONE_AT_A_TIME = threading.Lock()
 """matplotlib reads how to write an SVG from settings of the whole process."""
 
@@ -221,12 +222,16 @@ def _thinned(rows: Sequence[T], n: int = 500) -> Sequence[T]:
 
 
 def _set_scale(axes: Any, measure: str, values: Iterable[float | None]) -> None:
-    """A log scale for what shrinks by factors and is never zero; plain numbers on either."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """A log scale for what shrinks by factors and is never zero, one from zero for counts; plain numbers on either."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     known = [value for value in values if value is not None]
+    if measure in _COUNTS:
+        axes.set_ylim(bottom=0)
     if measure in _LOG_Y and known and min(known) > 0:
         axes.set_yscale("log")
+        if max(known) < 1000 * min(known):
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 

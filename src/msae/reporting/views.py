@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ N_TEXTS = 5
 N_HITS = 6
 ENOUGH_CHILDREN = 8
 """Of a tree; one with fewer is tried again at the next level."""
-MAX_NODES = 120
+MAX_NODES, MAX_UNDER_ROOT, MAX_DEPTH = 120, 16, 4
+"""Of a tree that is shown."""
 SIDE = 144
 """Pixels of a thumbnail's longer side."""
 
@@ -54,7 +56,8 @@ class ConceptView(NamedTuple):
         return self.concept.name if self.concept else "unnamed"
 
 
-class Node(NamedTuple):
+@dataclass
+class Node:
     """A latent of the tree."""
 
     latent: int
@@ -62,7 +65,13 @@ class Node(NamedTuple):
     firing_rate: float
     share: float | None
     """Of its rows, in which its parent fires too."""
-    children: list[Node]
+    children: list[Node] = field(default_factory=list)
+    n_hidden: int = 0
+    """Of a root: latents under it that are not shown."""
+    n_shown: int = 1
+    """Of a root: itself and what is shown under it."""
+    has_name: bool = False
+    """Of a root: whether any latent of its tree has a name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,19 +144,27 @@ def tree_of(facts: Facts, store: EmbeddingStore) -> ConceptTree:
 
 
 def nodes_of(tree: ConceptTree) -> list[Node]:
-    """The tree with the most frequent roots first, cut after `MAX_NODES` latents."""
+    """Roots, those first that have names under them, cut where they are deep, wide or many."""
     found = tree.hierarchy
     roots: list[Node] = []
     path: list[Node] = []
-    for n, (depth, latent) in enumerate(found.walk()):
-        if n == MAX_NODES:
-            break
+    for depth, latent in found.walk():
         edge = found.parent.get(latent)
         rate = float(found.fired[latent] / found.n_rows)
-        node = Node(latent, tree.names.get(latent), rate, None if edge is None else edge.share, [])
-        (path[depth - 1].children if depth else roots).append(node)
+        node = Node(latent, tree.names.get(latent), rate, None if edge is None else edge.share)
         path[depth:] = [node]
-    return roots
+        root = path[0]
+        root.has_name |= node.name is not None
+        if depth == 0:
+            roots.append(node)
+        elif depth > MAX_DEPTH or root.n_shown >= MAX_UNDER_ROOT:
+            root.n_hidden += 1
+        else:
+            path[depth - 1].children.append(node)
+            root.n_shown += 1
+    roots.sort(key=lambda root: not root.has_name)
+    so_far = itertools.accumulate(root.n_shown for root in roots)
+    return [root for root, n in zip(roots, so_far, strict=True) if n <= MAX_NODES]
 
 
 def example_search(facts: Facts, looked: Looked) -> SearchResult | None:
