@@ -227,7 +227,7 @@ def _set_scale(axes: Any, measure: str, values: Iterable[float | None]) -> None:
 
     known = [value for value in values if value is not None]
     if measure in _COUNTS:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(known, default=1) or 1)
     if measure in _LOG_Y and known and min(known) > 0:
         axes.set_yscale("log")
         if max(known) < 1000 * min(known):
