@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from msae.cli import main
 from msae.demo import chain
 from msae.demo.scenes import attributes, sample_scene
 from msae.errors import ConfigError
@@ -40,6 +41,19 @@ def test_a_second_demo_makes_no_scene_store_or_run_again(small_world):
     changed = {p.name for p in before if before[p] != after.get(p)}
     assert changed <= {"words.txt", "names.json"}
     assert again.to_dict()["evaluations"] == result.to_dict()["evaluations"]
+
+
+def test_the_command_names_the_report_last(small_world, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    folder = small_world[0]
+    with pytest.raises(SystemExit) as left:
+        main(["demo", "--out", str(folder)])
+    report = folder / "runs" / chain.NAMED_RUN / "report.html"
+    assert left.value.code == 0 and capsys.readouterr().out.rstrip().endswith(str(report))
+    page = report.read_text(encoding="utf-8")
+    assert all(run in page for run in chain.RUNS) and "data:image/jpeg" in page
+    assert report.stat().st_size < 10_000_000 and report.with_name("README.md").exists()
 
 
 def test_scenes_on_disk_are_the_scenes_of_their_seeds(small_world):

@@ -13,7 +13,7 @@ import torch
 from msae.auditing import audit
 from msae.cli import main
 from msae.cli.look import audit_verb
-from msae.reporting.audit import concept_svg, section, write_html
+from msae.reporting.audit import concept_svgs, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")
@@ -48,10 +48,10 @@ def test_names_are_text_and_nothing_is_fetched(found, tmp_path):
     assert "never fires" in section(found, n_plotted=0) or found["silent"].note
 
 
-def test_a_plot_is_well_formed_and_the_same_every_time(found):
-    one = concept_svg(found, found[EVIL])
-    assert ElementTree.fromstring(one).tag.endswith("svg")
-    assert one == concept_svg(found, found[EVIL])
+def test_plots_are_well_formed_and_the_same_every_time(found):
+    drawings = concept_svgs(found, found[EVIL])
+    assert len(drawings) == 4 and all(ElementTree.fromstring(one).tag.endswith("svg") for one in drawings)
+    assert drawings == concept_svgs(found, found[EVIL])
 
 
 def test_the_page_has_a_row_for_every_concept(found):

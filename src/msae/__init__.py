@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from msae.evaluation import Evaluation, evaluate, poster_table
     from msae.galleries import Gallery, concept_tree, gallery, top_samples
     from msae.naming import NameSettings, name
+    from msae.reporting import Report, report
     from msae.retrieval import SearchResult, search
     from msae.sae import SAE, SAEConfig
     from msae.samples import TopSamples
@@ -36,6 +37,8 @@ _HOME = {
     "top_samples": "galleries",
     "NameSettings": "naming",
     "name": "naming",
+    "Report": "reporting",
+    "report": "reporting",
     "SearchResult": "retrieval",
     "search": "retrieval",
     "SAE": "sae",
@@ -72,6 +75,7 @@ __all__ = [
     "Evaluation",
     "Gallery",
     "NameSettings",
+    "Report",
     "SAEConfig",
     "SearchResult",
     "Stability",
@@ -84,6 +88,7 @@ __all__ = [
     "gallery",
     "name",
     "poster_table",
+    "report",
     "search",
     "stability",
     "top_samples",

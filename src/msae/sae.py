@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -257,6 +258,18 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
             f"{store.path} was embedded by {found}, but {name} reads embeddings of {wanted}; "
             f"embed it again with --encoder {mine[0] or 'ID'}"
         )
+
+
+def weights_hash(sae: SAE) -> str:
+    """A hash of the weights and of the statistics that standardise."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = dict(sae.state_dict())
+    for modality, known in sae.standardizer.statistics.items():
+        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_config(folder: Path) -> SAEConfig:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
+
+from msae.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,23 @@ class Audit:
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
         return record | {"concepts": [concept.to_dict() for concept in self.concepts]}
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], *, where: str) -> Audit:
+        """The audit that `to_dict` gave, without the sample of rows that plots need.
+
+        Raises:
+            ConfigError: `record` is no such audit; the message begins with `where`.
+        """
+        try:
+            concepts = tuple(_from_plain(ConceptAudit, concept) for concept in record["concepts"])
+            values = {**record, "concepts": concepts, "classes": tuple(record["classes"])}
+            values["notes"] = tuple(record.get("notes", ()))
+            return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "sample"})
+        except (KeyError, TypeError, AttributeError) as err:
+            raise ConfigError(
+                f"{where} is not what msae audit writes ({type(err).__name__}: {err}); make it with --json"
+            ) from err
+
     def table(self, n: int = 20) -> str:
         """The ranked table in Markdown."""
         head = (
@@ -255,3 +275,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _from_plain(cls: type, record: dict[str, Any]) -> Any:
+    """The inverse of `_plain` for one dataclass; keys that are no fields are left out."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        value = record[f.name.rstrip("_")]
+        part: Any = next(filter(dataclasses.is_dataclass, typing.get_args(hints[f.name])), None)
+        if isinstance(value, list):
+            value = tuple(_from_plain(part, item) if part else item for item in value)
+        elif part and value is not None:
+            value = _from_plain(part, value)
+        values[f.name] = value
+    return cls(**values)

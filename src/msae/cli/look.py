@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msae.cli.output import report
+from msae.cli.output import check_target, report
 
 Modality = Literal["image", "text"]
 
@@ -207,6 +207,38 @@ def search_verb(_: list[str]) -> Callable[..., None]:
         if html is not None:
             write_page(result, html)
         report(result.table(), result.to_dict(), json)
+
+    return run
+
+
+def report_verb(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.reporting import report as make_report
+
+    def run(
+        run: Annotated[str, tyro.conf.arg(metavar="RUN")],
+        /,
+        *,
+        on: str | None = None,
+        out: Path | None = None,
+        beside: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")] = (),
+        audit: Path | None = None,
+        json: str | None = None,
+    ) -> None:
+        """Everything that is known about a run in one HTML file that opens offline, and its model card, README.md.
+
+        Args:
+            run: A run folder.
+            on: The store for samples, hierarchy and a search; without it, that of an earlier gallery or report.
+            out: The file to write; without it, report.html in the run folder.
+            beside: Other run folders to set beside this one in tables and curves.
+            audit: An audit to include, as msae audit --json wrote it.
+            json: Write what was made, and what is missing, as JSON to this file; - is stdout.
+        """
+        check_target(json)
+        made = make_report(run, on, out=out, beside=beside, audit=audit)
+        report(made.to_text(), made.to_dict(), json)
 
     return run
 

@@ -6,9 +6,12 @@ import itertools
 import json as json_format
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from msae.cli.output import report, say
+from msae.cli.output import check_target, report, say
+
+if TYPE_CHECKING:
+    from msae.demo.chain import DemoResult
 
 Modality = Literal["image", "text"]
 
@@ -25,10 +28,24 @@ def demo_verb(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         tell = say if json == "-" else functools.partial(print, flush=True)
+        check_target(json)
         result = demo(out, seed=seed, say=tell)
-        report(result.closing, result.to_dict(), json)
+        tell("writing the report, with an audit of a classifier of hats")
+        page = _demo_report(result)
+        closing = f"{result.closing}\n\nall of it, to look at  {page}"
+        report(closing, {**result.to_dict(), "report": str(page)}, json)
 
     return run
+
+
+def _demo_report(result: "DemoResult") -> Path:
+    """The report of the demo's named run, beside the other runs."""
+    from msae.auditing import audit
+    from msae.reporting import report as make_report
+
+    run, holdout = result.named_run, result.holdout
+    hats = audit(run, holdout, "hat") if len(result.names) else None
+    return make_report(run, holdout, beside=result.runs, audit=hats).path
 
 
 def embed_verb(_: list[str]) -> Callable[..., None]:
@@ -150,6 +167,7 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
             device: auto, cpu, cuda …
             json: Write the records as JSON to this file; - is stdout.
         """
+        check_target(json)
         results = evaluate(
             list(runs), on, modality=modality, inference=inference, k=k, labels=labels, probe_train=probe_train,
             recovery=recovery, seed=seed, device=device,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,21 @@ def report(text: str, data: Any, target: str | None) -> None:
         with atomic_path(Path(target)) as temporary:
             temporary.write_text(_as_json(data), encoding="utf-8")
     sys.stdout.write(text + "\n")
+
+
+def check_target(target: str | None) -> None:
+    """Refuse a place for --json that cannot be one, before the work and not after it.
+
+    Raises:
+        NotADirectoryError: The file would lie in another file.
+    """
+    if target is None or target == "-":
+        return
+    folder = Path(os.path.realpath(target)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _as_json(data: Any) -> str:

@@ -48,9 +48,23 @@ class DemoResult:
     names: ConceptNames
 
     @property
+    def runs(self) -> list[Path]:
+        """Folders of the eight runs."""
+        return [self.folder / "runs" / run for run in RUNS]
+
+    @property
+    def named_run(self) -> Path:
+        return self.folder / "runs" / NAMED_RUN
+
+    @property
+    def holdout(self) -> Path:
+        """The store of scenes that no SAE has seen."""
+        return self.folder / "holdout.store"
+
+    @property
     def closing(self) -> str:
         """The table, where the files are, and what to type next."""
-        run, holdout = self.folder / "runs" / NAMED_RUN, self.folder / "holdout.store"
+        run, holdout = self.named_run, self.holdout
         named = sorted({concept.name for concept in self.names})
         return "\n".join(
             [
@@ -107,7 +121,11 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
             train(stores["scenes"], out=folder / "runs" / run, resume=True, seed=seed, **COMMON, **options)
     say(f"evaluating on {len(stores['holdout']):,} scenes that no SAE has seen")
     evaluations = evaluate(
-        [folder / "runs" / run for run in RUNS], stores["holdout"], labels="background", probe_train=stores["scenes"]
+        [folder / "runs" / run for run in RUNS],
+        stores["holdout"],
+        labels="background",
+        probe_train=stores["scenes"],
+        recovery=True,
     )
     say(f"naming the latents of {NAMED_RUN} by the words of this world, checked on those scenes' captions")
     words = embed(_write_words(folder / "words.txt"), encoder="demo", out=folder / "words.store")

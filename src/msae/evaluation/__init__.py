@@ -10,6 +10,7 @@ import torch
 
 from msae import metrics
 from msae.devices import as_device
+from msae.evaluation.kept import Kept, keep, kept_evaluations
 from msae.evaluation.passes import Scores, cknna_over_batches, dead_in_training
 from msae.evaluation.probes import Probes, targets_of
 from msae.evaluation.record import Evaluation, RecoveryPoint, json_number
@@ -20,7 +21,7 @@ from msae.sae import SAE, Inference
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 
-__all__ = ["Cell", "Evaluation", "RecoveryPoint", "evaluate", "poster_table", "table_rows"]
+__all__ = ["Cell", "Evaluation", "Kept", "RecoveryPoint", "evaluate", "kept_evaluations", "poster_table", "table_rows"]
 
 
 @overload
@@ -72,7 +73,7 @@ def evaluate(
 ) -> Evaluation | list[Evaluation]:
     """Every metric of the poster, for one SAE or several, on one modality of a store.
 
-    Memory does not grow with the number of rows.
+    Memory does not grow with the number of rows. What is found of a run is also kept in it, in eval/.
 
     Args:
         sae: An SAE or a run folder, or several.
@@ -97,7 +98,10 @@ def evaluate(
     probes = Probes(options, None if probe_train is None else as_store(probe_train, modality))
     if train_store is not None:
         as_store(train_store)  # a wrong path is said now, not after the passes
-    results = [_evaluate(subject, store, truth, probes, train_store, options) for subject in subjects]
+    results = []
+    for one, subject in zip(every, subjects, strict=True):
+        found = _evaluate(subject, store, truth, probes, train_store, options)
+        results.append(keep(found, one, store, options))
     return results[0] if isinstance(sae, SAE | str | Path) else results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from msae.concepts import ConceptNames
 from msae.errors import ConfigError
 from msae.losses import default_levels
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_sae, check_fit
+from msae.sae import SAE, Inference, as_sae, check_fit, weights_hash
 from msae.samples import Origin, SampleMiner, TopSamples, block_rows
 from msae.standardize import Modality, Standardizer, fit_statistics
 from msae.store import EmbeddingStore, as_store
@@ -124,18 +123,6 @@ def names_of(folder: Path | None) -> ConceptNames | None:
     if folder is None or not (folder / NAMES_FILE).exists():
         return None
     return ConceptNames.load(folder)
-
-
-def weights_hash(sae: SAE) -> str:
-    """A hash of the weights and of the statistics that standardise."""
-    digest = hashlib.blake2b(digest_size=16)
-    tensors = dict(sae.state_dict())
-    for modality, known in sae.standardizer.statistics.items():
-        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_n(n: int) -> None:

@@ -6,31 +6,29 @@
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from msae.auditing import Audit, ConceptAudit
-from msae.errors import MissingDependencyError
-from msae.files import atomic_path
+from msae.reporting import page
+from msae.reporting.figures import COLOURS, as_svg, legend, new_figure, plain
+from msae.reporting.page import shorten
 
 N_PLOTTED = 8
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
-"""Paul Tol's bright scheme, which the colour-blind can tell apart."""
+HEAD = (
+    "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
+    "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors",
+    "worst group", "once levelled", "overall", "once levelled",
+)  # fmt: skip
+BRIEF = (0, 2, 3, 4, 6, 7, 9, 12)
+"""Columns of a table that fits a page."""
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 STYLE = """
-.audit { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1220px; margin: 2rem auto; padding: 0 1rem }
-.audit table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; font-size: 12.5px;
-  display: block; overflow-x: auto }
-.audit th, .audit td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-.audit th:first-child, .audit td:first-child { text-align: left }
-.audit .reported td:first-child { font-weight: 600 }
-.audit .note { color: #666 }
-.audit svg { max-width: 100%; height: auto }
+.audit tbody th { font-weight: 400; } .audit .reported th { font-weight: 700; } .audit h3 { margin-top: 1.4rem; }
 """
 
 
@@ -40,19 +38,20 @@ def write_html(audit: Audit, path: str | Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    title = html.escape(f"Audit of {audit.target or 'a classifier'} on {audit.on}")
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body>{section(audit)}</body></html>\n"
-    )
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    values = {"audit": audit, "section": section(audit), "style": STYLE}
+    page.write_page(page.render("audit.html", **values), Path(path))
 
 
-def section(audit: Audit, *, n_plotted: int = N_PLOTTED) -> str:
-    """The audit as a piece of HTML; its style is `STYLE`."""
+def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = None, brief: bool = False) -> str:
+    """The audit as a piece of HTML; its style is `STYLE`.
+
+    Args:
+        n_plotted: Concepts that are drawn.
+        n_rows: Concepts in the table; None has all.
+        brief: Only the columns that a first look needs.
+    """
     plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
-    pieces = [_head(audit), _table(audit)]
+    pieces = [_head(audit), _table(audit, n_rows, brief=brief)]
     if audit.sample is not None:
         pieces += [_concept(audit, concept) for concept in plotted]
     return f'<section class="audit">{"".join(pieces)}</section>'
@@ -60,33 +59,34 @@ def section(audit: Audit, *, n_plotted: int = N_PLOTTED) -> str:
 
 def _head(audit: Audit) -> str:
     classifier = audit.classifier
-    facts = [
-        f"{audit.n:,} rows of {audit.on}",
+    facts = [] if audit.target is None else [f"target: the column {audit.target}"]
+    facts += [
+        f"{audit.n:,} rows of {Path(audit.on).name}",
         f"classes {', '.join(audit.classes)}",
-        f"classifier: {classifier['source']}",
+        f"classifier: {str(classifier['source']).replace(audit.on, Path(audit.on).name)}",
     ]
     if classifier.get("accuracy") is not None:
         facts.append(f"accuracy {classifier['accuracy']:.3f}")
     if audit.n_left_out:
         facts.append(f"{audit.n_left_out:,} rows without a known label left out")
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in audit.notes)
-    return f"<h2>What the classifier relies on</h2><p>{html.escape('; '.join(facts))}.</p>{notes}"
+    notes = "".join(f'<p class="pale">{html.escape(note)}</p>' for note in audit.notes)
+    return f"<p>{html.escape('; '.join(map(shorten, facts)))}.</p>{notes}"
 
 
-def _table(audit: Audit) -> str:
-    head = (
-        "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
-        "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors",
-        "worst group", "once levelled", "overall", "once levelled",
-    )  # fmt: skip
+def _table(audit: Audit, n_rows: int | None, *, brief: bool) -> str:
+    chosen = BRIEF if brief else range(len(HEAD))
     rows = []
-    for concept in audit.concepts:
+    for concept in audit.concepts[:n_rows]:
         main = concept.main
         kind = ' class="reported"' if main is not None and main.q < 0.05 else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(concept))
-        rows.append(f"<tr{kind}>{cells}</tr>")
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        name, *cells = (_cells(concept)[i] for i in chosen)
+        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr{kind}><th scope="row">{html.escape(shorten(name, 60))}</th>{values}</tr>')
+    titles = "".join(f'<th scope="col">{html.escape(HEAD[i])}</th>' for i in chosen)
+    table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    more = len(audit.concepts) - len(rows)
+    note = f'<p class="pale">{more:,} more concepts have smaller effects.</p>' if more else ""
+    return f'<div class="scroll" role="region" aria-label="concepts by effect" tabindex="0">{table}</div>{note}'
 
 
 def _cells(concept: ConceptAudit) -> list[str]:
@@ -121,29 +121,32 @@ def _number(value: float | None) -> str:
 
 
 def _concept(audit: Audit, concept: ConceptAudit) -> str:
-    note = f'<p class="note">{html.escape(concept.note)}</p>' if concept.note else ""
-    return f"<h3>{html.escape(concept.name)}</h3>{note}{concept_svg(audit, concept)}"
+    note = f'<p class="pale">{html.escape(concept.note)}</p>' if concept.note else ""
+    drawings = "".join(f"<figure>{svg}</figure>" for svg in concept_svgs(audit, concept))
+    return f'<h3>{html.escape(concept.name)}</h3>{note}<div class="drawings">{drawings}</div>'
 
 
-def concept_svg(audit: Audit, concept: ConceptAudit) -> str:
+def concept_svgs(audit: Audit, concept: ConceptAudit) -> list[str]:
     """Density and boxes of the concept's strength by class, accuracy by group, and the sweep of one sample, as SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise MissingDependencyError.of("matplotlib", extra="report") from err
     assert audit.sample is not None
     strengths = audit.sample.strengths[:, audit.concepts.index(concept)]
-    figure = Figure(figsize=(13, 2.9), layout="constrained")
-    density, boxes, groups, sweep = figure.subplots(1, 4)
     classes = audit.classes[:MAX_CLASSES]
     by_predicted = [strengths[audit.sample.predicted == k] for k in range(len(classes))]
     truth = audit.sample.truth
     by_true = None if truth is None else [strengths[truth == k] for k in range(len(classes))]
-    _draw_density(density, by_predicted, classes)
-    _draw_boxes(boxes, by_predicted, by_true, classes)
-    _draw_groups(groups, concept)
-    _draw_sweep(sweep, concept)
-    return _svg(figure)
+    drawings: list[tuple[str, Callable[[Any], None]]] = [
+        ("Density by predicted class", lambda axes: _draw_density(axes, by_predicted, classes)),
+        ("Boxes by class", lambda axes: _draw_boxes(axes, by_predicted, by_true, classes)),
+        ("Accuracy by group", lambda axes: _draw_groups(axes, concept)),
+    ]
+    if concept.sweep is not None:
+        drawings.append(("Sweep of one sample", lambda axes: _draw_sweep(axes, concept)))
+    made = []
+    for words, draw in drawings:
+        figure = new_figure()
+        draw(figure.subplots())
+        made.append(as_svg(figure, f"{words}: {concept.name}"))
+    return made
 
 
 def _draw_density(axes: Any, by_class: Sequence[np.ndarray], classes: Sequence[str]) -> None:
@@ -158,7 +161,7 @@ def _draw_density(axes: Any, by_class: Sequence[np.ndarray], classes: Sequence[s
         else:
             axes.plot([], color=colour, label=f"{name}: never fires")
     axes.set(title="density where it fires, by predicted class", xlabel="strength")
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_boxes(
@@ -170,10 +173,10 @@ def _draw_boxes(
                 axes.boxplot(
                     values, positions=[place + shift], widths=0.3, showfliers=False, patch_artist=True,
                     whis=(5, 95), medianprops={"color": "black"},
-                    boxprops={"facecolor": COLOURS[place] if shift < 0 else "white", "edgecolor": COLOURS[place]},
+                    boxprops={"facecolor": COLOURS[place] if shift < 0 else "none", "edgecolor": COLOURS[place]},
                 )  # fmt: skip
     axes.set(title="strength by predicted (filled) and true class", xlim=(-0.6, len(classes) - 0.4))
-    axes.set_xticks(range(len(classes)), [_plain(name) for name in classes])
+    axes.set_xticks(range(len(classes)), [plain(name) for name in classes])
 
 
 def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
@@ -182,7 +185,7 @@ def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
     for place, group in enumerate(known):
         axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
         axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
-    labels = [_plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
+    labels = [plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
     axes.set_xticks(range(len(known)), labels, fontsize=7)
     if not known:
         axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
@@ -190,38 +193,10 @@ def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
 
 def _draw_sweep(axes: Any, concept: ConceptAudit) -> None:
     sweep = concept.sweep
-    if sweep is None:
-        axes.set_axis_off()
-        return
-    axes.plot(sweep.strengths, sweep.probabilities, color="#222222")
+    assert sweep is not None
+    axes.plot(sweep.strengths, sweep.probabilities, color="#000000")
     axes.axvspan(0, sweep.natural_p99, color="#228833", alpha=0.12, label="natural, up to p99")
     axes.axvline(sweep.own, color="#ee6677", linestyle=":", label="the sample's own")
-    title = _plain(f"P({concept.class_}) of sample {sweep.id}")
+    title = plain(f"P({concept.class_}) of sample {sweep.id}")
     axes.set(title=title, xlabel="strength", ylim=(-0.02, 1.02))
-    _legend(axes)
-
-
-def _legend(axes: Any) -> None:
-    legend = axes.legend(fontsize=7, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _plain(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
-    for axes in figure.axes:
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    # Text stays text, which matplotlib escapes; a fixed salt makes the same audit the same bytes.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "msae"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    legend(axes)

@@ -35,7 +35,24 @@ def as_jpeg(picture: Image) -> bytes:
     return data.getvalue()
 
 
-def data_uri(path: str | None, roots: Iterable[Path], side: int) -> str | None:
-    """The thumbnail as the `src` of an image in a page that opens offline."""
-    picture = thumbnail(path, roots, side)
-    return None if picture is None else "data:image/jpeg;base64," + base64.b64encode(as_jpeg(picture)).decode("ascii")
+class Album:
+    """Thumbnails of one store for one page, as long as there is room for them."""
+
+    def __init__(self, roots: Iterable[Path], side: int, *, room: int = 8_000_000) -> None:
+        self.roots, self.side = tuple(roots), side
+        self.room = room
+        """Characters that are left."""
+        self.n_left_out = 0
+        """Pictures for which there was no room."""
+
+    def uri(self, path: str | None) -> str | None:
+        """The thumbnail as the `src` of an image in a page that opens offline; None where there is none."""
+        picture = thumbnail(path, self.roots, self.side)
+        if picture is None:
+            return None
+        uri = "data:image/jpeg;base64," + base64.b64encode(as_jpeg(picture)).decode("ascii")
+        if len(uri) > self.room:
+            self.n_left_out += 1
+            return None
+        self.room -= len(uri)
+        return uri
