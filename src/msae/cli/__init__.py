@@ -29,6 +29,7 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   stability  which latents come back in runs from other seeds
   search     nearest neighbours of a query in which concepts are turned up or down
   audit      which concepts a classifier relies on, and what removing them does
+  explore    runs and a store in a browser on this machine
   info       what a store or a run holds
 
 Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.

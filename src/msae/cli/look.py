@@ -211,6 +211,34 @@ def search_verb(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def explore_verb(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.cli.output import say
+
+    def run(
+        runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
+        /,
+        *,
+        on: str | None = None,
+        port: int = 7860,
+    ) -> None:
+        """Runs and a store in a browser: concepts, one concept, search, audit, models. Ctrl-C ends it.
+
+        Nothing leaves this machine: it listens on 127.0.0.1 alone and shows no file but pictures that the store lists.
+
+        Args:
+            runs: Run folders.
+            on: The store whose pictures, texts and columns are shown; the one that the first run was trained on.
+            port: Where on 127.0.0.1; 0 takes any that is free.
+        """
+        import msae
+
+        msae.explore(runs, on, port, say=say)
+
+    return run
+
+
 def info_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 

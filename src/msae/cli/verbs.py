@@ -16,5 +16,6 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "stability": look.stability_verb,
     "audit": look.audit_verb,
     "search": look.search_verb,
+    "explore": look.explore_verb,
     "info": look.info_verb,
 }

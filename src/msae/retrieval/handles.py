@@ -62,7 +62,7 @@ class Handles:
         handle = make_handle(concept, latents, z, self.sae.W_dec)
         if self.strict or all(part.strip().startswith("#") for part in concept.split("|")):
             return handle
-        return with_companions(handle, self._sample_activations())
+        return with_companions(handle, self.sample_activations())
 
     @property
     def natural_modality(self) -> Modality:
@@ -104,10 +104,13 @@ class Handles:
         """Activations of all latents on fewer rows."""
         return torch.cat(list(self._encoded(RIVAL_SAMPLE)))
 
-    def _sample_activations(self) -> Iterable[Tensor]:
-        """Activations of all latents on the sample, block by block."""
-        size = 4 * self.sae.d_sae * min(SAMPLE, len(self.store))
-        return self._kept_activations if self.remember and size <= REMEMBERED else self._encoded(SAMPLE)
+    def sample_activations(self) -> Iterable[Tensor]:
+        """Activations of all latents on rows spread evenly over the store, block by block."""
+        return self._kept_activations if self._is_small else self._encoded(SAMPLE)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.remember and 4 * self.sae.d_sae * min(SAMPLE, len(self.store)) <= REMEMBERED
 
     @cached_property
     def _kept_activations(self) -> list[Tensor]:
