@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def explore(
     port: int = 7860,
     *,
     say: Callable[[str], object] = lambda _: None,
+    ready: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Serve the explorer on this machine until Ctrl-C.
 
@@ -28,7 +31,8 @@ def explore(
         runs: A run folder, or several.
         on: The store whose pictures, texts and columns are shown; without it, the one the first run was trained on.
         port: Of 127.0.0.1; 0 takes any that is free.
-        say: Is told where to look, and what is being made first.
+        say: Is told what is being made first.
+        ready: Is given the address to open, once it can be.
 
     Raises:
         ConfigError: The port is taken.
@@ -37,11 +41,8 @@ def explore(
         MissingDependencyError: gradio is not installed.
     """
     offline()
-    try:
-        import gradio  # noqa: F401
-        import uvicorn
-    except ImportError as err:
-        raise MissingDependencyError.of(err.name or "gradio", extra="explorer") from err
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingDependencyError.of("gradio", extra="explorer")
     from msae.explorer.app import HOST, build, listening
 
     with listening(port) as found:
@@ -49,6 +50,9 @@ def explore(
         if world.store is not None:
             say(f"reading {world.store.path} with {world.first.folder}; the first time takes a while, then it is kept")
             world.prepare()
+        import uvicorn
+
         server = uvicorn.Server(uvicorn.Config(build(world), log_level="warning", access_log=False))
-        say(f"explore at http://{HOST}:{found.getsockname()[1]}/ (Ctrl-C ends it)")
-        server.run(sockets=[found])
+        ready(f"http://{HOST}:{found.getsockname()[1]}/")  # the socket listens: who comes early waits
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[found])
