@@ -62,10 +62,11 @@ def main() -> None:
             first, later = sliders(browser.new_page(), base, rows, arguments.moves)
             together, n_wrong = crowd(base, arguments.run, rows)
         browser.close()
+    names = ConceptNames.load(arguments.run)
     body = "\n".join(
         [
-            f"{len(store):,} rows of width {store.d_in}, a run with {len(ConceptNames.load(arguments.run)):,} named latents "
-            f"of {ConceptNames.load(arguments.run).d_sae:,}; Chromium and server share the machine. "
+            f"{len(store):,} rows of width {store.d_in}, a run with {len(names):,} named latents of {names.d_sae:,}; "
+            "Chromium and server share the machine. "
             "A slider's time is from the key press until the new neighbours stand in the page.",
             "",
             "| what | n | median, s | 95th percentile, s | longest, s |",
