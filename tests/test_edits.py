@@ -157,7 +157,7 @@ def test_a_split_concept_is_turned_as_one():
 
 def concept(sae, *latents, size=64):
     """A handle with companions."""
-    return with_companions(handle(sae, *latents), sae, X.split(size), "image")
+    return with_companions(handle(sae, *latents), [sae.encode(x, "image") for x in X.split(size)])
 
 
 def test_companions_are_what_differs_where_the_concept_is_present(sae):
@@ -177,7 +177,7 @@ def test_companions_do_not_depend_on_the_batches(sae):
 
 
 def test_a_concept_seen_too_seldom_has_no_companions(sae):
-    few = with_companions(handle(sae, 3, 9), sae, [X[:4]], "image")
+    few = with_companions(handle(sae, 3, 9), [sae.encode(X[:4], "image")])
     assert not few.companions.any()
 
 

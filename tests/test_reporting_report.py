@@ -259,10 +259,10 @@ def test_a_store_of_vectors_alone_will_do(tmp_path):
 def test_an_audit_survives_its_json(made):
     found = audit(made / "run", made / "pairs.store", "label", names={EVIL: [0], "red": [5, 7]}, n_permutations=50)
     text = json.dumps(found.to_dict())
-    again = Audit.from_dict(json.loads(text), where="audit.json")
+    again = Audit.from_json(text, where="audit.json")
     assert again.to_dict() == found.to_dict() and again.table() == found.table()
     with pytest.raises(ConfigError, match=r"^audit\.json is not what msae audit writes"):
-        Audit.from_dict({"concepts": [{"name": 3}]}, where="audit.json")
+        Audit.from_json('{"concepts": [{"name": 3}]}', where="audit.json")
 
 
 @pytest.mark.parametrize(

@@ -354,3 +354,24 @@ def test_the_command_line_searches(run, store, capsys):
     assert code == 0 and len(data["hits"]) == 3 and [edit["concept"] for edit in data["edits"]] == ["red", "sky"]
     code, said = msae("--like", "no")
     assert code == 1 and said.err.count("\n") == 1 and "no row with the id" in said.err
+
+
+def test_one_searcher_for_many_searches_answers_as_a_new_one_does(run, store):
+    """Whatever it remembers of the searches before, by several threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from msae.edits import parse_edit
+    from msae.retrieval import Ask, How, Searcher
+
+    asked = [("row3", "red=x2"), ("row3", "sky=p99"), ("row7", "red=0"), ("row9", "blue=+1"), ("row7", "#2=1.5")] * 3
+    searcher = Searcher.open(run, store, remember=True)
+
+    def one(pair):
+        id, edit = pair
+        how = How([parse_edit(edit)], 8, "embedding", True, False, False, None)
+        return searcher.search(Ask(like=id), how).to_dict()
+
+    with ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(one, asked))
+    assert found == [search(run, store, like=id, set=[edit], n=8).to_dict() for id, edit in asked]
+    assert set(searcher.handles("image")._made) == {"red", "sky", "blue", "#2"}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from msae.concepts import ConceptNames
     from msae.embedding import Embedder, embed
     from msae.evaluation import Evaluation, evaluate, poster_table
+    from msae.explorer import explore
     from msae.galleries import Gallery, concept_tree, gallery, top_samples
     from msae.naming import NameSettings, name
     from msae.reporting import Report, report
@@ -31,6 +32,7 @@ _HOME = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "poster_table": "evaluation",
+    "explore": "explorer",
     "Gallery": "galleries",
     "concept_tree": "galleries",
     "gallery": "galleries",
@@ -85,6 +87,7 @@ __all__ = [
     "concept_tree",
     "embed",
     "evaluate",
+    "explore",
     "gallery",
     "name",
     "poster_table",

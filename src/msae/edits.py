@@ -202,28 +202,30 @@ def make_handle(
 
 
 @torch.no_grad()
-def with_companions(handle: Handle, sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality) -> Handle:
+def with_companions(handle: Handle, batches: Iterable[Float[Tensor, "_ d_sae"]]) -> Handle:
     """The handle that also moves, with its own latents, all others as they differ where the concept is present.
 
     The latents that bear a name read the concept well, but of what a row gains with the concept they write only
     part: the rest is in latents without a name, and in what other concepts lose. Each other latent's share is its
     mean where the concept is present less its mean where it is not, over the same difference of the strength.
     docs/search.md has what else was tried.
+
+    Args:
+        batches: Activations of all latents on real rows; at least one batch.
     """
     assert handle.natural is not None
     threshold = PRESENT * handle.natural.quantile(99)
-    count, strength = torch.zeros(2, 2, dtype=torch.float64)
-    total = torch.zeros(2, sae.d_sae, dtype=torch.float64)
-    for x in batches:
-        z = sae.encode(x, modality).double()
+    count, strength, total = torch.zeros(3, 2, 1, dtype=torch.float64)
+    for batch in batches:
+        z = batch.double()
         a = handle.strength(z)
-        for i, rows in enumerate((a <= threshold, a > threshold)):
-            count[i] += rows.sum()
-            strength[i] += a[rows].sum()
-            total[i] += z[rows].sum(0)
+        sides = torch.stack([a <= threshold, a > threshold]).double()
+        count = count + sides.sum(1, keepdim=True)
+        strength = strength + (sides @ a).unsqueeze(1)
+        total = total + sides @ z  # sums of the rows on either side: no copies of them are made
     if float(count.min()) < FEWEST:
-        return replace(handle, companions=torch.zeros(sae.d_sae))
-    companions = (total / count.unsqueeze(1)).diff(dim=0)[0] / (strength / count).diff()
+        return replace(handle, companions=torch.zeros(total.shape[1]))
+    companions = (total / count).diff(dim=0)[0] / (strength / count).diff(dim=0)[0]
     companions[list(handle.latents)] = 0
     return replace(handle, companions=companions.float())
 

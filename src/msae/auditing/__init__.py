@@ -14,6 +14,7 @@ from msae.auditing.auditor import N_CONTROLS, N_RESAMPLES, Auditor
 from msae.auditing.measure import Bench
 from msae.auditing.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.auditing.subjects import concept_groups, make_subject, parse_class_texts
+from msae.auditing.sweeping import Sweeper
 from msae.classifier import LinearClassifier
 from msae.concepts import ConceptNames, as_names
 from msae.errors import ConfigError, RunError
@@ -30,6 +31,7 @@ __all__ = [
     "Effect",
     "Group",
     "Sweep",
+    "Sweeper",
     "audit",
     "parse_class_texts",
 ]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from msae.auditing.association import associate, taught, with_q
 from msae.auditing.controls import Sizes, control_sizes
-from msae.auditing.measure import Bench, Measured, Tally, measure_edits, probabilities, quantiles
+from msae.auditing.measure import Bench, Measured, Tally, measure_edits, quantiles
 from msae.auditing.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.auditing.sweeping import sweep_row
 from msae.interventions import Concepts
 from msae.progress import progress
 
@@ -26,7 +27,6 @@ ACTIVATION_ENTRIES = 1 << 28
 """Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
 WORST_GROUP_ROWS = 10
 """The accuracy of fewer rows says nothing."""
-SWEEP_POINTS = 33
 Z_95 = 1.959963984540054
 RANKED_BY = ("remove", "set_p50")
 ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
@@ -210,19 +210,7 @@ class Auditor:
             row = int(self._sample_rows[ordered[len(ordered) // 2]])
         else:
             row = self.sweep_row
-        own = np.array([row], dtype=np.int64)
-        z = torch.from_numpy(self.bench.activations(own, group))
-        members = concepts.owner == column
-        strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
-        classifier = self.subject.classifier
-        u = classifier.features(torch.from_numpy(self.bench.store.take(own, self.bench.modality)))
-        move = strengths[:, None] * concepts.pattern[members] - z
-        edited = u + move @ concepts.rows[members]
-        if classifier.unit_norm:
-            edited = torch.nn.functional.normalize(edited, dim=1)
-        found = probabilities(edited @ classifier.weight.T + classifier.bias, [this])[:, 0]
-        strength = float((z[0] * concepts.reader[members]).sum())
-        return Sweep(str(self.bench.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
+        return sweep_row(self.bench, concepts, column, group, row, this, p99)
 
     @cached_property
     def _sample_rows(self) -> Int64[np.ndarray, " m"]:

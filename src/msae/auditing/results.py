@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from msae.errors import ConfigError
+
+MAX_JSON = 50_000_000
+"""Characters of an audit that is read."""
 
 
 @dataclass(frozen=True)
@@ -217,18 +222,17 @@ class Audit:
         return record | {"concepts": [concept.to_dict() for concept in self.concepts]}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any], *, where: str) -> Audit:
-        """The audit that `to_dict` gave, without the sample of rows that plots need.
+    def from_json(cls, text: str, *, where: str) -> Audit:
+        """The audit in a text that `msae audit --json` wrote, without the sample of rows that plots need.
 
         Raises:
-            ConfigError: `record` is no such audit; the message begins with `where`.
+            ConfigError: It is no such text; the message begins with `where`.
         """
+        if len(text) > MAX_JSON:
+            raise ConfigError(f"{where} has {len(text):,} characters, more than any audit; make it with --json")
         try:
-            concepts = tuple(_from_plain(ConceptAudit, concept) for concept in record["concepts"])
-            values = {**record, "concepts": concepts, "classes": tuple(record["classes"])}
-            values["notes"] = tuple(record.get("notes", ()))
-            return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name != "sample"})
-        except (KeyError, TypeError, AttributeError) as err:
+            return typing.cast("Audit", _built(cls, json.loads(text)))
+        except (ValueError, TypeError, KeyError, RecursionError) as err:
             raise ConfigError(
                 f"{where} is not what msae audit writes ({type(err).__name__}: {err}); make it with --json"
             ) from err
@@ -277,16 +281,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _from_plain(cls: type, record: dict[str, Any]) -> Any:
-    """The inverse of `_plain` for one dataclass; keys that are no fields are left out."""
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for f in dataclasses.fields(cls):
-        value = record[f.name.rstrip("_")]
-        part: Any = next(filter(dataclasses.is_dataclass, typing.get_args(hints[f.name])), None)
-        if isinstance(value, list):
-            value = tuple(_from_plain(part, item) if part else item for item in value)
-        elif part and value is not None:
-            value = _from_plain(part, value)
-        values[f.name] = value
-    return cls(**values)
+def _built(hint: Any, value: Any) -> Any:
+    """JSON values as the type that `hint` says, the inverse of `_plain`; keys that are no fields are left out."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{type(value).__name__} where {hint.__name__} is wanted")
+        known = typing.get_type_hints(hint)
+        fields = [f for f in dataclasses.fields(hint) if f.name.rstrip("_") in value and f.name != "sample"]
+        return hint(**{f.name: _built(known[f.name], value[f.name.rstrip("_")]) for f in fields})
+    if origin is tuple:
+        return tuple(_built(arguments[0], item) for item in value)
+    if origin is dict:
+        return dict(value)
+    if arguments and type(None) in arguments:
+        return None if value is None else _built(arguments[0], value)
+    if hint is float:
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"{value!r:.40} where {hint.__name__} is wanted")
+    return value

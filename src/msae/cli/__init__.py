@@ -30,6 +30,7 @@ Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
   search     nearest neighbours of a query in which concepts are turned up or down
   audit      which concepts a classifier relies on, and what removing them does
   report     a run as one HTML file that opens offline, and as a model card
+  explore    runs and a store in a browser on this machine
   info       what a store or a run holds
 
 Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.

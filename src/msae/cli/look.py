@@ -243,6 +243,42 @@ def report_verb(_: list[str]) -> Callable[..., None]:
     return run
 
 
+def explore_verb(_: list[str]) -> Callable[..., None]:
+    import tyro
+
+    from msae.cli.output import say
+
+    def run(
+        runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
+        /,
+        *,
+        on: str | None = None,
+        port: int = 7860,
+        json: str | None = None,
+    ) -> None:
+        """Runs and a store in a browser: concepts, one concept, search, audit, models. Ctrl-C ends it.
+
+        Nothing leaves this machine: it listens on 127.0.0.1 alone and shows no file but pictures that the store lists.
+
+        Args:
+            runs: Run folders.
+            on: The store whose pictures, texts and columns are shown; the one that the first run was trained on.
+            port: Where on 127.0.0.1; 0 takes any that is free.
+            json: Write the address as JSON to this file once it can be opened; - is stdout.
+        """
+        import sys
+
+        import msae
+
+        def ready(url: str) -> None:
+            report(f"open {url} in a browser (Ctrl-C ends it)", {"url": url, "runs": list(runs), "on": on}, json)
+            sys.stdout.flush()
+
+        msae.explore(runs, on, port, say=say, ready=ready)
+
+    return run
+
+
 def info_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 

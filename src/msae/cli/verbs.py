@@ -17,5 +17,6 @@ VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
     "audit": look.audit_verb,
     "search": look.search_verb,
     "report": look.report_verb,
+    "explore": look.explore_verb,
     "info": look.info_verb,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -131,12 +130,10 @@ def read_audit(file: Path) -> Audit:
         ConfigError: It is missing, or no audit.
     """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise ConfigError(f"{file} is not readable JSON ({err}); make it with msae audit --json {file}") from err
-    if not isinstance(record, dict):
-        raise ConfigError(f"{file} is not what msae audit writes; make it with msae audit --json {file}")
-    return Audit.from_dict(record, where=str(file))
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{file} cannot be read ({err}); make it with msae audit --json {file}") from err
+    return Audit.from_json(text, where=str(file))
 
 
 def _place(path: Path) -> Path:

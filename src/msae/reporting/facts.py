@@ -122,7 +122,7 @@ def facts_of(folder: Path) -> Facts:
         folder=folder,
         sae=sae,
         trained=trained,
-        metrics=_read_metrics(folder / "metrics.jsonl"),
+        metrics=read_metrics(folder),
         evaluations=tuple(kept for kept in kept_evaluations(folder) if kept.sae == weights),
         names=_read_names(folder, sae),
         dataset=_dataset(trained),
@@ -156,7 +156,13 @@ def _read_names(folder: Path, sae: SAE) -> ConceptNames | None:
     return names
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where it was not trained here.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    file = folder / "metrics.jsonl"
     if not file.exists():
         return []
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,8 @@ SAMPLE = 10_000
 RIVAL_SAMPLE = 8_000
 """Rows that tell which concepts exclude each other; every named concept is read on them."""
 BATCH = 1024
+REMEMBERED = 2**29
+"""Bytes of activations that are kept from one handle to the next."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,9 @@ class Handles:
     names: ConceptNames | None
     strict: bool = False
     """Turn the latents that bear a name alone, without what moves with them."""
+    remember: bool = False
+    """Keep the handles, and the activations of the sample where they take at most `REMEMBERED` bytes."""
+    _made: dict[str, Handle] = field(default_factory=dict, repr=False)
 
     def of(self, concept: str) -> Handle:
         """The handle of a name, a latent's number `#123`, or several of these divided by `|`.
@@ -44,12 +49,20 @@ class Handles:
         Raises:
             ConfigError: There is no such concept, or it never fires in the store.
         """
+        if concept in self._made:
+            return self._made[concept]
+        handle = self._make(concept)
+        if self.remember:
+            self._made[concept] = handle
+        return handle
+
+    def _make(self, concept: str) -> Handle:
         latents = latents_of(concept, self._find, self.sae.d_sae)
         z = activations_of(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
         handle = make_handle(concept, latents, z, self.sae.W_dec)
         if self.strict or all(part.strip().startswith("#") for part in concept.split("|")):
             return handle
-        return with_companions(handle, self.sae, self._sample(SAMPLE), self.natural_modality)
+        return with_companions(handle, self.sample_activations())
 
     @property
     def natural_modality(self) -> Modality:
@@ -89,7 +102,22 @@ class Handles:
     @cached_property
     def _on_sample(self) -> Tensor:
         """Activations of all latents on fewer rows."""
-        return torch.cat([self.sae.encode(x, self.natural_modality) for x in self._sample(RIVAL_SAMPLE)])
+        return torch.cat(list(self._encoded(RIVAL_SAMPLE)))
+
+    def sample_activations(self) -> Iterable[Tensor]:
+        """Activations of all latents on rows spread evenly over the store, block by block."""
+        return self._kept_activations if self._is_small else self._encoded(SAMPLE)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.remember and 4 * self.sae.d_sae * min(SAMPLE, len(self.store)) <= REMEMBERED
+
+    @cached_property
+    def _kept_activations(self) -> list[Tensor]:
+        return list(self._encoded(SAMPLE))
+
+    def _encoded(self, n: int) -> Iterator[Tensor]:
+        return (self.sae.encode(x, self.natural_modality) for x in self._sample(n))
 
     def _sample(self, n: int) -> Iterator[Tensor]:
         n = min(n, len(self.store))

@@ -38,11 +38,8 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(
-    store: EmbeddingStore, modality: Modality, turned: Turned, n: int, keep: NDArray[np.bool_] | None
-) -> Both:
+def search_embeddings(index: NeighbourIndex, turned: Turned, n: int, keep: NDArray[np.bool_] | None) -> Both:
     """The rows of the largest cosine, exact in float32."""
-    index = open_index(store, modality)
     before = index.search(turned.x, n, keep=keep)
     if not turned.is_changed:
         return _unmoved(before)

@@ -1,0 +1,338 @@
+"""The explorer without a browser: pages are functions of an address, and its server gives nothing else away."""
+
+import http.client
+import importlib.util
+import json
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlencode, urlsplit
+
+import numpy as np
+import pytest
+
+from msae import search
+from msae.auditing import Audit
+from msae.cli import main
+from msae.errors import ConfigError, RunError
+from tests.explorer_world import HOSTILE, make_world, served
+
+if importlib.util.find_spec("gradio") is None:
+    pytest.skip("gradio is not installed", allow_module_level=True)
+pytest.importorskip("faiss", reason="faiss is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from msae.explorer import audit as audit_page
+from msae.explorer import concept as concept_page
+from msae.explorer import search as search_page
+from msae.explorer.address import Address
+from msae.explorer.app import Explorer, refusal
+from msae.explorer.session import open_world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("explorer"))
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return open_world([folder / "runs/named", folder / "runs/plain"], folder / "scenes.store")
+
+
+@pytest.fixture(scope="module")
+def explorer(world):
+    return Explorer(world)
+
+
+def show(explorer, part="", **values):
+    return str(explorer.show({"address": "?" + urlencode(values, doseq=True), "part": part})["html"])
+
+
+# --- Addresses
+
+
+def test_a_link_and_its_parsing_are_inverse():
+    address = Address.parse("?page=search&run=a%26b&set=red%3D2&set=%231%3D0&row=%3Cx%3E")
+    assert Address.parse(address.but()) == address
+    assert address.many("set") == ("red=2", "#1=0") and address.one("run") == "a&b"
+    assert Address.parse(address.but(set=None, row="y")).values == {"page": ("search",), "run": ("a&b",), "row": ("y",)}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "?page=../etc", "?page", "?latent=-1&latent=1e9", "?%ff%00=%", "?" + "a=b&" * 20_000]
+)
+def test_any_address_shows_a_page(explorer, text):
+    assert "<h1>" in explorer.show({"address": text})["html"]
+    assert "<h1>" in explorer.show(text)["html"]
+
+
+@pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
+@pytest.mark.parametrize("bad", [{"run": "../../etc"}, {"row": HOSTILE + "x"}, {"set": "red"}, {"set": "red=p99"},
+                                 {"vector": "!!"}, {"latent": HOSTILE}, {"target": HOSTILE}, {"sort": HOSTILE},
+                                 {"words": HOSTILE}, {"only": HOSTILE}, {"add": HOSTILE},
+                                 {"from": HOSTILE}])  # fmt: skip
+def test_nothing_from_an_address_becomes_markup(explorer, page, bad):
+    found = show(explorer, page=page, **bad)
+    assert "<h1>" in found and HOSTILE not in found and "<img src=x" not in found
+
+
+# --- Concepts
+
+
+def latents_in(html):
+    return [int(piece.split("&")[0].split('"')[0]) for piece in html.split("latent=")[1:]]
+
+
+def test_the_table_has_every_latent_once(explorer, world):
+    seen = [latent for first in (0, 40, 80) for latent in latents_in(show(explorer, "table", **{"from": first}))]
+    assert sorted(seen) == list(range(world.first.sae.d_sae))
+
+
+def test_sorting_is_by_the_column(explorer, world):
+    samples = world.first.samples["image"]
+    falling = latents_in(show(explorer, "table", sort="-rate"))
+    rates = samples.firing_rate[falling]
+    assert (np.diff(rates) <= 0).all() and rates[0] == samples.firing_rate.max()
+    assert latents_in(show(explorer, "table", sort="latent")) == list(range(40))
+
+
+def test_filters_divide_the_latents(world):
+    catalogue = world.first.catalogue
+    everything = set(range(world.first.sae.d_sae))
+    named, unnamed = (set(catalogue.select("", only, "latent").tolist()) for only in ("named", "unnamed"))
+    assert named | unnamed == everything and not named & unnamed
+    assert named == {concept.latent for concept in world.first.names}
+    kinds = [set(catalogue.select("", only, "latent").tolist()) for only in ("coarse", "fine", "dead")]
+    assert set().union(*kinds) == everything and sum(map(len, kinds)) == len(everything)
+
+
+def test_a_word_finds_names_and_a_number_finds_a_latent(world):
+    catalogue, first = world.first.catalogue, next(iter(world.first.names))
+    assert first.latent in catalogue.select(first.name.upper(), "", "latent")
+    assert catalogue.select("#17", "", "latent").tolist() == [17]
+    assert not len(catalogue.select("no such word", "", "latent"))
+
+
+# --- Concept
+
+
+def test_correlations_are_numpys(world):
+    store, run = world.store, world.first
+    z = run.sae.encode(__import__("torch").from_numpy(store.take(np.arange(len(store)), "image"))).numpy()
+    alive = np.flatnonzero(z.std(0) > 0)
+    found = concept_page.correlate(run, int(alive[0])).numpy()
+    expected = np.corrcoef(z[:, alive].T)[0, 1:]
+    assert found[alive[1:]] == pytest.approx(expected, abs=1e-3)
+    assert found[alive[0]] == -1
+
+
+def test_a_concept_shows_its_strongest_samples_page_by_page(explorer, world):
+    top = world.first.samples["text"].top(3)
+    pages = [show(explorer, "text", page="concept", latent=3, from_text=first) for first in (0, 12)]
+    for page, samples in zip(pages, (top[:12], top[12:24]), strict=True):
+        assert page.count("<li>") == len(samples)
+
+
+# --- Search
+
+
+def test_the_page_finds_what_search_finds(world, folder):
+    row = world.store.ids[7]
+    name = next(iter(world.first.names)).name
+    address = Address.parse("?" + urlencode({"row": row, "set": f"{name}=3"}))
+    found = search_page.result(world, world.first, address)
+    expected = search(folder / "runs/named", world.store, like=row, set={name: 3.0}, n=search_page.HITS)
+    assert found.to_dict()["hits"] == expected.to_dict()["hits"]
+
+
+def test_a_dropped_picture_is_searched_for_as_msae_search_does(world, explorer, folder):
+    import base64
+
+    picture = next((folder / "scenes/images").iterdir())
+    answer = explorer.embed({"picture": base64.b64encode(picture.read_bytes()).decode()})
+    found = search_page.result(world, world.first, Address.parse("?" + urlencode(answer)))
+    expected = search(folder / "runs/named", world.store, image=picture, n=search_page.HITS)
+    assert [hit.id for hit in found.hits] == [hit.id for hit in expected.hits]
+    for wrong in ({}, None, {"picture": "!"}, {"picture": base64.b64encode(b"no picture").decode()}):
+        assert "problem" in explorer.embed(wrong)
+
+
+def test_without_an_encoder_rows_are_searched_and_words_say_why_not(tmp_path, world, folder):
+    import shutil
+
+    np.save(tmp_path / "x.npy", world.store.take(np.arange(100), "image"))
+    shutil.copytree(folder / "runs/plain", tmp_path / "run")
+    record = json.loads((tmp_path / "run/sae.json").read_text())
+    (tmp_path / "run/sae.json").write_text(json.dumps({k: v for k, v in record.items() if not k.startswith("encoder")}))
+    explorer = Explorer(open_world([tmp_path / "run"], tmp_path / "x.npy"))
+    assert "which encoder made" in show(explorer, page="search", text="red")
+    found = show(explorer, page="search", row="5")
+    assert 'data-row="5"' not in found and found.count("data-row=") == search_page.HITS and "range" in found
+
+
+def test_many_at_once_get_what_one_gets(explorer, world):
+    name = next(iter(world.first.names)).name
+    asked = [{"page": "search", "row": world.store.ids[i % 5], "set": f"{name}={i % 4}"} for i in range(40)]
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(lambda values: show(explorer, "found", **values), asked))
+    assert together == [show(explorer, "found", **values) for values in asked]
+    assert len(set(together)) == 20
+
+
+# --- Audit and models
+
+
+def test_an_audit_is_read_back_as_it_was_written(world):
+    found = world.first.audit("count")
+    again = Audit.from_json(json.dumps(found.to_dict()), where="x.json")
+    assert again.to_dict() == json.loads(json.dumps(found.to_dict()))
+    assert "<table" in audit_page.loaded(json.dumps(found.to_dict()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"concepts": [1]}', "[" * 5000, HOSTILE, '{"target": {}}'])
+def test_what_is_no_audit_is_said_to_be_none(text):
+    with pytest.raises(ConfigError, match=r"x\.json is not what msae audit writes"):
+        Audit.from_json(text, where="x.json")
+    assert "This file is no audit" in audit_page.loaded(text) and HOSTILE not in audit_page.loaded(text)
+
+
+def test_a_sweep_is_the_audits_own_sweep_for_the_audits_own_row(world):
+    found = world.first.audit("count")
+    concept = next(one for one in found.concepts if one.sweep)
+    again = world.first.sweeper("count").of(concept, concept.sweep.id)
+    assert again.probabilities == pytest.approx(concept.sweep.probabilities, abs=1e-5)
+
+
+def test_evaluations_that_were_made_are_shown(folder):
+    from msae import evaluate
+
+    runs = [folder / "runs/named", folder / "runs/plain"]
+    world = open_world(runs, folder / "scenes.store")
+    assert world.evaluations() == []
+    made = evaluate(runs, world.store, recovery=True)
+    evaluate(runs[0], world.store, modality="text")  # of one run alone: nothing to compare
+    assert [(e.run, e.fvu) for e in world.evaluations()] == [
+        (one, e.fvu) for one, e in zip(world.runs, made, strict=True)
+    ]
+    assert all(e.recovery for e in world.evaluations())
+    damaged = runs[0] / "eval" / "damaged.json"
+    damaged.write_text("{")
+    page = Explorer(world).show({"address": "?page=models"})["html"]
+    assert "damaged.json" in page and "Traceback" not in page
+    shutil.rmtree(runs[0] / "eval")
+    shutil.rmtree(runs[1] / "eval")
+
+
+# --- Empty states and errors
+
+
+def test_a_run_without_names_shows_the_command_that_makes_them(explorer, folder):
+    found = show(explorer, page="concepts", run="plain")
+    assert f"msae name {folder / 'runs/plain'} --vocabulary STORE" in found
+
+
+def test_without_a_store_the_pages_say_how_to_give_one(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder / "runs/named", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "store": "gone.store"}))
+    explorer = Explorer(open_world([tmp_path / "run"], None))
+    for page in ("concepts", "concept", "search", "audit", "models"):
+        assert "msae explore" in show(explorer, page=page) and "--on STORE" in show(explorer, page=page)
+    assert "Nearest decoder rows" in show(explorer, "relations", page="concept")
+
+
+def test_the_training_store_is_taken_where_none_is_given(folder):
+    assert open_world([folder / "runs/named"], None).store.path == folder / "scenes.store"
+
+
+def test_what_cannot_be_explored_is_one_line(folder, tmp_path, capsys):
+    np.save(tmp_path / "narrow.npy", np.ones((20, 7), np.float32))
+    run, store = str(folder / "runs/named"), str(folder / "scenes.store")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        cases = {
+            "7-dim embeddings": [run, "--on", str(tmp_path / "narrow.npy"), "--port", "0"],
+            "give another with --port": [run, "--on", store, "--port", port],
+            "does not exist": [str(tmp_path / "none"), "--on", store, "--port", "0"],
+            "port 99999 cannot be used": [run, "--on", store, "--port", "99999"],
+        }
+        for wanted, arguments in cases.items():
+            with pytest.raises(SystemExit) as left:
+                main(["explore", *arguments])
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert left.value.code == 1 and wanted in said, said
+
+
+def test_names_of_another_sae_are_refused(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder / "runs/named", tmp_path / "run")
+    record = json.loads((tmp_path / "run/names.json").read_text())
+    (tmp_path / "run/names.json").write_text(json.dumps({**record, "d_sae": 5}))
+    with pytest.raises(RunError, match="names 5 latents, but the SAE has 96"):
+        open_world([tmp_path / "run"], folder / "scenes.store")
+
+
+# --- What the server gives away
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/", {}, None),
+        ("POST", "/gradio_api/component_server/", {"origin": "http://127.0.0.1:1"}, None),
+        ("POST", "/gradio_api/component_server/", {"origin": "http://evil.example"}, 403),
+        ("POST", "/gradio_api/component_server/", {"origin": "null"}, 403),
+        ("GET", "/", {"host": "evil.example:7860"}, 400),
+        ("GET", "/", {"host": ""}, 400),
+        ("GET", "/gradio_api/file=/etc/passwd", {}, 404),
+        ("GET", "/gradio_api/proxy=http://evil.example", {}, 404),
+        ("POST", "/gradio_api/upload", {}, 404),
+        ("POST", "/gradio_api/queue/join", {}, 404),
+        ("GET", "/static/../../secret", {}, 404),
+        ("GET", "/monitoring", {}, 404),
+    ],
+)
+def test_only_what_is_needed_is_open(method, path, headers, status):
+    assert refusal(method, path, {"host": "127.0.0.1:1", **headers}) == status
+
+
+def get(base, path, **headers):
+    where = urlsplit(base)
+    connection = http.client.HTTPConnection(where.hostname, where.port, timeout=20)
+    connection.putrequest("GET", path, skip_host="host" in headers)
+    for key, value in headers.items():
+        connection.putheader(key, value)
+    connection.endheaders()
+    with connection.getresponse() as answer:
+        found = answer.status, answer.read(), dict(answer.getheaders())
+    connection.close()
+    return found
+
+
+def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, tmp_path):
+    secret = (folder / "secret.png").read_bytes()
+    with served([folder / "runs/named"], folder / "scenes.store", tmp_path) as base:
+        status, body, headers = get(base, "/picture/5/96")
+        assert status == 200 and headers["content-type"] == "image/jpeg" and body[:2] == b"\xff\xd8"
+        assert "default-src 'self'" in headers["content-security-policy"]
+        for path in (
+            "/picture/1/96",  # the store lists ../secret.png
+            "/picture/-1/96", "/picture/999999/96", "/picture/5/5000", "/picture/../secret.png/96",
+            "/picture/%2e%2e%2fsecret.png/96", f"/gradio_api/file={folder}/secret.png",
+            f"/gradio_api/file/{folder}/secret.png", f"/file={folder}/secret.png",
+            f"/gradio_api/file={folder}/scenes/images/{world.store.ids[5]}.png", "/static/%2e%2e/%2e%2e/routes.py",
+            "/assets/..%2f..%2f..%2froutes.py", "/static/..%5c..%5croutes.py", f"/static/{folder}/secret.png",
+            f"/static/%2f{folder}/secret.png", "/etc/passwd", "/openapi.json", "/docs", "/gradio_api/info",
+        ):  # fmt: skip
+            status, body, _ = get(base, path)
+            assert status in (400, 403, 404, 422), (path, status)
+            assert secret not in body and b"def " not in body, path
+        assert get(base, "/", host="evil.example")[0] == 400
+        with pytest.raises(OSError):  # nobody listens on the machine's other addresses
+            socket.create_connection(("127.0.0.2", urlsplit(base).port), timeout=2).close()
