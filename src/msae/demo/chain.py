@@ -82,6 +82,7 @@ class DemoResult:
                 "",
                 f"look at one            msae gallery {run} --on {holdout} --concept red --sheet red.html",
                 f"the text side          msae evaluate {run} --on {holdout} --modality text",
+                f"look around            msae explore {run} --on {holdout}",
             ]
         )
 
