@@ -1,11 +1,13 @@
 """How far the neighbours of a query move when a concept of it is turned: on the demo's scenes, and on real vectors.
 
 python benchmarks/concept_edits.py HOLDOUT.store --runs RUN … --vocabulary WORDS.store --attributes colour background
+python benchmarks/concept_edits.py --demo FOLDER --sae wide --seeds 10 11 12 --attributes colour background
 python benchmarks/concept_edits.py image_test.npy --runs RUN … --vocabulary vocabulary.npy --labels label
 
 For every named value of an attribute and the same random queries: the share of the neighbours that have the value, as
 the query is, with the concept at p99 and at twice that, with its rivals at 0, with only the latents that bear the name,
 and after a step of the same length along the text direction; then what removing it leaves, for queries that have it.
+With --demo the scenes, the words and the SAEs are made first, where FOLDER does not hold them yet.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from msae.concepts import ConceptNames
+from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.edits import Edit, apply, parse_change
 from msae.errors import ConfigError
 from msae.naming import name
@@ -33,6 +37,13 @@ FEWEST = 5
 """Rows of a class; of one with fewer than `TOP`, only that many neighbours are looked at."""
 RAISED = ("as it is", "p99", "text step of p99", "p99 strict", "p99 exclusive", "2xp99", "text step of 2xp99")
 REMOVED = ("as it is", "removed", "removed strict", "text removed")
+FIRST_SCENE = UNSEEN_SEEDS.start + 8_000_000
+SCENES = {"scenes": 6000, "holdout": 3000}
+SAES: Mapping[str, Mapping[str, Any]] = {
+    "wide": {"d_sae": 1024, "epochs": 10},
+    "narrow": {"d_sae": 256, "levels": (8, 16, 32), "epochs": 20},
+}
+COMMON: Mapping[str, Any] = {"kind": "matryoshka", "weighting": "reverse", "batch_size": 64}
 
 
 class Target(NamedTuple):
@@ -59,9 +70,13 @@ class Space(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("--runs", nargs="+", required=True, help="one run of each seed")
-    parser.add_argument("--vocabulary", required=True)
+    parser.add_argument("store", nargs="?")
+    parser.add_argument("--runs", nargs="+", help="one run of each seed")
+    parser.add_argument("--vocabulary")
+    parser.add_argument("--demo", type=Path, help="instead of a store, runs and a vocabulary: a folder to make them in")
+    parser.add_argument("--sae", choices=list(SAES), default="wide", help="for --demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(10, 11, 12), help="of the SAEs, for --demo")
+    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="for --demo")
     parser.add_argument("--attributes", nargs="*", default=(), help="of the demo's scenes")
     parser.add_argument("--labels", help="a column whose last part is a class name, instead of attributes")
     parser.add_argument("--queries", type=int, default=120)
@@ -69,6 +84,10 @@ def main() -> None:
     parser.add_argument("--title", default="real vectors", help="what the section of RESULTS.md is called after")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.demo:
+        make_demo(arguments)
+    if not (arguments.store and arguments.runs and arguments.vocabulary):
+        parser.error("wanted STORE with --runs and --vocabulary, or --demo FOLDER")
     store = EmbeddingStore.open(arguments.store, modality="image")
     targets = label_targets(store, arguments.labels) if arguments.labels else scene_targets(store, arguments.attributes)
     space = open_space(store, EmbeddingStore.open(arguments.vocabulary, modality="text"))
@@ -83,9 +102,40 @@ def main() -> None:
             if measure(sae, store, names, space, target, queries, found):
                 n_named += 1
         named.append(n_named)
-    body = report(found, [target.kind for target in targets], named, len(targets), arguments.queries)
+    kinds = list(dict.fromkeys(target.kind for target in targets))
+    body = report(found, kinds, named, len(targets), arguments.queries)
+    if arguments.demo:
+        scenes = (
+            f"Scenes {arguments.first_scene:,} on, SAE seeds {', '.join(map(str, arguments.seeds))}, the demo's CLIP; "
+        )
+        body = "\n\n".join([scenes + str({**COMMON, **SAES[arguments.sae]}), body, bars(found, kinds)])
     write_section(arguments.section, f"Concept edits: {arguments.title}", body)
     print(body)
+
+
+def make_demo(arguments: argparse.Namespace) -> None:
+    """Scenes through the CLIP that ships with the package, the words of its captions, and an SAE of each seed."""
+    from concept_recovery import DISTRACTORS
+    from msae.demo.chain import write_scenes
+    from msae.embedding import embed
+    from msae.training import train
+
+    folder, first = arguments.demo, arguments.first_scene
+    for part, n in SCENES.items():
+        write_scenes(folder / part, range(first, first + n))
+        embed(folder / part / "scenes.csv", encoder="demo", out=folder / f"{part}.store", batch_size=256)
+        found = EmbeddingStore.open(folder / f"{part}.store").ids[0]
+        if found != str(first):
+            raise SystemExit(f"{folder / part} begins with scene {found}, wanted {first}; give another --demo")
+        first += n
+    ways = [way for values in VOCABULARY.values() for ways in values.values() for way in ways]
+    (folder / "words.txt").write_text("\n".join(dict.fromkeys([*ways, *DISTRACTORS])) + "\n", encoding="utf-8")
+    embed(folder / "words.txt", encoder="demo", out=folder / "words.store")
+    arguments.store, arguments.vocabulary, arguments.runs = folder / "holdout.store", folder / "words.store", []
+    for seed in arguments.seeds:
+        run = folder / "runs" / f"{arguments.sae}-{seed}"
+        train(folder / "scenes.store", out=run, resume=True, seed=seed, **COMMON, **SAES[arguments.sae])
+        arguments.runs.append(run)
 
 
 def measure(
@@ -157,8 +207,6 @@ def open_space(store: EmbeddingStore, vocabulary: EmbeddingStore) -> Space:
 
 def scene_targets(store: EmbeddingStore, attributes: Sequence[str]) -> list[Target]:
     """A scene has the colour, shape … of each of its objects; what an edit should keep is the rest of the two kinds."""
-    from msae.demo.scenes import VOCABULARY
-
     cells = {name: column_of(store, name) for name in attributes}
     codes = {
         name: np.unique([",".join(cell) for cell in column], return_inverse=True)[1] for name, column in cells.items()
@@ -196,7 +244,6 @@ def plain(word: str) -> str:
 
 def report(found: dict, kinds: Sequence[str], named: Sequence[int], n_targets: int, n_queries: int) -> str:
     """A table of means with 95 % intervals: of runs x values x queries, resampled by run and value."""
-    kinds = list(dict.fromkeys(kinds))
     lines = [
         f"Share of the {TOP} nearest rows with the value; {n_queries} queries; named values in each run: "
         f"{', '.join(map(str, named))} of {n_targets}. 95 % intervals by bootstrap over runs and values.",
@@ -209,6 +256,26 @@ def report(found: dict, kinds: Sequence[str], named: Sequence[int], n_targets: i
     for row in rows:
         cells = [interval(found[kind, row]) if found.get((kind, row)) else "" for kind in kinds]
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bars(found: dict, kinds: Sequence[str]) -> str:
+    """What was to be shown, by the means over runs and values."""
+    lines = ["The bars:", ""]
+    for kind in kinds:
+        mean = {row: float(np.mean([sample.mean() for sample in found[kind, row]])) for of, row in found if of == kind}
+        further = max(("2xp99", "p99 exclusive"), key=mean.__getitem__)
+        for what, value, is_met in (
+            ("p99 at least .5", mean["p99"], mean["p99"] >= 0.5),
+            (f"2xp99 or exclusive at least .8 ({further})", mean[further], mean[further] >= 0.8),
+            ("removal to at most .30", mean["removed (has it)"], mean["removed (has it)"] <= 0.30),
+            (
+                f"p99 at least the text step's {mean['text step of p99']:.3f}",
+                mean["p99"],
+                mean["p99"] >= mean["text step of p99"],
+            ),
+        ):
+            lines.append(f"- {kind}, {what}: {value:.3f}; {'met' if is_met else 'missed'}")
     return "\n".join(lines)
 
 

@@ -1,12 +1,16 @@
 """The tree of latents scored against known nestings: the demo's scenes, or labels of the form broad/narrow.
 
     python benchmarks/hierarchy.py RUN --on STORE [--column label] [--k 8] [--json FILE]
+    python benchmarks/hierarchy.py RUN RUN --on STORE --vocabulary STORE [--k 64]
 
 What nests is known: in scenes, "red and striped" lies under "red" and under "striped"; with a label column such as
 `flowers/rose`, the label lies under its first part. Each latent is called after the known concept that it matches
 best (F1 on one half of the rows, .5 at least); the tree is read from the other half, and its edges between latents of
 different concepts are counted right where the child's concept lies under the parent's. Beside it stands the plain
 alternative: as many edges, from each child to the more frequent latent with the nearest decoder row.
+
+With --vocabulary latents have the names of `msae name`, and what nests are words that nest by name: "electric guitar"
+lies under "guitar" where both are words of the vocabulary. That writes a section of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msae.alignment import unit_rows
-from msae.galleries import activations
+from msae.galleries import activations, concept_tree
 from msae.hierarchy import Activity, Edge, Hierarchy, find_hierarchy, score_pairs
+from msae.naming import name
 from msae.sae import SAE
 from msae.store import EmbeddingStore
+from results import write_section
 
 Concepts = dict[str, NDArray[np.bool_]]
 Pairs = set[tuple[str, str]]
@@ -38,23 +44,30 @@ MIN_F1 = 0.5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--on", type=Path, required=True)
     parser.add_argument("--column", help="a column of broad/narrow labels, where the store is not of scenes")
     parser.add_argument("--k", type=int, help="latents that count as firing in a row; default: the smallest level")
     parser.add_argument("--min-share", type=float, default=0.8)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--vocabulary", type=Path, help="name the latents by it; names.json of each RUN is replaced")
     options = parser.parse_args()
-    sae, store = SAE.load(options.run), EmbeddingStore.open(options.on, modality="image")
+    if options.vocabulary:
+        by_words(options)
+        return
+    if len(options.runs) > 1:
+        parser.error("several runs are scored with --vocabulary only; give one")
+    run = options.runs[0]
+    sae, store = SAE.load(run), EmbeddingStore.open(options.on, modality="image")
     concepts, pairs = of_labels(store, options.column) if options.column else of_scenes(store)
     k = options.k or (sae.config.levels or (None,))[0]
     rows = np.arange(len(store))
     first, second = (fires_on(sae, store, rows[half::2], k) for half in (0, 1))
-    names = best_concepts(first, {name: held[0::2] for name, held in concepts.items()})
+    names = best_concepts(first, {concept: held[0::2] for concept, held in concepts.items()})
     found = find_hierarchy(second, min_share=options.min_share)
     by_cosine = nearest_more_frequent(sae, found)
     record: dict[str, Any] = {
-        "run": str(options.run),
+        "run": str(run),
         "k": k,
         "d_sae": sae.d_sae,
         "concepts": len(concepts),
@@ -73,6 +86,45 @@ def main() -> None:
             sys.stdout.write(f"{mark} {child} [{edge.child}] under {parent} [{edge.parent}]  {edge.share:.2f}\n")
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def by_words(options: argparse.Namespace) -> None:
+    """The tree of each run, its latents named by a vocabulary, against the words of it that nest by name."""
+    vocabulary = EmbeddingStore.open(options.vocabulary, modality="text")
+    column = next(column for column in ("caption", "text") if column in vocabulary.columns)
+    pairs = nested_words([str(word) for word in vocabulary.column(column)])
+    store = EmbeddingStore.open(options.on, modality="image")
+    lines = [
+        f"{len(pairs):,} pairs of words of the vocabulary of which the last word of one is the other, such as "
+        f"{', '.join(f'{child} / {parent}' for child, parent in sorted(pairs)[:: max(1, len(pairs) // 3)][:3])}; what "
+        "nests by name need not nest in pictures. Up to 20,000 rows; judged are edges between latents of different "
+        "such names; *plain* is the precision of the plain alternative.",
+        "",
+        "| run | named | counted | edges | judged | precision | random pair | known pairs | found | plain |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in options.runs:
+        names = name(run, vocabulary=options.vocabulary)
+        tree = concept_tree(run, store, k=options.k, pairs=pairs)
+        called = {c.latent: " ".join(c.name.replace("_", " ").split()).casefold() for c in names}
+        plain = score_pairs(nearest_more_frequent(SAE.load(run), tree.hierarchy), called, pairs)
+        score = tree.score
+        assert score is not None
+        shares = [score.precision, score.chance, score.recall, plain.precision]
+        told = ["-" if share is None else f"{share:.3f}" for share in shares]
+        counted = f"the {tree.k} strongest" if tree.k else "all that fire"
+        lines.append(
+            f"| {run.name} | {len(names)} | {counted} | {len(tree.hierarchy.edges)} | {score.predicted} | {told[0]} "
+            f"| {told[1]} | {score.wanted} | {told[2]} | {told[3]} of {plain.predicted} |"
+        )
+        print(lines[-1], flush=True)
+    write_section("hierarchy-words", "Hierarchy against words that nest by name, real vectors", "\n".join(lines))
+
+
+def nested_words(words: Sequence[str]) -> Pairs:
+    """(narrower, broader) for each word whose last word is another one of `words`."""
+    known = {" ".join(word.replace("_", " ").split()).casefold() for word in words}
+    return {(word, last) for word in known if (last := word.split()[-1:][0]) != word and last in known}
 
 
 def of_scenes(store: EmbeddingStore) -> tuple[Concepts, Pairs]:

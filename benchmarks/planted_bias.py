@@ -4,7 +4,7 @@ A classifier is to tell crosses from squares. In its training set a share of the
 wear hats; in the test set hats go with neither. The SAE and its names come from scenes that know nothing of the task.
 All scenes are embedded once; each seed draws its own training and test rows from them.
 
-    python benchmarks/planted_bias.py --encoder demo --folder FOLDER [--seeds 40] [--write]
+    python benchmarks/planted_bias.py --encoder demo --folder FOLDER [--seeds 40] [--first-seed 0] [--write]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from msae.demo.drawing import render
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from msae.effects import cliffs_delta, net_wins
 from msae.embedder import Embedder
+from msae.hierarchy import wilson
 from msae.naming import name
 from msae.sae import SAE
 from msae.store import EmbeddingStore, StorePart, write_store
@@ -36,7 +37,7 @@ from results import write_section
 
 SHAPES = ("square", "cross")
 """The two shapes that the demo's CLIP confuses most: where the class is easy a classifier has no use for a shortcut."""
-FIRST_SEED = UNSEEN_SEEDS.start + 5_000_000  # far from the demo's own scenes
+FIRST_SCENE = UNSEEN_SEEDS.start + 5_000_000  # far from the demo's own scenes
 N_POOL, N_WORLD = 12_000, 10_000
 N_TRAIN, N_TEST = 400, 2000
 STRENGTHS = (0.5, 0.8, 0.9, 0.95)
@@ -68,16 +69,16 @@ class World(NamedTuple):
     hat: np.ndarray
 
 
-def make_world(folder: Path, encoder: str, options: Mapping[str, Any], run: str) -> World:
+def make_world(folder: Path, encoder: str, options: Mapping[str, Any], run: str, start: int = FIRST_SCENE) -> World:
     """Render, embed, train and name, each where it is not done yet."""
 
     def fixed(seed: int) -> dict[str, Any]:
         return {"count": 1, "shape": SHAPES[seed % 2], "hat": bool(seed // 2 % 2)}
 
     embedder = Embedder.load(encoder)
-    first = FIRST_SEED + N_POOL
+    first = start + N_POOL
     stores = [
-        embedded_scenes(folder / "pool.store", embedder, range(FIRST_SEED, first), fixed),
+        embedded_scenes(folder / "pool.store", embedder, range(start, first), fixed),
         embedded_scenes(folder / "general.store", embedder, range(first, first + N_WORLD), lambda _: {}),
     ]
     if not (folder / "words.store").exists():
@@ -94,7 +95,10 @@ def embedded_scenes(
 ) -> EmbeddingStore:
     """Scenes drawn and embedded without a file for each."""
     if path.exists():
-        return EmbeddingStore.open(path)
+        store = EmbeddingStore.open(path)
+        if store.ids[0] != str(seeds[0]):
+            raise SystemExit(f"{path} begins with scene {store.ids[0]}, wanted {seeds[0]}; give another --folder")
+        return store
 
     def parts() -> Iterator[StorePart]:
         for first in range(0, len(seeds), 256):
@@ -259,6 +263,11 @@ def detail(one: ConceptAudit) -> dict[str, float | None]:
     return {**{kind: edit and round(edit.change, 5) for kind, edit in edits.items()}, **shares}
 
 
+def qs(one: Mapping[str, Any]) -> list[float | None]:
+    """Of every concept of a trial, the class's own words too, the q-value of its main test."""
+    return [known["q"] for known in one["concepts"].values()]
+
+
 def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
     """The tables."""
     strengths = sorted({one["strength"] for one in trials})
@@ -269,8 +278,9 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
         f"{planted!r}: {world.groups.get(planted)}).",
         "",
         "| hats on crosses | planted concept first | first, the class's own words counted | planted reported | "
-        "another nuisance reported | how many | the same by `given_true` | accuracy | worst group |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "another nuisance reported | how many | the same by `given_true` | any concept, the class's own words too | "
+        "accuracy | worst group |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s, some in by.items():
         alarms = [one["alarms"]["taught"] for one in some]
@@ -281,6 +291,7 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
             np.mean([any(other != planted for other in names) for names in alarms]),
             np.mean([sum(other != planted for other in names) for names in alarms]),
             np.mean([any(other != planted for other in one["alarms"]["given_true"]) for one in some]),
+            np.mean([any(q is not None and q < 0.05 for q in qs(one)) for one in some]),
             np.mean([one["unedited"][1] for one in some]),
             np.mean([one["unedited"][0] for one in some]),
         ]
@@ -296,7 +307,35 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
             everything = np.mean([one["edited"][kind][1] for one in by[s]])
             cells += [f"{after:.3f}", f"{(after - before) / (twin - before):+.2f}", f"{everything:.3f}"]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *bars(by)])
+
+
+def bars(by: Mapping[float, list[dict[str, Any]]]) -> list[str]:
+    """What was to be shown, with Wilson's 95 % intervals of the shares of seeds."""
+    strongest, twin = by[max(by)], by[0.5]
+    first = sum(one["rank"] == 1 for one in strongest)
+    alarms = sum(any(q is not None and q < 0.05 for q in qs(one)) for one in twin)
+    before, wanted = (np.mean([one["unedited"][0] for one in some]) for some in (strongest, twin))
+    closed = {
+        kind: (np.mean([one["edited"][kind][0] for one in strongest]) - before) / (wanted - before)
+        for kind in ("SAE concept, levelled", "SAE concept, set to 0")
+    }
+
+    def line(what: str, found: str, is_met: bool) -> str:
+        return f"- {what}: {found}; {'met' if is_met else 'missed'}"
+
+    return [
+        f"The bars, at {max(by):g}:",
+        "",
+        line("planted first in 95 % of seeds", share(first, len(strongest)), first >= 0.95 * len(strongest)),
+        line("any concept on the twin in at most 5 %", share(alarms, len(twin)), alarms <= 0.05 * len(twin)),
+        *(line(f"half of the gap closed, {kind}", f"{part:+.2f}", bool(part >= 0.5)) for kind, part in closed.items()),
+    ]
+
+
+def share(successes: int, trials: int) -> str:
+    low, high = (float(end) for end in wilson(np.array(successes), np.array(trials)))
+    return f"{successes} of {trials}, {successes / trials:.3f} ({low:.3f}-{high:.3f})"
 
 
 def main() -> None:
@@ -311,24 +350,32 @@ def main() -> None:
     parser.add_argument("--kind", default="matryoshka")
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--planted", default="hat")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the trials")
+    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="seed of the first scene of the pool")
+    parser.add_argument("--sae-seed", type=int, default=0)
+    parser.add_argument("--section", default="planted-bias", help="of RESULTS.md")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options: dict[str, Any] = {"kind": arguments.kind, "expansion": arguments.expansion, "epochs": arguments.epochs}
     options |= {"weighting": arguments.weighting} if arguments.kind == "matryoshka" else {"k": arguments.k}
+    options |= {"seed": arguments.sae_seed} if arguments.sae_seed else {}
     run = "-".join(str(value) for value in options.values())
-    world = make_world(arguments.folder, arguments.encoder, options | {"batch_size": 64}, run)
+    world = make_world(arguments.folder, arguments.encoder, options | {"batch_size": 64}, run, arguments.first_scene)
     edits = removers(world, arguments.planted)
     trials = []
     began = time.monotonic()
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         trials += [trial(world, strength, seed, arguments.planted, edits) for strength in arguments.strengths]
         (arguments.folder / f"trials-{run}.json").write_text(json.dumps(trials, indent=1))
         print(f"seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     text = tell(world, trials, arguments.planted)
     print(text)
     if arguments.write:
-        write_section("planted-bias", "A planted correlation: found, and nothing else", text)
+        title = "A planted correlation: found, and nothing else"
+        write_section(
+            arguments.section, title if arguments.section == "planted-bias" else f"{title}: {arguments.section}", text
+        )
 
 
 if __name__ == "__main__":

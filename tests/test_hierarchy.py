@@ -1,10 +1,14 @@
 """Hierarchy: edges equal the definition, the tree keeps the most specific parent, known nestings are found."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from msae.cli import main
+from msae.concepts import Concept, ConceptNames
 from msae.errors import ConfigError
 from msae.galleries import concept_tree
 from msae.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
@@ -132,3 +136,67 @@ def test_hierarchy_of_a_store_counts_the_k_strongest(tmp_path):
     assert concept_tree(sae, store, max_rows=100).hierarchy.n_rows == 100
     with pytest.raises(ConfigError, match="at least 1"):
         concept_tree(sae, store, k=0)
+
+
+@pytest.fixture
+def named_run(tmp_path):
+    """A run whose latents fire as `nested` says, with names, and the store of the rows."""
+    np.save(tmp_path / "x.npy", nested().astype(np.float32))
+    sae = SAE(SAEConfig(5, 5, kind="relu"))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(5))
+        sae.W_enc.copy_(torch.eye(5))
+    sae.save(tmp_path / "run")
+    names = (("Dog", ()), ("poodle", ()), ("night dog", ("black poodle",)), ("oak", ()))
+    concepts = tuple(Concept(i, name, 0.9, 0.5, synonyms=same) for i, (name, same) in enumerate(names))
+    ConceptNames("evidence", 5, concepts).save(tmp_path / "run")
+    return str(tmp_path / "run"), str(tmp_path / "x.npy")
+
+
+def code_of(*argv):
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in argv])
+    return left.value.code
+
+
+def test_tree_is_scored_against_a_table_of_pairs(named_run, tmp_path, capsys):
+    run, store = named_run
+    pairs, out = tmp_path / "pairs.csv", tmp_path / "tree.json"
+    pairs.write_text("parent,child\ndog,Poodle\npoodle,black_poodle\ntree,oak\n,lone\n")
+    assert code_of("gallery", run, "--on", store, "--tree", "--pairs", pairs, "--json", out) == 0
+    found = json.loads(out.read_text())["score"]
+    # poodle under dog, black poodle (a synonym) under poodle and so under dog; with oak four latents, twelve pairs
+    assert found == {"predicted": 3, "precision": 1.0, "chance": 3 / 12, "wanted": 3, "recall": 1.0}
+    assert (
+        "3 edges join two latents that the pairs name: 100.0% of them are known pairs, 25.0%" in capsys.readouterr().out
+    )
+    wrong = concept_tree(run, store, pairs=[("dog", "poodle"), ("poodle", "animal")]).score
+    assert (wrong.predicted, wrong.precision, wrong.recall) == (1, 0, 0)
+    assert "no edge joins" in concept_tree(run, store, pairs=[("cat", "animal")]).to_text()
+    assert concept_tree(run, store).score is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("word,parent\na,b\n", "has the columns word, parent, but no child; give a table with child and parent"),
+        ("child,parent\na,\n", "has no row with both a child and a parent"),
+        (None, "cannot be read as csv"),
+    ],
+)
+def test_pairs_that_are_none_are_refused_in_one_line(named_run, tmp_path, capsys, text, line):
+    pairs = tmp_path / "pairs.csv"
+    if text is not None:
+        pairs.write_text(text)
+    assert code_of("gallery", named_run[0], "--on", named_run[1], "--tree", "--pairs", pairs) == 1
+    assert line in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_pairs_need_a_tree_and_names(named_run, tmp_path, capsys):
+    run, store = named_run
+    assert code_of("gallery", run, "--on", store, "--latent", "1", "--pairs", "p.csv") == 1
+    assert "add --tree" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"p\.txt is no table; give --pairs a file ending in"):
+        concept_tree(run, store, pairs="p.txt")
+    with pytest.raises(ConfigError, match=r"no names\.json.*type msae name RUN"):
+        concept_tree(SAE.load(run), store, pairs=[("a", "b")])

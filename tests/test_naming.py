@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -453,3 +455,34 @@ def test_another_encoder_is_refused(world, tmp_path, ours, theirs, fits):
 def test_wrong_settings_are_one_line(world, options, message):
     with pytest.raises(ConfigError, match=message):
         name(world.sae, world.vocabulary, **options)
+
+
+GROWTH = """
+import resource
+import numpy as np
+import torch
+from msae import evidence
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+words = evidence.unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))
+rows = evidence.unit_rows(rng.standard_normal((40_000, 8), dtype=np.float32))
+groups = np.arange(len(words))
+evidence.nearest_words(rows[:2000], words, groups, top=5)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+evidence.nearest_words(rows, words, groups, top=5)
+evidence.best_cosines(rows, words)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_to_the_matrix_of_words_and_latents():
+    grown = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True).stdout
+    # In kilobytes: the matrix would be 480 MB; one block is 32, and the comparisons beside it a few of them.
+    assert int(grown) < 160_000
+
+
+def test_random_directions_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    whole = evidence.random_like(rows, 1000, np.random.default_rng(1))
+    monkeypatch.setattr(evidence, "DRAWN_ROWS", 7)
+    np.testing.assert_allclose(evidence.random_like(rows, 1000, np.random.default_rng(1)), whole, atol=1e-6)

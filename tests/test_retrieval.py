@@ -1,6 +1,7 @@
 """Search: plain CLIP search when nothing is edited, and the right movement when something is."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,6 +246,49 @@ def test_texts_and_pictures_are_embedded_by_the_encoder_of_the_store(run, tmp_pa
         search(run, small, image=tmp_path / "none.png")
     with pytest.raises(EmbedderError, match="does not exist"):
         search(run, small, text="a cat", encoder=str(tmp_path / "nothing"))
+
+
+def test_a_query_is_embedded_by_the_weights_that_made_the_store_wherever_they_lie(run, tmp_path):
+    import shutil
+
+    import pyarrow as pa
+    from PIL import Image
+
+    encoder = make_encoder(tmp_path / "clip")
+    embedder = Embedder.load(encoder, device="cpu", dtype="float32")
+    part = StorePart({"text": embedder.embed_texts(["a cat"])}, pa.table({"id": ["a"], "caption": ["a cat"]}))
+    made_by = {"encoder": str(encoder), "encoder_revision": embedder.revision}
+    store = write_store(tmp_path / "a.store", [part], record=made_by)
+    shutil.copytree(encoder, tmp_path / "moved")
+    assert search(run, store, text="a cat", encoder=str(tmp_path / "moved")).hits[0].id == "a"
+
+    make_encoder(tmp_path / "other", seed=1)  # of the same width: nothing but the revision tells
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    for kind, query in (("text", "a cat"), ("image", tmp_path / "x.png")):
+        line = rf"--{kind} would be embedded by .*other at \w+, but .*a\.store was embedded by .*clip at \w+; give"
+        with pytest.raises(StoreError, match=line):
+            search(run, store, **{kind: query}, encoder=str(tmp_path / "other"))
+    with pytest.raises(StoreError, match="would be embedded by"):  # a loaded one is no exception
+        search(run, store, text="a cat", embedder=Embedder.load(tmp_path / "other", device="cpu", dtype="float32"))
+
+    shutil.copytree(tmp_path / "other", encoder, dirs_exist_ok=True)  # the folder has other weights by now
+    with pytest.raises(StoreError, match="would be embedded by"):
+        search(run, store, text="a cat")
+    unknown = write_store(tmp_path / "b.store", [part], record={})
+    assert search(run, unknown, text="a cat", encoder=str(tmp_path / "other")).hits[0].id == "a"
+
+
+def test_a_query_is_embedded_by_the_encoder_of_the_sae_where_the_store_does_not_say_its_own(run, tmp_path):
+    import pyarrow as pa
+
+    embedder = Embedder.load(make_encoder(tmp_path / "clip"), device="cpu", dtype="float32")
+    part = StorePart({"text": embedder.embed_texts(["a cat"])}, pa.table({"id": ["a"]}))
+    store = write_store(tmp_path / "a.store", [part], record={})
+    sae = SAE.load(run)
+    known = replace(sae.config, encoder="clip", encoder_revision="abc")
+    theirs = SAE(known, sae.standardizer)
+    with pytest.raises(StoreError, match="but the SAE reads embeddings of clip at abc; give --encoder"):
+        search(theirs, store, text="a cat", embedder=embedder)
 
 
 @pytest.mark.parametrize(

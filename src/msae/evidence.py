@@ -18,6 +18,8 @@ from msae.progress import progress
 
 BLOCK_ENTRIES = 8_000_000
 """Cosines held at once, 32 MB of them: what bounds memory, whatever the number of words and latents."""
+DRAWN_ROWS = 4096
+"""Random directions that are drawn at once, in float64."""
 CONFIDENCE = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
 
@@ -84,13 +86,17 @@ def best_cosines(
 
 
 def _cosine_blocks(directions: Float32[np.ndarray, "n d"], words: Float32[np.ndarray, "m d"]) -> Iterator[Tensor]:
-    """Cosines with all words of some directions at a time."""
-    rows = max(1, BLOCK_ENTRIES // len(words))
+    """Cosines with all words of some directions at a time, in memory that the next block overwrites.
+
+    A new block each time would leave holes between the small results that are kept: nearly the whole matrix in the end.
+    """
+    rows = min(max(1, BLOCK_ENTRIES // len(words)), len(directions))
     transposed = torch.from_numpy(words).T
+    memory = torch.empty(rows, len(words))
     with progress("comparing with words", total=len(directions), unit="directions") as advance:
         for first in range(0, len(directions), rows):
             block = directions[first : first + rows]
-            yield torch.from_numpy(block) @ transposed
+            yield torch.mm(torch.from_numpy(block), transposed, out=memory[: len(block)])
             advance(len(block))
 
 
@@ -105,7 +111,11 @@ def random_like(
     centred = rows - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(rows))
     root = vectors * np.sqrt(values.clip(0))  # clip: a covariance that is not of full rank has eigenvalues of -1e-9
-    return unit_rows((mean + rng.standard_normal((count, rows.shape[1])) @ root.T).astype(np.float32))
+    drawn = np.empty((count, rows.shape[1]), np.float32)
+    for first in range(0, count, DRAWN_ROWS):  # the stream of numbers is the same, whatever the block
+        block = drawn[first : first + DRAWN_ROWS]
+        block[:] = unit_rows((mean + rng.standard_normal(block.shape) @ root.T).astype(np.float32))
+    return drawn
 
 
 def tail_p_values(values: Float32[np.ndarray, " n"], null: Float32[np.ndarray, " m"]) -> Float64[np.ndarray, " n"]:
@@ -150,7 +160,7 @@ def _similar_pairs(words: Float32[np.ndarray, "m d"], threshold: float) -> Int64
     """Pairs of words at least that similar, the most similar first."""
     pairs, cosines, first = [], [], 0
     for block in _cosine_blocks(words, words):
-        found = (block.triu(first + 1) >= threshold).nonzero()
+        found = (block.triu_(first + 1) >= threshold).nonzero()
         cosines.append(block[found[:, 0], found[:, 1]].numpy())
         pairs.append(found.numpy() + np.array([first, 0]))
         first += len(block)

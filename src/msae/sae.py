@@ -234,8 +234,7 @@ class Embeddings(Protocol):
 def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = None) -> None:
     """Refuse embeddings that the SAE was not made for.
 
-    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
-    encoder's name agree. What a file does not say is not compared.
+    Encoders are compared as `is_other_encoder` does.
 
     Args:
         run: What the SAE was given as; named in the message where it is a folder.
@@ -251,13 +250,31 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
             f"give a store embedded with --encoder {known.encoder or 'ID of its encoder'}"
         )
     mine, theirs = (known.encoder, known.encoder_revision), (store.encoder, store.encoder_revision)
-    compared = 1 if mine[1] and theirs[1] else 0
-    if mine[compared] and theirs[compared] and mine[compared] != theirs[compared]:
-        found, wanted = (" at ".join(part[:40] for part in pair if part) for pair in (theirs, mine))
+    if is_other_encoder(mine, theirs):
         raise StoreError(
-            f"{store.path} was embedded by {found}, but {name} reads embeddings of {wanted}; "
-            f"embed it again with --encoder {mine[0] or 'ID'}"
+            f"{store.path} was embedded by {told_encoder(theirs)}, but {name} reads embeddings of "
+            f"{told_encoder(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
         )
+
+
+EncoderId = tuple[str | None, str | None]
+"""An encoder's name and its revision, as far as they are known."""
+
+
+def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
+    """Whether two encoders are known to differ.
+
+    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
+    encoder's name agree. What a file does not say is not compared.
+    """
+    compared = 1 if one[1] and other[1] else 0
+    return bool(one[compared] and other[compared] and one[compared] != other[compared])
+
+
+def told_encoder(encoder: EncoderId) -> str:
+    """An encoder in an error message; the first twelve digits tell a revision."""
+    name, revision = encoder
+    return " at ".join(part for part in (name, revision and revision[:12]) if part)
 
 
 def weights_hash(sae: SAE) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msae.cli.output import check_target, report
+from msae.errors import ConfigError
 
 Modality = Literal["image", "text"]
 
@@ -27,6 +28,7 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
         sheet: Path | None = None,
         tree: bool = False,
         k: int | None = None,
+        pairs: Path | None = None,
         magnitudes: bool = False,
         json: str | None = None,
     ) -> None:
@@ -43,11 +45,14 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
             tree: Print which latents are parts of which others.
             k: For --tree, count a latent as firing where it is among the k strongest of its row; the default is the
                 smallest level of a matryoshka SAE, and all that are not zero for other kinds.
+            pairs: For --tree, a table with the columns child and parent, a word and a broader one, to score it against.
             magnitudes: Print how large the non-zero activations are, and the largest of each row.
             json: Write the result as JSON to this file; - is stdout.
         """
+        if pairs is not None and not tree:
+            raise ConfigError(f"--pairs {pairs} is what a tree is scored against; add --tree")
         if tree:
-            found = galleries.concept_tree(run, on, k=k, inference=inference)
+            found = galleries.concept_tree(run, on, k=k, inference=inference, pairs=pairs)
             report(found.to_text(), found.to_dict(), json)
         elif magnitudes:
             sizes = galleries.all_magnitudes(run, on, inference=inference)

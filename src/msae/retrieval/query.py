@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from msae.errors import ConfigError, MsaeError, SourceError, StoreError
-from msae.sae import SAE
+from msae.sae import SAE, is_other_encoder, told_encoder
 from msae.standardize import Modality
 from msae.store import EmbeddingStore
 
@@ -60,7 +60,7 @@ def read_query(ask: Ask, store: EmbeddingStore, sae: SAE, searched: Modality) ->
 
     Raises:
         ConfigError: The encoder is unknown, or the vector does not fit.
-        StoreError: No row has the id.
+        StoreError: No row has the id, or the encoder is not the one that made the store.
         SourceError: The picture cannot be read.
     """
     if ask.like is not None:
@@ -94,9 +94,27 @@ def _row_of(store: EmbeddingStore, id: str) -> int:
 
 
 def _embedder(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
-    """The encoder that made the store's embeddings."""
-    if ask.embedder is not None:
-        return ask.embedder
+    """The encoder that made the store's embeddings, as far as store and SAE know it.
+
+    Raises:
+        ConfigError: Nothing says which it is.
+        StoreError: The one that was given or found is another, by `is_other_encoder`.
+    """
+    embedder = ask.embedder or _load(ask, store, sae, kind)
+    mine = (embedder.id, embedder.revision)
+    for wanted, owner in (
+        ((store.encoder, store.encoder_revision), f"{store.path} was embedded by"),
+        ((sae.config.encoder, sae.config.encoder_revision), "the SAE reads embeddings of"),
+    ):
+        if is_other_encoder(mine, wanted):
+            raise StoreError(
+                f"--{kind} would be embedded by {told_encoder(mine)}, but {owner} {told_encoder(wanted)}; give "
+                f"--encoder the folder or id of that one, or embed the store again"
+            )
+    return embedder
+
+
+def _load(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
     encoder = ask.encoder or store.encoder or sae.config.encoder
     if encoder is None:
         raise ConfigError(
