@@ -427,3 +427,11 @@ def test_importing_msae_and_its_embedding_loads_no_heavy_package():
     code = f"import sys, msae.embedding; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_loading_an_encoder_leaves_the_default_type_of_other_threads_alone(encoders, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_default_dtype", chosen.append)
+    embedder = Embedder.load(encoders["clip"], dtype="bfloat16", device="cpu")
+    assert set(chosen) <= {torch.float32}
+    assert embedder._model.dtype == torch.bfloat16

@@ -227,6 +227,16 @@ def test_evaluations_that_were_made_are_shown(folder):
 # --- Empty states and errors
 
 
+def test_what_nobody_expected_is_said_on_the_page_and_told_in_the_terminal(explorer, monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setitem(concept_page.PARTS, "", broken)
+    page = show(explorer, page="concept")
+    assert "unexpected ZeroDivisionError" in page and "secret" not in page and "Traceback" not in page
+    assert "secret" in caplog.text
+
+
 def test_a_run_without_names_shows_the_command_that_makes_them(explorer, folder):
     found = show(explorer, page="concepts", run="plain")
     assert f"msae name {folder / 'runs/plain'} --vocabulary STORE" in found

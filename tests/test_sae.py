@@ -158,3 +158,15 @@ def test_a_missing_run_says_what_to_give(tmp_path):
         SAE.load(tmp_path / "nowhere/deep/run")
     with pytest.raises(RunError, match=r"holds no sae\.json"):
         SAE.load(tmp_path)
+
+
+def test_weights_are_float32_whatever_the_default_type_is(tmp_path):
+    SAE(SAEConfig(4, 8, kind="batchtopk", k=2)).save(tmp_path)
+    SAE(SAEConfig(4, 8, kind="jumprelu", k=2)).save(tmp_path / "jump")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loaded = [SAE.load(tmp_path), SAE.load(tmp_path / "jump")]
+    finally:
+        torch.set_default_dtype(before)
+    assert {tensor.dtype for sae in loaded for tensor in sae.state_dict().values()} == {torch.float32}

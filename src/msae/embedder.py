@@ -88,7 +88,9 @@ class Embedder:
                 raise EmbedderError(
                     f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers"
                 )
-            weights = {"dtype": getattr(torch, chosen), "use_safetensors": True}
+            # Loaded in float32, then converted: for any other type transformers changes the default type of the whole
+            # process for as long as it loads, and whoever computes in another thread would compute in that.
+            weights = {"dtype": torch.float32, "use_safetensors": True}
             if Path(id).is_dir() or str(id) == "demo" or any(folder.glob("*.safetensors")):
                 model = _load_model(id, folder, **weights)
             else:  # transformers knows where the hub keeps a safetensors conversion of old repositories
@@ -107,7 +109,7 @@ class Embedder:
             dtype=chosen,
             pixel_backend="pil",
             max_tokens=int(config.text_config.max_position_embeddings),
-            _model=model.eval().requires_grad_(False).to(device),
+            _model=model.eval().requires_grad_(False).to(device, getattr(torch, chosen)),
             _tokenizer=tokenizer,
             _processor=processor,
         )

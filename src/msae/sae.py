@@ -85,17 +85,17 @@ class SAE(nn.Module):
         self.standardizer = standardizer or Standardizer()
         generator = torch.Generator().manual_seed(seed)
         # Kaiming-uniform directions: only the direction survives the rescaling to norm 0.1.
-        rows = torch.rand(config.d_sae, config.d_in, generator=generator) * 2 - 1
+        rows = torch.rand(config.d_sae, config.d_in, generator=generator, dtype=torch.float32) * 2 - 1
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
         # Laid out latent by latent, like the decoder: that is how the kernels walk over both.
         self.W_enc = nn.Parameter((0.1 * rows).T)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=torch.float32))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=torch.float32))
         self.log_threshold = None
         if config.kind == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1).log())
-        self.register_buffer("threshold", torch.zeros(()) if config.kind == "batchtopk" else None)
+            self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if config.kind == "batchtopk" else None)
 
     @property
     def d_in(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -47,6 +48,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
+_logger = logging.getLogger(__name__)
+
+
 class Explorer:
     """Answers what a browser asks of a world; keeps nothing of who asked."""
 
@@ -72,6 +76,9 @@ class Explorer:
                 body = render(self.world, run, address)
             except MsaeError as err:
                 body = problem(err)
+            except Exception as err:
+                _logger.exception("the explorer could not show %s", address.but())
+                body = problem(f"unexpected {type(err).__name__}; the terminal shows more, please report it")
         if part:
             return {"html": body}
         return {
