@@ -27,6 +27,9 @@ DEMO = Path(__file__).parent / "demo" / "clip"
 """The folder of the encoder called `demo`."""
 
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
+_WEIGHTS: Mapping[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+"""Loaded in float32 and converted afterwards: for any other type transformers changes the default type of the whole
+process for as long as it loads, and whoever computes in another thread would compute in that."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is needed of a hub repository; no pickles
 
@@ -88,13 +91,10 @@ class Embedder:
                 raise EmbedderError(
                     f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers"
                 )
-            # Loaded in float32, then converted: for any other type transformers changes the default type of the whole
-            # process for as long as it loads, and whoever computes in another thread would compute in that.
-            weights = {"dtype": torch.float32, "use_safetensors": True}
             if Path(id).is_dir() or str(id) == "demo" or any(folder.glob("*.safetensors")):
-                model = _load_model(id, folder, **weights)
+                model = _load_model(id, folder, **_WEIGHTS)
             else:  # transformers knows where the hub keeps a safetensors conversion of old repositories
-                model = _load_model(id, str(id), revision=revision, **weights)
+                model = _load_model(id, str(id), revision=revision, **_WEIGHTS)
             if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
                 raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
             tokenizer = _load(id, transformers.AutoTokenizer, folder)

@@ -66,10 +66,10 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
         if target not in world.targets:
             raise ConfigError(f"{target!r} is no column that can be audited; choose another")
         found = run.audit(target)
-        drawn = Markup(section(found, n_plotted=4))  # noqa: S704 - escapes what it shows
+        drawn = Markup(section(found, n_plotted=4, brief=True))  # noqa: S704 - escapes what it shows
     except MsaeError as err:
         return problem(err)
-    return fill("{}{}", _sweep_form(world, found, address), drawn)
+    return fill("{}<h2>What the classifier relies on</h2>{}", _sweep_form(world, found, address), drawn)
 
 
 def _sweep_form(world: World, found: Audit, address: Address) -> Markup:
@@ -147,7 +147,7 @@ def loaded(text: str) -> Markup:
         found = Audit.from_json(text, where="this file")
         swept = [concept for concept in found.concepts if concept.sweep][:SWEPT]
         drawn = join(sweep_svg(concept, concept.sweep) for concept in swept if concept.sweep)
-        table = Markup(section(found))  # noqa: S704 - escapes what it shows
+        table = Markup(section(found, brief=True))  # noqa: S704 - escapes what it shows
     except MissingDependencyError as err:
         return problem(err)
     except ConfigError as err:

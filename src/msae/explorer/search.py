@@ -59,6 +59,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     )
     if world.store is None:
         return fill("{}{}", head, no_store(world, run))
+    world.warm()
     try:
         query = read(world, run, address)
         turnables = sliders_of(run, address, query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -142,6 +143,7 @@ class World:
         self.note = note
         """Why there is no store, where there is none."""
         self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
+        self._warmed = False
         self._encoder_lock, self._evaluating = threading.Lock(), threading.Lock()
         self._embed_text = lru_cache(KEPT_TEXTS)(lambda text: self.embedder().embed_texts([text])[0])
 
@@ -250,6 +252,16 @@ class World:
         """Why words and pictures cannot be searched for; None where the encoder is known."""
         known = (self.store.encoder if self.store else None) or self.first.sae.config.encoder
         return None if known else NO_ENCODER
+
+    def warm(self) -> None:
+        """Begin to load the encoder, for whoever opens the search page is about to type words."""
+        if not self._warmed and self.store is not None and self.why_no_encoder() is None:
+            self._warmed = True
+            threading.Thread(target=self._load_quietly, name="encoder", daemon=True).start()
+
+    def _load_quietly(self) -> None:
+        with contextlib.suppress(MsaeError):  # said when it is asked for
+            self.embedder()
 
     def embedder(self) -> Embedder:
         """The model that made the store's embeddings, from this machine's disk alone.

@@ -25,6 +25,16 @@ HEAD = (
 )  # fmt: skip
 BRIEF = (0, 2, 3, 4, 6, 7, 9, 12)
 """Columns of a table that fits a page."""
+WORDS = {
+    "effect": "by how much the probability of the class moves when the concept is taken away, or set to a typical "
+    "strength",
+    "remove, set to p99": "the change in each case, with its 95% interval; p99 is as strong as it gets in one row of a "
+    "hundred",
+    "controls to": "the largest effect among random latents that fire as often: below it, an effect says nothing",
+    "flips": "share of the rows with the concept whose answer changes without it",
+    "levelled": "with the concept at its mean in every row: where accuracy falls then, the classifier leaned on it",
+}
+"""What a first look needs to read it."""
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 STYLE = """
@@ -48,12 +58,15 @@ def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = No
     Args:
         n_plotted: Concepts that are drawn.
         n_rows: Concepts in the table; None has all.
-        brief: Only the columns that a first look needs.
+        brief: Only the columns that a first look needs, and what they mean.
     """
     plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
     pieces = [_head(audit), _table(audit, n_rows, brief=brief)]
     if audit.sample is not None:
         pieces += [_concept(audit, concept) for concept in plotted]
+    if brief:
+        words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS.items())
+        pieces.append(f'<dl class="words">{words}</dl>')
     return f'<section class="audit">{"".join(pieces)}</section>'
 
 
