@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -49,7 +50,7 @@ def _facts(world: World) -> Markup:
         named = f"{len(run.names):,}" if run.names else "-"
         rows.append((
             run.label, sae.kind, train.get("weighting") if sae.levels else "-", shape, f"{sae.d_in:,} → {sae.d_sae:,}",
-            str(train.get("epochs", "-")), named, str(config.get("store", "-")),
+            str(train.get("epochs", "-")), named, Path(str(config.get("store", "-"))).name,
         ))  # fmt: skip
     head = ("run", "kind", "weighting", "sparsity", "size", "epochs", "named", "trained on")
     return table(head, rows, caption="What the runs are", numeric=[5, 6])
@@ -91,7 +92,7 @@ def _shown(evaluations: Sequence[Evaluation]) -> Markup:
     cells = [[fill("<b>{}</b>" if cell.is_best else "{}", cell.text) for cell in row.values()] for row in rows]
     numeric = list(range(1, len(rows[0])))
     meanings = join(fill("<dt>{}</dt><dd>{}</dd>", term, meaning) for term, meaning in MEANINGS)
-    on = ", ".join(dict.fromkeys(f"{e.n:,} {e.modality} rows of {e.on}" for e in evaluations))
+    on = ", ".join(dict.fromkeys(f"{e.n:,} {e.modality} rows of {Path(e.on).name}" for e in evaluations))
     notes = join(note(text) for text in dict.fromkeys(text for e in evaluations for text in e.notes))
     body = fill(
         '{}<p class="note">{}; the best of each column is bold.</p>{}<details><summary>What the columns mean</summary>'
