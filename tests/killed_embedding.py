@@ -45,6 +45,11 @@ def run(work: Callable[[], object], *, kill: Callable[[], bool] = bool) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
+def files_in(folder: Path) -> int:
+    """Files below a folder in which folders come and go: `rglob` raises when one is gone before it is read."""
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
 def main() -> None:
     source, encoder, folder, n_trials = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 
@@ -57,7 +62,7 @@ def main() -> None:
 
     def count_files() -> bool:
         nonlocal n_files
-        n_files = max(n_files, len(list(whole.rglob("*.*"))))
+        n_files = max(n_files, files_in(whole))
         return False
 
     run(work_on(whole), kill=count_files)
@@ -68,7 +73,7 @@ def main() -> None:
         n_wanted, delay = moments.randrange(n_files), moments.uniform(0, 0.005)
 
         def is_moment(out: Path = out, n_wanted: int = n_wanted, delay: float = delay) -> bool:
-            there = len(list(out.rglob("*.*"))) >= n_wanted
+            there = files_in(out) >= n_wanted
             time.sleep(delay * there)
             return there
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import scipy.stats
 import torch
@@ -13,11 +14,12 @@ from safetensors.numpy import save_file
 from msae.auditing import audit
 from msae.auditing.association import associate, taught
 from msae.auditing.controls import matched_groups, profile_of
+from msae.auditing.subjects import target_columns
 from msae.classifier import LinearClassifier
 from msae.errors import ConfigError, RunError, StoreError
 from msae.sae import SAE, SAEConfig
 from msae.standardize import Standardizer, fit_statistics
-from msae.store import StorePart, write_store
+from msae.store import EmbeddingStore, StorePart, write_store
 from tests.oracles import audits as oracle
 from tests.oracles import effects as effects_oracle
 
@@ -376,3 +378,21 @@ def test_a_classifier_that_predicts_one_class_leaves_nothing_to_test(sae, store)
     result = audit(sae, store, "y", classifier=classifier, names=NAMES, n_permutations=20)
     assert result.notes == ("the classifier predicts 'b' for every row, so there is no association to test",)
     assert all(one.main is None for one in result.concepts)
+
+
+def test_columns_of_every_type_that_has_classes_can_be_audited(tmp_path):
+    x, labels = world(6, seed=3)
+    columns = {
+        "category": pa.array(["a", "b", "", None, "a", "a"]).dictionary_encode(),
+        "flag": [True, False] * 3,
+        "nothing": pa.nulls(6),
+        "same": [1] * 6,
+        "lists": [[1], [2]] * 3,
+        "caption": ["a cat", "a dog"] * 3,
+    }
+    table = pa.table({"id": list("abcdef"), "y": labels, **columns})
+    np.save(tmp_path / "rows.npy", x)
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    store = EmbeddingStore.open(tmp_path / "rows.npy")
+    assert pa.types.is_dictionary(store.metadata.column("category").type)
+    assert target_columns(store) == {"y": 2, "category": 2, "flag": 2}

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -340,6 +341,14 @@ def test_store_of_another_width_or_encoder_or_modality_is_refused(tmp_path, stor
     other = make_sae(store, "image", encoder="openai/other")
     with pytest.raises(StoreError, match=r"embedded by mine, but .* openai/other"):
         gallery(other, dataclasses.replace(images, record={"encoder": "mine"}), latent=0)
+
+
+def test_names_of_another_sae_are_refused(tmp_path, store, run):
+    shutil.copytree(run, tmp_path / "copy")
+    file = tmp_path / "copy" / "names.json"
+    ConceptNames("evidence", 5, (), {}, ((),) * 5).save(file)
+    with pytest.raises(RunError, match=r"names 5 latents, but the SAE has .*; type: msae name"):
+        gallery(tmp_path / "copy", store, latent=0)
 
 
 def test_rows_that_are_all_the_same_need_the_sae_s_own_statistics(tmp_path, store):

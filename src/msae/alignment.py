@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy.typing import NDArray
 
-from msae.concepts import FILE as NAMES_FILE
-from msae.concepts import ConceptNames
+from msae.concepts import names_of
 from msae.errors import ConfigError, RunError
 from msae.progress import progress
-from msae.sae import SAE, as_sae
+from msae.sae import SAE, as_sae, run_folder
 
 CANDIDATES = 24
 """Nearest rows of each row, in both directions, to begin with."""
@@ -174,7 +173,8 @@ def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> St
             advance(1)
             pairs.append(Pair(titles[i], titles[j], decoder, encoder))
     from_first = [pair.decoder for (i, _), pair in zip(chosen, pairs, strict=True) if i == 0]
-    names = [_names_of(run) for run in runs]
+    known = [names_of(run_folder(run), sae.d_sae) for run, sae in zip(runs, saes, strict=True)]
+    names = [(lambda _: None) if one is None else one.name_of for one in known]
     consensus = _consensus(decoders, from_first, names, threshold)
     return Stability(titles, saes[0].d_sae, threshold, tuple(pairs), tuple(consensus))
 
@@ -333,11 +333,3 @@ def _consensus(
         latents = tuple(groups[:, place].tolist())
         given = tuple(name(latent) for name, latent in zip(names, latents, strict=True))
         yield Consensus(latents, float(lowest[place]), given)
-
-
-def _names_of(run: SAE | str | Path) -> Callable[[int], str | None]:
-    """What a run's names.json calls a latent; nothing where there is none."""
-    if isinstance(run, SAE) or not (Path(run) / NAMES_FILE).exists():
-        return lambda _: None
-    names = ConceptNames.load(run)
-    return names.name_of

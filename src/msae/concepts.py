@@ -234,6 +234,26 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
+def names_of(folder: Path | None, d_sae: int) -> ConceptNames | None:
+    """The names that `msae name` left in a run folder, if it did.
+
+    Args:
+        d_sae: Latents of the SAE that is in the folder now.
+
+    Raises:
+        RunError: The file is damaged, or of another SAE.
+    """
+    if folder is None or not (folder / FILE).exists():
+        return None
+    names = ConceptNames.load(folder)
+    if names.d_sae != d_sae:
+        raise RunError(
+            f"{folder / FILE} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
+            f"type: msae name {folder} --vocabulary STORE"
+        )
+    return names
+
+
 def _concept(entry: Mapping[str, Any], *, where: str) -> Concept:
     values = {key: value for key, value in entry.items() if key != "is_multimodal"}
     agreement = values.pop("agreement")

@@ -21,6 +21,6 @@ def as_device(name: str, *, allow_mps: bool = False) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
+    except (RuntimeError, AssertionError) as err:
         raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
     return name

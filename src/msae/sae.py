@@ -217,6 +217,14 @@ def as_sae(sae: SAE | str | Path) -> SAE:
     return sae if isinstance(sae, SAE) else SAE.load(sae)
 
 
+def run_folder(sae: SAE | str | Path) -> Path | None:
+    """The run folder that was given, if it was one."""
+    if isinstance(sae, SAE):
+        return None
+    path = Path(sae)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
 @runtime_checkable
 class Embeddings(Protocol):
     """What an SAE must know of a store to tell whether it can read it."""

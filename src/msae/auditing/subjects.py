@@ -20,6 +20,7 @@ from msae.probe import Probe, fit_probe
 from msae.sae import SAE
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
+from msae.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
 
 MAX_CLASSES = 50
 """More are no classes but, say, ages; each costs a column of every table."""
@@ -72,6 +73,22 @@ def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
             f"{', '.join(sorted(counts)[:3])}; an audit takes at most {MAX_CLASSES} classes: name a column of classes"
         )
     return labels
+
+
+def target_columns(store: EmbeddingStore) -> dict[str, int]:
+    """The metadata columns that `labels_of` takes, with their numbers of classes; not ids, paths and captions."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = {}
+    for name in store.columns:
+        column = store.metadata.column(name)
+        if name in ("id", *PATH_COLUMNS, *CAPTION_COLUMNS) or pa.types.is_nested(column.type):
+            continue
+        n = len({str(value) for value in pc.unique(column).to_pylist() if not _is_missing(value)})
+        if 2 <= n <= MAX_CLASSES:
+            found[name] = n
+    return found
 
 
 def make_subject(

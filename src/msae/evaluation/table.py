@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,18 @@ from msae.evaluation.record import Evaluation
 
 NOTHING = "-"
 """Printed where a figure is undefined or was not asked for."""
+
+MEANINGS: Mapping[str, str] = {
+    "sparsity": "share of latents that are zero in a row: more is easier to read",
+    "FVU": "share of the variance that is lost",
+    "CS": "cosine of an embedding and its reconstruction: 1 is the same direction",
+    "LP": "whether a classifier says the same of the reconstruction: how far its probabilities move (KL), and in which "
+    "share of rows its answer stays (Acc)",
+    "CKNNA": "whether rows that were neighbours still are, in their latents",
+    "DO": "how much the directions of latents overlap",
+    "NDN": "latents that never fire, here and (in brackets) in training",
+}
+"""What the columns of the table mean, for people."""
 
 
 class Cell(NamedTuple):
@@ -129,3 +141,9 @@ def _latex_text(text: str) -> str:
     for character in "_&%$#{}":
         text = text.replace(character, "\\" + character)
     return text.replace("±", r"$\pm$")
+
+
+def meanings_of(titles: Iterable[str]) -> dict[str, str]:
+    """The meanings of the columns with these titles."""
+    known = list(titles)
+    return {term: meaning for term, meaning in MEANINGS.items() if any(title.startswith(term) for title in known)}

@@ -18,7 +18,6 @@ COARSE = 16
 """A coarse concept has half of its firings among the strongest sixteenth of the latents."""
 ALMOST_NONE = 0.2
 """Below this share of its mean activation in the one modality, a latent is said to be of the other alone."""
-SORTS = ("latent", "name", "evidence", "rate", "mean", "max", "level")
 
 
 class Choice(NamedTuple):

@@ -128,7 +128,7 @@ def _samples(world: World, run: LoadedRun, latent: int) -> Markup:
     rows = world.store.describe_rows([sample.row for sample in top])
     if modality == "image" and world.has_pictures:
         return fill('<div class="strip">{}</div>', join(picture(world, row, SMALL) for row in rows))
-    words = ", ".join(dict.fromkeys(row.caption or str(row.columns.get("label") or row.id) for row in rows[:2]))
+    words = ", ".join(dict.fromkeys(row.words for row in rows[:2]))
     return fill('<span class="words">{}</span>', words)
 
 

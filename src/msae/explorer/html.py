@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from msae.explorer.address import Address
 from msae.explorer.session import LoadedRun, World
+from msae.reporting.page import shorten
 from msae.store import Row
 
 SMALL, LARGE = 96, 320
@@ -76,12 +77,7 @@ def picture(world: World, row: Row, side: int = LARGE) -> Markup:
 
 def described(row: Row) -> str:
     """What a person sees of a row in words: its caption, its label or its id."""
-    return shorten(row.caption or str(row.columns.get("label") or "") or row.id)
-
-
-def shorten(text: str, length: int = CAPTION) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return shorten(row.words, CAPTION)
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from msae.errors import MsaeError
 from msae.evaluation import Evaluation, table_rows
+from msae.evaluation.table import meanings_of
 from msae.explorer.address import Address
 from msae.explorer.html import empty, fill, join, no_store, note, problem, section, table
 from msae.explorer.session import LoadedRun, World
@@ -19,15 +20,6 @@ from msae.reporting.figures import RecoveryMeasure, TrainingMeasure
 
 RECOVERY: tuple[RecoveryMeasure, ...] = ("fvu_per_sample", "cosine", "cknna")
 TRAINING: tuple[TrainingMeasure, ...] = ("fvu", "l0", "dead")
-MEANINGS = (
-    ("sparsity ↑", "share of activations that are exactly zero"),
-    ("FVU ↓", "share of the embeddings' variance that the reconstruction misses"),
-    ("CS ↑", "cosine of embedding and reconstruction"),
-    ("LP (KL) ↓, LP (Acc) ↑", "how much a linear probe changes its mind on reconstructions"),
-    ("CKNNA ↑", "whether activations have the same nearest neighbours as embeddings"),
-    ("DO ↓", "how far from orthogonal the decoder's rows are"),
-    ("NDN ↓", "latents that never fire, here and (in brackets) on the training store"),
-)
 
 
 def page(world: World, run: LoadedRun, address: Address) -> Markup:
@@ -91,7 +83,7 @@ def _shown(evaluations: Sequence[Evaluation]) -> Markup:
     rows = table_rows(evaluations)
     cells = [[fill("<b>{}</b>" if cell.is_best else "{}", cell.text) for cell in row.values()] for row in rows]
     numeric = list(range(1, len(rows[0])))
-    meanings = join(fill("<dt>{}</dt><dd>{}</dd>", term, meaning) for term, meaning in MEANINGS)
+    meanings = join(fill("<dt>{}</dt><dd>{}</dd>", term, meaning) for term, meaning in meanings_of(rows[0]).items())
     on = ", ".join(dict.fromkeys(f"{e.n:,} {e.modality} rows of {Path(e.on).name}" for e in evaluations))
     notes = join(note(text) for text in dict.fromkeys(text for e in evaluations for text in e.notes))
     body = fill(

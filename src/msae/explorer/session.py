@@ -18,23 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from msae.auditing import Audit, Sweeper, audit
-from msae.auditing.subjects import MAX_CLASSES
-from msae.concepts import ConceptNames
+from msae.auditing.subjects import target_columns
+from msae.concepts import ConceptNames, names_of
 from msae.embedder import Embedder
 from msae.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.evaluation import Evaluation, evaluate, kept_evaluations
 from msae.explorer.catalogue import Catalogue
-from msae.files import read_json
 from msae.galleries import ConceptTree, concept_tree, top_samples
-from msae.galleries.mining import names_of
 from msae.images import read_picture
+from msae.reporting.facts import read_trained
 from msae.reporting.pictures import as_jpeg, thumbnail
 from msae.retrieval import Searcher
 from msae.sae import SAE, check_fit, weights_hash
 from msae.samples import TopSamples
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store, find_picture
-from msae.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
+from msae.store.rows import PATH_COLUMNS
 
 KEPT_SAMPLES = 48
 """Of each latent and modality: four pages of twelve."""
@@ -54,12 +53,7 @@ class LoadedRun:
     def __init__(self, folder: Path, label: str, store: EmbeddingStore | None) -> None:
         self.folder, self.label, self.store = folder, label, store
         self.sae = SAE.load(folder)
-        self.names: ConceptNames | None = names_of(folder)
-        if self.names is not None and self.names.d_sae != self.sae.d_sae:
-            raise RunError(
-                f"{folder / 'names.json'} names {self.names.d_sae:,} latents, but the SAE has {self.sae.d_sae:,}; "
-                f"type: msae name {folder} --vocabulary STORE"
-            )
+        self.names: ConceptNames | None = names_of(folder, self.sae.d_sae)
         if store is not None:
             check_fit(self.sae, store, run=folder)
         self.slow, self.preparing = threading.RLock(), threading.RLock()
@@ -74,8 +68,7 @@ class LoadedRun:
     @property
     def config(self) -> dict[str, Any]:
         """The run's config.json; empty for an SAE that was imported."""
-        file = self.folder / "config.json"
-        return read_json(file, schema_version=1, error=RunError) if file.exists() else {}
+        return read_trained(self.folder)
 
     @cached_property
     def samples(self) -> dict[Modality, TopSamples]:
@@ -166,22 +159,8 @@ class World:
 
     @cached_property
     def targets(self) -> dict[str, int]:
-        """Columns that can be audited, with their numbers of values."""
-        import pyarrow.compute as pc
-
-        found: dict[str, int] = {}
-        if self.store is None:
-            return found
-        for name in self.store.columns:
-            if name in ("id", *PATH_COLUMNS, *CAPTION_COLUMNS):
-                continue
-            try:
-                n = pc.count_distinct(self.store.metadata.column(name), mode="only_valid").as_py()
-            except (NotImplementedError, ValueError):  # columns of lists and the like
-                continue
-            if 2 <= n <= MAX_CLASSES:
-                found[name] = n
-        return found
+        """Columns that can be audited, with their numbers of classes."""
+        return {} if self.store is None else target_columns(self.store)
 
     def evaluations(self) -> list[Evaluation]:
         """What `msae evaluate` left in the run folders of their present weights, as far as it can be compared.

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msae.concepts import names_of
 from msae.errors import ConfigError
 from msae.galleries.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.galleries.mining import activations, check_n, names_of, run_folder, top_samples
+from msae.galleries.mining import activations, check_n, top_samples
 from msae.galleries.tree import ConceptTree, concept_tree
-from msae.sae import SAE, Inference, as_sae, check_fit
+from msae.sae import SAE, Inference, as_sae, check_fit, run_folder
 from msae.samples import TopSamples, check_latent, describe
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
@@ -124,7 +125,7 @@ def gallery(
     check_n(n)
     folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
     check_fit(model, store, run=sae)
-    names = names_of(folder)
+    names = names_of(folder, model.d_sae)
     alike: tuple[int, ...] = ()
     if concept is not None:
         if names is None:

@@ -11,12 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.concepts import FILE as NAMES_FILE
-from msae.concepts import ConceptNames
 from msae.errors import ConfigError
 from msae.losses import default_levels
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_sae, check_fit, weights_hash
+from msae.sae import SAE, Inference, as_sae, check_fit, run_folder, weights_hash
 from msae.samples import Origin, SampleMiner, TopSamples, block_rows
 from msae.standardize import Modality, Standardizer, fit_statistics
 from msae.store import EmbeddingStore, as_store
@@ -108,21 +106,6 @@ def _rows(store: EmbeddingStore, modality: Modality) -> Iterator[Tensor]:
 def levels_of(sae: SAE) -> tuple[int, ...]:
     """The SAE's levels; for kinds without any, those that a Matryoshka SAE of its width would have."""
     return sae.config.levels or default_levels(sae.d_sae)
-
-
-def run_folder(sae: SAE | str | Path) -> Path | None:
-    """The run folder that was given, if it was one."""
-    if isinstance(sae, SAE):
-        return None
-    path = Path(sae)
-    return path if path.is_dir() else path.parent if path.is_file() else None
-
-
-def names_of(folder: Path | None) -> ConceptNames | None:
-    """The names that `msae name` left in a run folder, if it did."""
-    if folder is None or not (folder / NAMES_FILE).exists():
-        return None
-    return ConceptNames.load(folder)
 
 
 def check_n(n: int) -> None:

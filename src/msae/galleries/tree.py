@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from msae.concepts import ConceptNames
+from msae.concepts import ConceptNames, names_of
 from msae.errors import ConfigError
-from msae.galleries.mining import activations, names_of, run_folder, top_samples
+from msae.galleries.mining import activations, top_samples
 from msae.hierarchy import Activity, Hierarchy, PairScore, find_hierarchy, score_pairs
 from msae.progress import progress
-from msae.sae import SAE, Inference, as_sae, check_fit
+from msae.sae import SAE, Inference, as_sae, check_fit, run_folder
 from msae.samples import level_shares
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
@@ -101,7 +101,7 @@ def concept_tree(
     check_fit(model, store, run=sae)
     if max_rows < 1 or (k is not None and k < 1):
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
-    names = names_of(folder)
+    names = names_of(folder, model.d_sae)
     known = None if pairs is None else _known_pairs(pairs, names, folder)
     if k is None and model.config.levels:
         k = model.config.levels[0]

@@ -13,7 +13,7 @@ from msae import __version__
 from msae.auditing import Audit
 from msae.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.evaluation import Cell, Kept, table_rows
-from msae.evaluation.table import COLUMNS
+from msae.evaluation.table import COLUMNS, meanings_of
 from msae.galleries.mining import SAMPLES_FOLDER
 from msae.reporting import audit as audit_page
 from msae.reporting import figures, page
@@ -207,13 +207,14 @@ class _Draft:
         self.store_word = str(looked.store.path) if looked else "STORE"
 
     def page(self) -> str:
-        facts = self.facts
+        facts, tables = self.facts, self._tables()
         return page.render(
             "report.html",
             facts=facts,
             version=__version__,
             store=self.looked and self.looked.store,
-            tables=self._tables(),
+            tables=tables,
+            meanings=meanings_of(tables[0].columns) if tables else {},
             recovery=self._recovery(),
             training=self._training(),
             concepts=self._concepts(),

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.concepts import FILE as NAMES_FILE
-from msae.concepts import ConceptNames
+from msae.concepts import ConceptNames, names_of
 from msae.errors import RunError
 from msae.evaluation import Kept, kept_evaluations
+from msae.evaluation.subject import RUN_SCHEMA_VERSION
 from msae.files import read_json
 from msae.sae import SAE, SAEConfig, weights_hash
 
-RUN_SCHEMA_VERSION = 1
-"""Of a run's config.json, which training writes."""
 KINDS: Mapping[str, str] = {
     "matryoshka": "Matryoshka SAE",
     "topk": "TopK SAE",
@@ -116,7 +114,7 @@ def facts_of(folder: Path) -> Facts:
     if not folder.is_dir():
         raise RunError(f"{folder} is no run folder; give one that msae train made, such as runs/photos")
     sae = SAE.load(folder)
-    trained = _read_trained(folder)
+    trained = read_trained(folder)
     weights = weights_hash(sae)
     return Facts(
         folder=folder,
@@ -124,12 +122,17 @@ def facts_of(folder: Path) -> Facts:
         trained=trained,
         metrics=read_metrics(folder),
         evaluations=tuple(kept for kept in kept_evaluations(folder) if kept.sae == weights),
-        names=_read_names(folder, sae),
+        names=names_of(folder, sae.d_sae),
         dataset=_dataset(trained),
     )
 
 
-def _read_trained(folder: Path) -> dict[str, Any]:
+def read_trained(folder: Path) -> dict[str, Any]:
+    """A run's config.json; empty for an SAE that was imported.
+
+    Raises:
+        RunError: It is damaged.
+    """
     file = folder / "config.json"
     if not file.exists():
         return {}
@@ -143,17 +146,6 @@ def _read_trained(folder: Path) -> dict[str, Any]:
     if lacks:
         raise RunError(f"{file} lacks {', '.join(sorted(lacks))}; restore it, or delete it if this SAE was imported")
     return trained
-
-
-def _read_names(folder: Path, sae: SAE) -> ConceptNames | None:
-    if not (folder / NAMES_FILE).exists():
-        return None
-    names = ConceptNames.load(folder)
-    if names.d_sae != sae.d_sae:
-        raise RunError(
-            f"{folder / NAMES_FILE} names {names.d_sae} latents, the SAE has {sae.d_sae}; name the latents again"
-        )
-    return names
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class Looked:
         return [
             Shown(
                 sample.activation,
-                row.caption or str(row.columns.get("label") or row.id),
+                row.words,
                 album.uri(row.path) if modality == "image" else None,
             )
             for sample, row in zip(top, rows, strict=True)

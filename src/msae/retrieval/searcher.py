@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.concepts import FILE as NAMES_FILE
-from msae.concepts import ConceptNames, as_names
+from msae.concepts import ConceptNames, as_names, names_of
 from msae.edits import Change, Edit
 from msae.errors import ConfigError
 from msae.filters import Filter
@@ -24,7 +23,7 @@ from msae.retrieval.query import Ask, Query, read_query
 from msae.retrieval.results import Hit, SearchResult, Shared, Space
 from msae.retrieval.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
 from msae.retrieval.turning import turn
-from msae.sae import SAE, as_sae, check_fit
+from msae.sae import SAE, as_sae, check_fit, run_folder
 from msae.standardize import Modality
 from msae.store import EmbeddingStore, as_store
 
@@ -83,8 +82,8 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, known = as_store(on, modality), as_names(names) if names is not None else _names_of(sae)
-        model = as_sae(sae)
+        store, model = as_store(on, modality), as_sae(sae)
+        known = as_names(names) if names is not None else names_of(run_folder(sae), model.d_sae)
         check_fit(model, store, run=sae)
         return cls(model, store, modality or store.modalities[0], known, remember=remember)
 
@@ -134,13 +133,6 @@ class Searcher:
             roots=store.picture_roots,
             query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
         )
-
-
-def _names_of(run: SAE | str | Path) -> ConceptNames | None:
-    """The names that `msae name` left in the run folder, if it did."""
-    if isinstance(run, SAE) or not (Path(run) / NAMES_FILE).exists():
-        return None
-    return ConceptNames.load(run)
 
 
 def _kept(store: EmbeddingStore, filter: Filter | None, query: Query) -> NDArray[np.bool_] | None:

@@ -25,6 +25,11 @@ class Row:
     columns: Mapping[str, Any]
     """What else the metadata says, such as labels, in values that JSON can hold."""
 
+    @property
+    def words(self) -> str:
+        """What a person reads: the caption, else the label, else the id."""
+        return self.caption or str(self.columns.get("label") or "") or self.id
+
     @classmethod
     def of(cls, row: int, metadata: Mapping[str, Any]) -> Row:
         """The row with these metadata, `id` among them."""
