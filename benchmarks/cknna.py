@@ -48,7 +48,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Related spaces: embeddings in 64 directions, and activations of random latents."""
     import torch
 
-    from msae import metrics
+    from msae.measure import metrics
 
     torch.manual_seed(0)
     x = torch.randn(arguments.rows, 64) @ torch.randn(64, arguments.d_in)

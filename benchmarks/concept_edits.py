@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from msae.concepts import ConceptNames
+from msae.concepts.names import ConceptNames
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
-from msae.edits import Edit, apply, parse_change
-from msae.errors import ConfigError
-from msae.naming import name
-from msae.retrieval.handles import Handles
-from msae.sae import SAE
-from msae.store import EmbeddingStore
+from msae.use.edits import Edit, apply, parse_change
+from msae.base.errors import ConfigError
+from msae.concepts.naming import name
+from msae.use.search.handles import Handles
+from msae.sae.model import SAE
+from msae.data.store import EmbeddingStore
 from results import write_section
 
 TOP = 20
@@ -117,8 +117,8 @@ def make_demo(arguments: argparse.Namespace) -> None:
     """Scenes through the CLIP that ships with the package, the words of its captions, and an SAE of each seed."""
     from concept_recovery import DISTRACTORS
     from msae.demo.chain import write_scenes
-    from msae.embedding import embed
-    from msae.training import train
+    from msae.data.embed import embed
+    from msae.sae.train import train
 
     folder, first = arguments.demo, arguments.first_scene
     for part, n in SCENES.items():

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from msae import evidence
-from msae.concepts import ConceptNames
+from msae.concepts import evidence
+from msae.concepts.names import ConceptNames
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
-from msae.hierarchy import wilson
-from msae.naming import name
-from msae.sae import SAE
-from msae.store import EmbeddingStore, StorePart, write_store
-from msae.training import train
+from msae.concepts.hierarchy import wilson
+from msae.concepts.naming import name
+from msae.sae.model import SAE
+from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.sae.train import train
 from results import FIGURES, write_section
 
 SCENES = {"train": 12_000, "captions": 3_000, "judge": 3_000}
@@ -97,7 +97,7 @@ def open_world(folder: Path, first_scene: int = FIRST_SCENE) -> World:
 
 def make_world(folder: Path, words: list[str], first: int) -> None:
     from msae.demo.chain import write_scenes
-    from msae.embedding import embed
+    from msae.data.embed import embed
 
     for key, n in SCENES.items():
         write_scenes(folder / key, range(first, first + n))

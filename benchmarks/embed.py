@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 import msae
-from msae.embedder import Embedder
-from msae.images import SUFFIXES, read_picture
+from msae.data.embedder import Embedder
+from msae.data.images import SUFFIXES, read_picture
 from results import write_section
 
 PRECISIONS = ("float32", "bfloat16")

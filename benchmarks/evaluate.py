@@ -60,7 +60,7 @@ def write_rows(path: Path, n_rows: int, d_in: int) -> None:
 def measure(folder: Path, n_rows: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Evaluate an untrained SAE on the rows in `folder`, in this process."""
     import msae
-    from msae.sae import SAE, SAEConfig
+    from msae.sae.model import SAE, SAEConfig
 
     sae = SAE(SAEConfig(arguments.d_in, arguments.d_sae, levels=(64, arguments.d_sae)))
     began = time.monotonic()

@@ -24,8 +24,8 @@ from urllib.parse import urlencode, urlsplit
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
-from msae.concepts import ConceptNames
-from msae.store import EmbeddingStore
+from msae.concepts.names import ConceptNames
+from msae.data.store import EmbeddingStore
 from results import write_section
 
 USERS = 20

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.galleries import activations, top_samples
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
-from msae.store import EmbeddingStore
+from msae.concepts.gallery import activations, top_samples
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
+from msae.data.store import EmbeddingStore
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from msae.concepts import ConceptNames
-from msae.naming import name
-from msae.sae import SAE
+from msae.concepts.names import ConceptNames
+from msae.concepts.naming import name
+from msae.sae.model import SAE
 from results import FIGURES, write_section
 
 POSTER_COLUMNS = ("cosine", "ratio", "cosine_and_ratio", "unique", "valid")

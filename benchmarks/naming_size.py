@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.evidence import unit_rows
-from msae.naming import name
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
+from msae.concepts.evidence import unit_rows
+from msae.concepts.naming import name
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 from results import write_section
 
 

@@ -22,17 +22,17 @@ import pyarrow as pa
 import torch
 
 from msae import train
-from msae.auditing import Audit, ConceptAudit, audit
-from msae.classifier import LinearClassifier
-from msae.concepts import ConceptNames
+from msae.use.audit import Audit, ConceptAudit, audit
+from msae.use.classifier import LinearClassifier
+from msae.concepts.names import ConceptNames
 from msae.demo.drawing import render
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
-from msae.effects import cliffs_delta, net_wins
-from msae.embedder import Embedder
-from msae.hierarchy import wilson
-from msae.naming import name
-from msae.sae import SAE
-from msae.store import EmbeddingStore, StorePart, write_store
+from msae.base.statistics import cliffs_delta, net_wins
+from msae.data.embedder import Embedder
+from msae.concepts.hierarchy import wilson
+from msae.concepts.naming import name
+from msae.sae.model import SAE
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from results import write_section
 
 SHAPES = ("square", "cross")
@@ -211,7 +211,7 @@ def group_accuracy(
 
 def trial(world: World, strength: float, seed: int, planted: str, edits: Mapping[str, Remover]) -> dict[str, Any]:
     """The audit of one classifier, and what each way of removing the planted concept does to it."""
-    from msae.auditing.subjects import make_subject
+    from msae.use.audit.subjects import make_subject
 
     rng = np.random.default_rng([seed, int(1000 * strength)])
     rows = draw(world, strength, rng)

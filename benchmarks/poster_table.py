@@ -10,8 +10,8 @@ import json
 import time
 from pathlib import Path
 
-from msae.evaluation import evaluate, poster_table
-from msae.training import train
+from msae.measure.evaluate import evaluate, poster_table
+from msae.sae.train import train
 from results import FIGURES, write_section
 
 ROWS = {

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from msae.alignment import Stability, match, stability, unit_rows
-from msae.sae import SAE, SAEConfig
-from msae.store import EmbeddingStore
-from msae.training import train
+from msae.concepts.stability import Stability, match, stability, unit_rows
+from msae.sae.model import SAE, SAEConfig
+from msae.data.store import EmbeddingStore
+from msae.sae.train import train
 from results import write_section
 
 KINDS: dict[str, dict[str, Any]] = {

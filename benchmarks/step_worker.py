@@ -75,7 +75,7 @@ def our_parameters(bias: float, case: dict):
 def msae(x, bias: float, case: dict, *, kernel: str = "cpu") -> Step:
     import torch
 
-    from msae.kernels import Selection, adamw_step_, sae_loss
+    from msae.sae.kernels import Selection, adamw_step_, sae_loss
 
     parameters = our_parameters(bias, case)
     kind, d_sae, k, settings = case["kind"], case["d_sae"], case.get("k"), {}

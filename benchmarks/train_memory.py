@@ -55,7 +55,7 @@ def write_rows(path: Path, n_rows: int) -> None:
 
 def measure(path: Path) -> dict[str, float]:
     """Peak megabytes of this process by kind while it trains, looked at every 20 ms."""
-    from msae.training import train
+    from msae.sae.train import train
 
     peak = {"RssAnon": 0.0, "RssFile": 0.0}
 

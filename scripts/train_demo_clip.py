@@ -49,7 +49,7 @@ from msae.demo.scenes import (
     sample_scene,
 )
 from msae.demo.yardstick import Scores, measure
-from msae.files import atomic_folder
+from msae.base.files import atomic_folder
 
 CARD = Path(__file__).with_name("demo_clip_card.md")
 PIXELS = 64

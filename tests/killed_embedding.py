@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from msae.embedding import Embedder, embed
-from msae.errors import StoreError
-from msae.store import EmbeddingStore
+from msae.data.embed import Embedder, embed
+from msae.base.errors import StoreError
+from msae.data.store import EmbeddingStore
 
 torch.set_num_threads(1)
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msae import activations
+from msae.sae import activations
 
 H = torch.randn(32, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from msae.alignment import match, stability, unit_rows
+from msae.concepts.stability import match, stability, unit_rows
 from msae.cli import main
-from msae.concepts import Concept, ConceptNames
-from msae.errors import ConfigError, RunError
-from msae.sae import SAE, SAEConfig
+from msae.concepts.names import Concept, ConceptNames
+from msae.base.errors import ConfigError, RunError
+from msae.sae.model import SAE, SAEConfig
 
 
 def rows(n, d_in=16, seed=0):
@@ -56,7 +56,7 @@ def test_matching_of_candidates_is_as_good_as_the_dense_one(n, noise):
 
 
 def test_few_candidates_are_enlarged_until_the_answer_is_proven(monkeypatch):
-    monkeypatch.setattr("msae.alignment.CANDIDATES", 2)
+    monkeypatch.setattr("msae.concepts.stability.CANDIDATES", 2)
     a, b = rows(400, 4), rows(400, 4, seed=5)  # crowded: many rows want the same partner
     found = match(a, b)
     assert found.cosine.sum() == pytest.approx(best_total(a, b), abs=1e-5) and found.gap < 1e-6
@@ -65,7 +65,7 @@ def test_few_candidates_are_enlarged_until_the_answer_is_proven(monkeypatch):
 @pytest.mark.parametrize("block", [1, 100, 301])
 def test_size_of_blocks_does_not_change_the_total(monkeypatch, block):
     a, b = rows(301), rows(301, seed=1)
-    monkeypatch.setattr("msae.alignment._BLOCK", block)
+    monkeypatch.setattr("msae.concepts.stability._BLOCK", block)
     assert match(a, b).cosine.sum() == pytest.approx(best_total(a, b), abs=1e-5)
 
 

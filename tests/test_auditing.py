@@ -11,15 +11,15 @@ import scipy.stats
 import torch
 from safetensors.numpy import save_file
 
-from msae.auditing import audit
-from msae.auditing.association import associate, taught
-from msae.auditing.controls import matched_groups, profile_of
-from msae.auditing.subjects import target_columns
-from msae.classifier import LinearClassifier
-from msae.errors import ConfigError, RunError, StoreError
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
-from msae.store import EmbeddingStore, StorePart, write_store
+from msae.use.audit import audit
+from msae.use.audit.association import associate, taught
+from msae.use.audit.controls import matched_groups, profile_of
+from msae.use.audit.subjects import target_columns
+from msae.use.classifier import LinearClassifier
+from msae.base.errors import ConfigError, RunError, StoreError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from tests.oracles import audits as oracle
 from tests.oracles import effects as effects_oracle
 
@@ -241,8 +241,8 @@ def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_am
 
 
 def test_more_latents_than_memory_take_more_passes_and_change_nothing(sae, store, biased, found, monkeypatch):
-    monkeypatch.setattr("msae.auditing.auditor.ACTIVATION_ENTRIES", 2 * N)
-    monkeypatch.setattr("msae.auditing.measure.EDIT_ENTRIES", 100)
+    monkeypatch.setattr("msae.use.audit.auditor.ACTIVATION_ENTRIES", 2 * N)
+    monkeypatch.setattr("msae.use.audit.measure.EDIT_ENTRIES", 100)
     again = audit(sae, store, "y", train_store=biased, names=NAMES, n_permutations=400)
     for one in found.concepts:
         if one.remove:

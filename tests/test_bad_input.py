@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from msae.cli import main
-from msae.training import train
+from msae.sae.train import train
 
 N, D_IN = 300, 16
 

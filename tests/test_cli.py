@@ -65,7 +65,7 @@ def test_options_win_over_the_settings_file(store, tmp_path, capsys):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    from msae.errors import StoreError
+    from msae.base.errors import StoreError
 
     with pytest.raises(StoreError):
         main(["info", str(tmp_path / "missing.npy"), "--debug"])

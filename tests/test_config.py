@@ -4,8 +4,8 @@ from typing import Literal
 
 import pytest
 
-from msae.config import from_mapping, read_toml, to_mapping
-from msae.errors import ConfigError
+from msae.base.config import from_mapping, read_toml, to_mapping
+from msae.base.errors import ConfigError
 
 
 @dataclass(frozen=True)

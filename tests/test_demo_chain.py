@@ -7,7 +7,7 @@ import pytest
 from msae.cli import main
 from msae.demo import chain
 from msae.demo.scenes import attributes, sample_scene
-from msae.errors import ConfigError
+from msae.base.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

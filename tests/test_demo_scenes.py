@@ -14,7 +14,7 @@ from msae.demo import ATTRIBUTES, VOCABULARY, attributes, caption, draw, render,
 from msae.demo.drawing import PICTURE_SIZE
 from msae.demo.scenes import TRAINING_SEEDS, UNSEEN_SEEDS, Value
 from msae.demo.yardstick import distinct_scenes, measure
-from msae.errors import ConfigError
+from msae.base.errors import ConfigError
 
 EVERY_VALUE = [(name, value) for name, values in ATTRIBUTES.items() for value in values]
 SEEDS = range(400)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae.edits import (
+from msae.use.edits import (
     Edit,
     activations_of,
     apply,
@@ -16,9 +16,9 @@ from msae.edits import (
     warn,
     with_companions,
 )
-from msae.errors import ConfigError
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
+from msae.base.errors import ConfigError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import edits as oracle
 
 X = torch.randn(600, 12, generator=torch.Generator().manual_seed(0)) + 2

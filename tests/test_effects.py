@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from msae import effects
+from msae.base import statistics as effects
 from tests.oracles import effects as oracle
 
 

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from msae.embedder import Embedder
-from msae.embedding import embed
-from msae.errors import ConfigError, EmbedderError, Interrupted, MsaeError, SourceError, StoreError
-from msae.images import read_picture
-from msae.sources import Source, SourceItem
-from msae.store import EmbeddingStore
+from msae.data.embedder import Embedder
+from msae.data.embed import embed
+from msae.base.errors import ConfigError, EmbedderError, Interrupted, MsaeError, SourceError, StoreError
+from msae.data.images import read_picture
+from msae.data.sources import Source, SourceItem
+from msae.data.store import EmbeddingStore
 from tests.tiny_clip import make_encoder
 
 KINDS = ("clip", "siglip", "siglip2")
@@ -424,7 +424,7 @@ def test_a_bad_place_or_source_is_one_line_and_changes_nothing(clip, tmp_path):
 
 def test_importing_msae_and_its_embedding_loads_no_heavy_package():
     heavy = ["transformers", "PIL", "datasets", "webdataset", "pyarrow", "rich"]
-    code = f"import sys, msae.embedding; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, msae.data.embed; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from msae import metrics
-from msae.errors import ConfigError, MsaeError, RunError, StoreError
-from msae.evaluation import Evaluation, evaluate, poster_table, table_rows
-from msae.files import write_json
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
-from msae.store import EmbeddingStore
+from msae.measure import metrics
+from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
+from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
+from msae.base.files import write_json
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
+from msae.data.store import EmbeddingStore
 from tests.oracles import metrics as oracle
 
 D_IN, D_SAE = 12, 40
@@ -160,11 +160,11 @@ def test_topk_is_removed_from_those_trained_with_it(tmp_path):
 
 
 def test_cknna_is_averaged_over_batches_chosen_by_the_seed(world, monkeypatch):
-    monkeypatch.setattr("msae.evaluation.passes.CKNNA_ROWS", 40)
+    monkeypatch.setattr("msae.measure.evaluate.passes.CKNNA_ROWS", 40)
     first, again, other = (evaluate(world[2], world[1], seed=seed) for seed in (0, 0, 1))
     assert first.cknna_batches == 2 and first.cknna_std > 0
     assert first == again and first.cknna != other.cknna
-    monkeypatch.setattr("msae.evaluation.passes.CKNNA_BATCHES", 1)
+    monkeypatch.setattr("msae.measure.evaluate.passes.CKNNA_BATCHES", 1)
     assert evaluate(world[2], world[1]).cknna_batches == 1
 
 
@@ -250,8 +250,8 @@ def test_a_perfect_reconstruction_agrees_with_itself(world):
 
 def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatch):
     fitted = []
-    real = __import__("msae.probe", fromlist=["fit_probe"]).fit_probe
-    monkeypatch.setattr("msae.evaluation.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    real = __import__("msae.measure.probe", fromlist=["fit_probe"]).fit_probe
+    monkeypatch.setattr("msae.measure.evaluate.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
     train, holdout, run = world
     other = save_run(tmp_path / "other", make_sae(train, "relu"), train)
     pair = evaluate([run, other], holdout, labels="label")

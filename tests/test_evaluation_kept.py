@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from msae.errors import RunError
-from msae.evaluation import evaluate, kept_evaluations
-from msae.sae import SAE
+from msae.base.errors import RunError
+from msae.measure.evaluate import evaluate, kept_evaluations
+from msae.sae.model import SAE
 from tests.test_evaluation import make_sae, save_run, world  # noqa: F401  # a fixture
 
 

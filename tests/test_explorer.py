@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from msae import search
-from msae.auditing import Audit
+from msae.use.audit import Audit
 from msae.cli import main
-from msae.errors import ConfigError, RunError
+from msae.base.errors import ConfigError, RunError
 from tests.explorer_world import HOSTILE, make_world, served
 
 if importlib.util.find_spec("gradio") is None:
@@ -22,12 +22,12 @@ if importlib.util.find_spec("gradio") is None:
 pytest.importorskip("faiss", reason="faiss is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from msae.explorer import audit as audit_page
-from msae.explorer import concept as concept_page
-from msae.explorer import search as search_page
-from msae.explorer.address import Address
-from msae.explorer.app import Explorer, refusal
-from msae.explorer.session import open_world
+from msae.web.explorer import audit as audit_page
+from msae.web.explorer import concept as concept_page
+from msae.web.explorer import search as search_page
+from msae.web.explorer.address import Address
+from msae.web.explorer.app import Explorer, refusal
+from msae.web.explorer.session import open_world
 
 
 @pytest.fixture(scope="module")

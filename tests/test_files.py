@@ -1,7 +1,7 @@
 import pytest
 
-from msae.errors import RunError
-from msae.files import atomic_folder, atomic_path, read_json, remove_leftovers, write_json
+from msae.base.errors import RunError
+from msae.base.files import atomic_folder, atomic_path, read_json, remove_leftovers, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

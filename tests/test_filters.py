@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from msae.errors import ConfigError
-from msae.filters import Filter
+from msae.base.errors import ConfigError
+from msae.use.filters import Filter
 
 TABLE = pa.table(
     {

@@ -8,12 +8,12 @@ import torch
 from scipy import stats
 
 from msae.cli import main
-from msae.concepts import Concept, ConceptNames
-from msae.errors import ConfigError
-from msae.galleries import concept_tree
-from msae.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
-from msae.sae import SAE, SAEConfig
-from msae.store import EmbeddingStore
+from msae.concepts.names import Concept, ConceptNames
+from msae.base.errors import ConfigError
+from msae.concepts.gallery import concept_tree
+from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
+from msae.sae.model import SAE, SAEConfig
+from msae.data.store import EmbeddingStore
 from tests.oracles import galleries as oracle
 
 
@@ -48,7 +48,7 @@ def test_wilson_interval_is_scipys():
 @pytest.mark.parametrize("sparse_below", [0.0, 1.1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("block", [1, 33, 1000])
 def test_edges_equal_the_definition(monkeypatch, block, sparse_below):
-    monkeypatch.setattr("msae.hierarchy.SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr("msae.concepts.hierarchy.SPARSE_BELOW", sparse_below)
     rng = np.random.default_rng(1)
     fires = np.concatenate([nested(300), rng.random((300, 40)) < rng.random(40)], axis=1)
     fires[:, 10] = fires[:, 0]  # a twin is no parent: it fires as often
@@ -59,7 +59,7 @@ def test_edges_equal_the_definition(monkeypatch, block, sparse_below):
 def test_more_latents_than_a_block_are_compared_across_blocks(monkeypatch):
     fires = np.concatenate([np.random.default_rng(2).random((200, 30)) < 0.5, nested(200)], axis=1)
     whole = as_set(find_hierarchy(activity_of(fires)))
-    monkeypatch.setattr("msae.hierarchy._BLOCK", 4)
+    monkeypatch.setattr("msae.concepts.hierarchy._BLOCK", 4)
     assert as_set(find_hierarchy(activity_of(fires))) == whole != set()
 
 
@@ -127,7 +127,7 @@ def test_hierarchy_of_a_store_counts_the_k_strongest(tmp_path):
     np.save(tmp_path / "x.npy", x)
     store = EmbeddingStore.open(tmp_path / "x.npy", modality="image")
     sae = SAE(SAEConfig(8, 32, kind="matryoshka", levels=(4, 32))).eval()
-    from msae.galleries.mining import standardizer_for
+    from msae.concepts.gallery.mining import standardizer_for
 
     h = sae.pre_activations(standardizer_for(sae, store, "image").apply(torch.from_numpy(x), "image"))
     fired = {k: (sae.activate(h, inference="topk", k=k) > 0).sum(0).numpy() for k in (4, 9)}

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from msae import activations, kernels, losses
-from msae.errors import ConfigError, TrainingError
-from msae.kernels import Selection, adamw_step_, sae_loss
+from msae.sae import activations
+from msae.sae import kernels
+from msae.sae import losses
+from msae.base.errors import ConfigError, TrainingError
+from msae.sae.kernels import Selection, adamw_step_, sae_loss
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 needs_interpreter = pytest.mark.skipif(
@@ -261,7 +263,7 @@ def test_same_input_gives_the_same_bytes_at_any_number_of_threads(kernel):
 @needs_numba
 @pytest.mark.parametrize(("bias", "is_dense"), [(0.5, True), (-0.8, False)])
 def test_relu_is_the_reference_s_whether_few_or_most_latents_are_active(bias, is_dense):
-    from msae.kernels import dense
+    from msae.sae.kernels import dense
 
     weights = parameters(96, 700, with_threshold=False)
     x = rows_of(300, 96)
@@ -398,7 +400,7 @@ def test_without_numba_the_reference_goes_on_with_one_line_in_the_log():
 
 
 def test_importing_msae_kernels_does_not_import_numba():
-    program = "import sys, msae.kernels; assert 'numba' not in sys.modules; assert 'triton' not in sys.modules"
+    program = "import sys, msae.sae.kernels; assert 'numba' not in sys.modules; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -443,7 +445,7 @@ def test_the_optimizer_step_falls_back_to_torch_in_other_precisions():
 @needs_numba
 def test_a_forked_process_computes_too():
     program = (
-        "import os, torch; torch.set_num_threads(2); from msae.kernels import sae_loss, Selection\n"
+        "import os, torch; torch.set_num_threads(2); from msae.sae.kernels import sae_loss, Selection\n"
         "W = torch.ones(64, 32)\n"
         "weights = W.T, torch.zeros(64), W, torch.zeros(32)\n"
         "f = lambda: sae_loss(torch.ones(64, 32), *weights, selection=Selection(), kernel='cpu')\n"

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from msae.config import from_mapping
-from msae.reporting import report
-from msae.reporting.card import MARK, card, is_ours, write_card
-from msae.reporting.facts import facts_of
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, Statistics
+from msae.base.config import from_mapping
+from msae.web.report import report
+from msae.web.report.card import MARK, card, is_ours, write_card
+from msae.web.report.facts import facts_of
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, Statistics
 from tests.test_reporting_report import EVIL, made, world  # noqa: F401  # fixtures
 
 pytest.importorskip("jinja2")
@@ -84,7 +84,7 @@ def test_our_own_card_is_refreshed_and_a_persons_is_left_alone(world):  # noqa: 
     file = world / "bare/README.md"
     assert report(world / "bare").card == file and "Not evaluated" in file.read_text()
     shutil.copytree(world / "run/eval", world / "bare/eval")  # of other weights
-    from msae.evaluation import evaluate
+    from msae.measure.evaluate import evaluate
 
     evaluate(world / "bare", world / "pairs.store")
     assert report(world / "bare").card == file and "Not evaluated" not in file.read_text()

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from msae import evidence
-from msae.concepts import ConceptNames, as_names
-from msae.errors import ConfigError, MsaeError, RunError, StoreError
-from msae.naming import name
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
-from msae.store import StorePart
-from msae.store import write_store as write_embeddings
+from msae.concepts import evidence
+from msae.concepts.names import ConceptNames, as_names
+from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
+from msae.concepts.naming import name
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
+from msae.data.store import StorePart
+from msae.data.store import write_store as write_embeddings
 from tests.oracles import naming as oracle
 
 D_IN, N_WORDS, N_PLANTED, D_SAE = 48, 60, 30, 200
@@ -461,7 +461,7 @@ GROWTH = """
 import resource
 import numpy as np
 import torch
-from msae import evidence
+from msae.concepts import evidence
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
 words = evidence.unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))

@@ -4,8 +4,8 @@ import logging
 import numpy as np
 import pytest
 
-from msae import neighbours
-from msae.neighbours import NeighbourIndex
+from msae.use import neighbours
+from msae.use.neighbours import NeighbourIndex
 from tests.oracles import neighbours as oracle
 
 faiss = pytest.importorskip("faiss")

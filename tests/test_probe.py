@@ -3,13 +3,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from msae.errors import ConfigError
-from msae.probe import C, Probe, fit_probe, unit_norm
+from msae.base.errors import ConfigError
+from msae.measure.probe import C, Probe, fit_probe, unit_norm
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr("msae.probe.MINIBATCH_STEPS", 120)
+    monkeypatch.setattr("msae.measure.probe.MINIBATCH_STEPS", 120)
 
 
 def clouds(n=300, n_classes=4, d_in=10, spread=0.6, seed=0):
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_probe(solver):
 
 
 def test_many_classes_go_to_minibatches(monkeypatch):
-    monkeypatch.setattr("msae.probe.LBFGS_WORK", 300 * 4 * 10 - 1)
+    monkeypatch.setattr("msae.measure.probe.LBFGS_WORK", 300 * 4 * 10 - 1)
     assert fit(*clouds()).solver == "minibatch"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from msae.cli import main
-from msae.concepts import Concept, ConceptNames
+from msae.concepts.names import Concept, ConceptNames
 from msae.demo import chain
 from msae.demo.scenes import ATTRIBUTES
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from msae.auditing import audit
+from msae.use.audit import audit
 from msae.cli import main
 from msae.cli.look import audit_verb
-from msae.reporting.audit import concept_svgs, section, write_html
+from msae.web.report.audit import concept_svgs, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")
@@ -22,7 +22,7 @@ EVIL = "<script>alert('$x$ & \"y\"')</script>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from msae.standardize import Standardizer, fit_statistics
+    from msae.sae.standardize import Standardizer, fit_statistics
 
     path = tmp_path_factory.mktemp("page")
     store = make_store(path / "on.store", *world(seed=1, classes=("<b>a", "$b")))

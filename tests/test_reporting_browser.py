@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from msae.reporting import report
+from msae.web.report import report
 from tests.test_reporting_report import full, made  # noqa: F401  # fixtures
 
 playwright = pytest.importorskip(

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from msae.galleries import magnitudes
-from msae.reporting import figures
-from msae.samples import Origin, SampleMiner
+from msae.concepts.gallery import magnitudes
+from msae.web.report import figures
+from msae.concepts.samples import Origin, SampleMiner
 
 pytest.importorskip("matplotlib")
 EVIL = "<script>alert('$x_$ & \"y\"')</script> fill: #000000\x00\x1b \U00020000"

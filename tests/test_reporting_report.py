@@ -12,17 +12,17 @@ import pyarrow as pa
 import pytest
 
 import msae
-from msae.auditing import Audit, audit
+from msae.use.audit import Audit, audit
 from msae.cli import main
-from msae.concepts import Agreement, Concept, ConceptNames
-from msae.errors import ConfigError, RunError
-from msae.evaluation import evaluate
-from msae.galleries import ConceptTree
-from msae.hierarchy import Edge, Hierarchy
-from msae.reporting import document, report
-from msae.reporting.views import nodes_of
-from msae.store import StorePart, write_store
-from msae.training import train
+from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.base.errors import ConfigError, RunError
+from msae.measure.evaluate import evaluate
+from msae.concepts.gallery import ConceptTree
+from msae.concepts.hierarchy import Edge, Hierarchy
+from msae.web.report import document, report
+from msae.web.report.views import nodes_of
+from msae.data.store import StorePart, write_store
+from msae.sae.train import train
 from tests.test_bad_input import snapshot
 
 pytest.importorskip("jinja2")
@@ -241,7 +241,7 @@ def test_a_tree_that_is_deep_wide_and_large_is_cut_and_says_so():
 
 
 def test_an_album_has_room_for_so_much_and_no_more(world):
-    from msae.reporting.pictures import Album
+    from msae.web.report.pictures import Album
 
     album = Album([world], 64, room=2000)
     uris = [album.uri(f"pictures/{i}.png") for i in range(10, 20)]

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from msae.reporting.search import render, write_page
-from msae.retrieval import AppliedEdit, Hit, SearchResult, Shared
+from msae.web.report.search import render, write_page
+from msae.use.search import AppliedEdit, Hit, SearchResult, Shared
 
 pytest.importorskip("jinja2")
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=y>"

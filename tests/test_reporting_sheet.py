@@ -6,9 +6,9 @@ import re
 import pytest
 from PIL import Image
 
-from msae.errors import ConfigError
-from msae.galleries import Gallery, Sample
-from msae.reporting.sheet import as_html, draw_sheet, write_sheet
+from msae.base.errors import ConfigError
+from msae.concepts.gallery import Gallery, Sample
+from msae.web.report.sheet import as_html, draw_sheet, write_sheet
 
 KNOWN = {"firing_rate": 0.25, "p50": 1.0, "p99": 3.0, "max": 4.0, "levels": {"64": 1.0}}
 

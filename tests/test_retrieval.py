@@ -9,12 +9,12 @@ import torch
 
 from msae import search
 from msae.cli import main
-from msae.concepts import Concept, ConceptNames
-from msae.embedder import Embedder
-from msae.errors import ConfigError, EmbedderError, RunError, SourceError, StoreError
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
-from msae.store import EmbeddingStore, StorePart, write_store
+from msae.concepts.names import Concept, ConceptNames
+from msae.data.embedder import Embedder
+from msae.base.errors import ConfigError, EmbedderError, RunError, SourceError, StoreError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from tests.oracles import edits as edits_oracle
 from tests.oracles import neighbours as oracle
 from tests.tiny_clip import make_encoder
@@ -404,8 +404,8 @@ def test_one_searcher_for_many_searches_answers_as_a_new_one_does(run, store):
     """Whatever it remembers of the searches before, by several threads at once."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from msae.edits import parse_edit
-    from msae.retrieval import Ask, How, Searcher
+    from msae.use.edits import parse_edit
+    from msae.use.search import Ask, How, Searcher
 
     asked = [("row3", "red=x2"), ("row3", "sky=p99"), ("row7", "red=0"), ("row9", "blue=+1"), ("row7", "#2=1.5")] * 3
     searcher = Searcher.open(run, store, remember=True)

@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
-from msae.errors import ConfigError, RunError
-from msae.sae import SAE, SAEConfig
-from msae.standardize import Standardizer, fit_statistics
+from msae.base.errors import ConfigError, RunError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) + 2
 KINDS = {

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from msae.errors import SourceError
-from msae.images import read_picture
-from msae.sources import Source, SourceItem, open_source
+from msae.base.errors import SourceError
+from msae.data.images import read_picture
+from msae.data.sources import Source, SourceItem, open_source
 
 N = 9
 

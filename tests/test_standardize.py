@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from msae.errors import ConfigError, StoreError
-from msae.standardize import Standardizer, fit_statistics
+from msae.base.errors import ConfigError, StoreError
+from msae.sae.standardize import Standardizer, fit_statistics
 
 X = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) * 0.1 + 3
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from msae.errors import StoreError
-from msae.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
+from msae.base.errors import StoreError
+from msae.data.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
 
 N, D = 25, 6
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from msae.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
-from msae.sae import SAE, SAEConfig
-from msae.training import TrainSettings, learning_rate, shuffled_batches, train, train_step
+from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.train import TrainSettings, learning_rate, shuffled_batches, train, train_step
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
 KINDS = {
@@ -132,7 +132,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from msae.training import train
+from msae.sae.train import train
 store, whole, killed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 
 def start(out):

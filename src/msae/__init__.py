@@ -6,53 +6,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msae.alignment import Stability, stability
-    from msae.auditing import Audit, audit
-    from msae.concepts import ConceptNames
-    from msae.embedding import Embedder, embed
-    from msae.evaluation import Evaluation, evaluate, poster_table
-    from msae.explorer import explore
-    from msae.galleries import Gallery, concept_tree, gallery, top_samples
-    from msae.naming import NameSettings, name
-    from msae.reporting import Report, report
-    from msae.retrieval import SearchResult, search
-    from msae.sae import SAE, SAEConfig
-    from msae.samples import TopSamples
-    from msae.store import EmbeddingStore
-    from msae.training import TrainSettings, train
+    from msae.concepts.stability import Stability, stability
+    from msae.use.audit import Audit, audit
+    from msae.concepts.names import ConceptNames
+    from msae.data.embed import Embedder, embed
+    from msae.measure.evaluate import Evaluation, evaluate, poster_table
+    from msae.web.explorer import explore
+    from msae.concepts.gallery import Gallery, concept_tree, gallery, top_samples
+    from msae.concepts.naming import NameSettings, name
+    from msae.web.report import Report, report
+    from msae.use.search import SearchResult, search
+    from msae.sae.model import SAE, SAEConfig
+    from msae.concepts.samples import TopSamples
+    from msae.data.store import EmbeddingStore
+    from msae.sae.train import TrainSettings, train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Audit": "auditing",
-    "ConceptNames": "concepts",
-    "Embedder": "embedding",
-    "audit": "auditing",
-    "embed": "embedding",
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
-    "poster_table": "evaluation",
-    "explore": "explorer",
-    "Gallery": "galleries",
-    "concept_tree": "galleries",
-    "gallery": "galleries",
-    "top_samples": "galleries",
-    "NameSettings": "naming",
-    "name": "naming",
-    "Report": "reporting",
-    "report": "reporting",
-    "SearchResult": "retrieval",
-    "search": "retrieval",
-    "SAE": "sae",
-    "SAEConfig": "sae",
-    "TopSamples": "samples",
-    "Stability": "alignment",
-    "stability": "alignment",
-    "EmbeddingStore": "store",
-    "TrainSettings": "training",
-    "train": "training",
+    "Audit": "use.audit",
+    "ConceptNames": "concepts.names",
+    "Embedder": "data.embed",
+    "audit": "use.audit",
+    "embed": "data.embed",
+    "Evaluation": "measure.evaluate",
+    "evaluate": "measure.evaluate",
+    "poster_table": "measure.evaluate",
+    "explore": "web.explorer",
+    "Gallery": "concepts.gallery",
+    "concept_tree": "concepts.gallery",
+    "gallery": "concepts.gallery",
+    "top_samples": "concepts.gallery",
+    "NameSettings": "concepts.naming",
+    "name": "concepts.naming",
+    "Report": "web.report",
+    "report": "web.report",
+    "SearchResult": "use.search",
+    "search": "use.search",
+    "SAE": "sae.model",
+    "SAEConfig": "sae.model",
+    "TopSamples": "concepts.samples",
+    "Stability": "concepts.stability",
+    "stability": "concepts.stability",
+    "EmbeddingStore": "data.store",
+    "TrainSettings": "sae.train",
+    "train": "sae.train",
 }
-_MODULES = ("losses", "metrics")
+_MODULES = {"kernels": "sae.kernels", "losses": "sae.losses", "metrics": "measure.metrics"}
 
 
 def __getattr__(name: str) -> Any:
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"msae.{_HOME[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"msae.{name}")
+        return importlib.import_module(f"msae.{_MODULES[name]}")
     raise AttributeError(f"module 'msae' has no attribute {name!r}")
 
 

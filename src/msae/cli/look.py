@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msae.cli.output import check_target, report
-from msae.errors import ConfigError
+from msae.base.errors import ConfigError
 
 Modality = Literal["image", "text"]
 
@@ -14,7 +14,7 @@ Modality = Literal["image", "text"]
 def gallery_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae import galleries
+    from msae.concepts import gallery as galleries
 
     def run(
         run: Annotated[str, tyro.conf.arg(metavar="RUN")],
@@ -60,7 +60,7 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
         else:
             shown = galleries.gallery(run, on, latent=latent, concept=concept, n=n, inference=inference)
             if sheet is not None:
-                from msae.reporting.sheet import write_sheet
+                from msae.web.report.sheet import write_sheet
 
                 write_sheet(shown, sheet)
             report(shown.to_text(), shown.to_dict(), json)
@@ -71,7 +71,7 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
 def stability_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.alignment import stability
+    from msae.concepts.stability import stability
 
     def run(
         runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
@@ -96,7 +96,7 @@ def stability_verb(_: list[str]) -> Callable[..., None]:
 def audit_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.auditing import audit, parse_class_texts
+    from msae.use.audit import audit, parse_class_texts
 
     def run(
         sae: Annotated[str, tyro.conf.arg(metavar="RUN")],
@@ -146,7 +146,7 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
             inference=inference, n_permutations=permutations, sweep_id=sweep_id, seed=seed,
         )  # fmt: skip
         if html is not None:
-            from msae.reporting.audit import write_html
+            from msae.web.report.audit import write_html
 
             write_html(found, html)
         report(found.table(), found.to_dict(), json)
@@ -157,8 +157,8 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
 def search_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.reporting.search import write_page
-    from msae.retrieval import search
+    from msae.web.report.search import write_page
+    from msae.use.search import search
 
     def run(
         run: str,
@@ -219,7 +219,7 @@ def search_verb(_: list[str]) -> Callable[..., None]:
 def report_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.reporting import report as make_report
+    from msae.web.report import report as make_report
 
     def run(
         run: Annotated[str, tyro.conf.arg(metavar="RUN")],
@@ -303,9 +303,9 @@ def info_verb(_: list[str]) -> Callable[..., None]:
 
 def _describe(path: Path) -> dict[str, Any]:
     if (path / "sae.json").exists() or (path / "config.json").exists():
-        from msae.training import describe_run
+        from msae.sae.train import describe_run
 
         return describe_run(path)
-    from msae.store import EmbeddingStore
+    from msae.data.store import EmbeddingStore
 
     return EmbeddingStore.open(path).describe()

@@ -40,8 +40,8 @@ def demo_verb(_: list[str]) -> Callable[..., None]:
 
 def _demo_report(result: "DemoResult") -> Path:
     """The report of the demo's named run, beside the other runs."""
-    from msae.auditing import audit
-    from msae.reporting import report as make_report
+    from msae.use.audit import audit
+    from msae.web.report import report as make_report
 
     run, holdout = result.named_run, result.holdout
     hats = audit(run, holdout, "hat") if len(result.names) else None
@@ -51,7 +51,7 @@ def _demo_report(result: "DemoResult") -> Path:
 def embed_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.embedding import embed
+    from msae.data.embed import embed
 
     def run(
         source: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
@@ -91,8 +91,8 @@ def embed_verb(_: list[str]) -> Callable[..., None]:
 def train_verb(arguments: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.config import from_mapping, read_toml, to_mapping
-    from msae.training import TrainSettings, train
+    from msae.base.config import from_mapping, read_toml, to_mapping
+    from msae.sae.train import TrainSettings, train
 
     # The file's values become the defaults, so that an option given on the command line wins over it.
     file = next((b for a, b in itertools.pairwise(arguments) if a == "--config"), None)
@@ -133,7 +133,7 @@ def train_verb(arguments: list[str]) -> Callable[..., None]:
 def evaluate_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.evaluation import evaluate, poster_table
+    from msae.measure.evaluate import evaluate, poster_table
 
     def run(
         runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")],
@@ -180,8 +180,8 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
 def name_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.concepts import names_table
-    from msae.naming import NameSettings, name
+    from msae.concepts.names import names_table
+    from msae.concepts.naming import NameSettings, name
 
     def run(
         sae: str,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from msae.files import atomic_path
+from msae.base.files import atomic_path
 
 
 def say(line: str) -> None:

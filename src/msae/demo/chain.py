@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.concepts import ConceptNames
+from msae.concepts.names import ConceptNames
 from msae.demo.drawing import render
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
-from msae.embedding import embed
-from msae.errors import ConfigError
-from msae.evaluation import Evaluation, evaluate, poster_table
-from msae.files import atomic_folder, atomic_path
-from msae.naming import name
-from msae.progress import progress
-from msae.training import train
+from msae.data.embed import embed
+from msae.base.errors import ConfigError
+from msae.measure.evaluate import Evaluation, evaluate, poster_table
+from msae.base.files import atomic_folder, atomic_path
+from msae.concepts.naming import name
+from msae.base.progress import progress
+from msae.sae.train import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 """Scenes to train on and to evaluate on; the CLIP has seen none of them."""

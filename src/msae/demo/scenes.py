@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from msae.errors import ConfigError, nearest
+from msae.base.errors import ConfigError, nearest
 
 T = TypeVar("T")
 Value = str | int | bool

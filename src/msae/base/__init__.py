@@ -1,0 +1,1 @@
+"""Errors, files, settings, progress, statistics: what every other wing may use."""

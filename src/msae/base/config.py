@@ -1,0 +1,88 @@
+"""Settings: frozen dataclasses from TOML or JSON, with an unknown key refused by naming the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from msae.base.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: The file is missing or is not TOML; the message holds the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give --config the name of a TOML file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        raise ConfigError(f"{path} is not readable TOML ({err}); mend that line") from err
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """An instance of the dataclass `cls` from `values`, each checked against its field's type.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is not of its field's type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    checked = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}{nearest(name, known)}")
+        checked[name] = _convert(value, known[name], where=f"{where}: {key}")
+    try:
+        return cls(**checked)
+    except TypeError as err:
+        raise ConfigError(f"{where}: {err}") from err
+
+
+def _convert(value: Any, hint: Any, *, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(value, option, where=where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        hint_text = nearest(str(value), [str(a) for a in arguments])
+        raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, arguments[0], where=where) for item in value)
+    elif hint is Path:
+        if isinstance(value, str | Path):
+            return Path(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = getattr(hint, "__name__", str(hint)) if not arguments else str(hint)
+    raise ConfigError(f"{where} = {value!r} is a {type(value).__name__}; give a {wanted}")
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass as JSON values."""
+    return {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }

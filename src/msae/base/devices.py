@@ -1,0 +1,26 @@
+"""Where tensors live: the device that a person named, checked."""
+
+from __future__ import annotations
+
+from msae.base.errors import ConfigError
+
+
+def as_device(name: str, *, allow_mps: bool = False) -> str:
+    """The device called `name`; `auto` is a CUDA GPU where there is one, else Apple's if allowed, else the CPU.
+
+    Args:
+        allow_mps: Whether `auto` may take Apple's GPU, which knows no float64.
+
+    Raises:
+        ConfigError: It cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        mps = allow_mps and torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
+    return name

@@ -1,0 +1,109 @@
+"""Atomic writes and JSON with a schema: nothing half-written is ever seen under its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msae.base.errors import MsaeError
+
+MADE_BY = "msae"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends without an error.
+
+    The file is flushed to disk before the rename, so a power cut leaves either the old or the new content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; ours are ordinary ones
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends; `path` must not exist.
+
+    Args:
+        durable: Flush each file to disk before the rename; without it a power cut, but no kill, may empty files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if durable and file.is_file():
+                _flush(file)
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed process left in `folder`."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int) -> None:
+    """Write `data` with its schema version atomically; floats that are not finite are refused."""
+    record = {"schema_version": schema_version, "made_by": MADE_BY, **data}
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeError]) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        MsaeError: Of the kind made by `error`, when the file is missing, is not a JSON object, or has
+            another schema version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
+    if not isinstance(data, dict):
+        raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
+    found = data.get("schema_version")
+    if found != schema_version:
+        raise error(
+            f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae"
+        )
+    return data
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Latents get names, strongest samples, a hierarchy, a stability."""

@@ -1,0 +1,270 @@
+"""Evidence for names, as pure statistics: nearest words, nulls, p-values, synonym groups, AUROC with an interval.
+
+docs/naming.md tells how the rule uses them, and what each choice was measured to do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from msae.base.progress import progress
+
+BLOCK_ENTRIES = 8_000_000
+"""Cosines held at once, 32 MB of them: what bounds memory, whatever the number of words and latents."""
+DRAWN_ROWS = 4096
+"""Random directions that are drawn at once, in float64."""
+CONFIDENCE = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+
+
+def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows of norm one; a row of zeros stays zero."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+# --- Nearest words
+
+
+class Matches(NamedTuple):
+    """The words nearest to each direction."""
+
+    words: Int64[np.ndarray, "n top"]
+    """Row numbers of the words, the nearest first."""
+    cosines: Float32[np.ndarray, "n top"]
+    rivals: Int64[np.ndarray, " n"]
+    """The nearest word of another group than that of the nearest word; -1 where all words are one group."""
+    rival_cosines: Float32[np.ndarray, " n"]
+    """NaN where there is no rival."""
+
+
+def nearest_words(
+    directions: Float32[np.ndarray, "n d"],
+    words: Float32[np.ndarray, "m d"],
+    groups: Int64[np.ndarray, " m"],
+    *,
+    top: int,
+) -> Matches:
+    """The `top` nearest words of each direction, and the nearest word outside the best word's group.
+
+    Args:
+        directions: Rows of unit norm.
+        words: Rows of unit norm.
+        groups: The synonym group of each word.
+    """
+    top = min(top, len(words))
+    labels = torch.from_numpy(groups)
+    parts = []
+    for cosines in _cosine_blocks(directions, words):
+        best = cosines.topk(top, dim=1)
+        cosines[labels[None, :] == labels[best.indices[:, :1]]] = -torch.inf
+        rival = cosines.max(dim=1)
+        none = rival.values.isneginf()
+        parts.append(
+            Matches(
+                best.indices.numpy(),
+                best.values.numpy(),
+                rival.indices.masked_fill(none, -1).numpy(),
+                rival.values.masked_fill(none, torch.nan).numpy(),
+            )
+        )
+    return Matches(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def best_cosines(
+    directions: Float32[np.ndarray, "n d"], words: Float32[np.ndarray, "m d"]
+) -> Float32[np.ndarray, " n"]:
+    """The cosine of each direction and its nearest word."""
+    return np.concatenate([block.amax(dim=1).numpy() for block in _cosine_blocks(directions, words)])
+
+
+def _cosine_blocks(directions: Float32[np.ndarray, "n d"], words: Float32[np.ndarray, "m d"]) -> Iterator[Tensor]:
+    """Cosines with all words of some directions at a time, in memory that the next block overwrites.
+
+    A new block each time would leave holes between the small results that are kept: nearly the whole matrix in the end.
+    """
+    rows = min(max(1, BLOCK_ENTRIES // len(words)), len(directions))
+    transposed = torch.from_numpy(words).T
+    memory = torch.empty(rows, len(words))
+    with progress("comparing with words", total=len(directions), unit="directions") as advance:
+        for first in range(0, len(directions), rows):
+            block = directions[first : first + rows]
+            yield torch.mm(torch.from_numpy(block), transposed, out=memory[: len(block)])
+            advance(len(block))
+
+
+# --- The null, and p-values
+
+
+def random_like(
+    rows: Float32[np.ndarray, "n d"], count: int, rng: np.random.Generator
+) -> Float32[np.ndarray, "count d"]:
+    """Random unit rows, normal with the mean and covariance of `rows` before they are brought to norm one."""
+    mean = rows.mean(0, dtype=np.float64)
+    centred = rows - mean
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(rows))
+    root = vectors * np.sqrt(values.clip(0))  # clip: a covariance that is not of full rank has eigenvalues of -1e-9
+    drawn = np.empty((count, rows.shape[1]), np.float32)
+    for first in range(0, count, DRAWN_ROWS):  # the stream of numbers is the same, whatever the block
+        block = drawn[first : first + DRAWN_ROWS]
+        block[:] = unit_rows((mean + rng.standard_normal(block.shape) @ root.T).astype(np.float32))
+    return drawn
+
+
+def tail_p_values(values: Float32[np.ndarray, " n"], null: Float32[np.ndarray, " m"]) -> Float64[np.ndarray, " n"]:
+    """The share of `null` that is at least as large as each value, never zero: (1 + count) / (1 + m).
+
+    Source: Phipson and Smyth 2010, doi:10.2202/1544-6115.1585.
+    """
+    above = len(null) - np.searchsorted(np.sort(null), values, side="left")
+    return (1.0 + above) / (1.0 + len(null))
+
+
+def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Benjamini and Hochberg's adjusted p-values: naming those below q makes a share of at most q false."""
+    from scipy.stats import false_discovery_control
+
+    return np.asarray(false_discovery_control(p)) if len(p) else p
+
+
+# --- Synonyms
+
+
+def synonym_groups(words: Float32[np.ndarray, "m d"], *, threshold: float) -> Int64[np.ndarray, " m"]:
+    """A group number per word; any two words of one group have at least the cosine `threshold`.
+
+    Groups are merged from the most similar pair down, and only where all their words are similar (complete
+    linkage): a chain car, van, bus, tram would otherwise become one group.
+
+    Args:
+        words: Rows of unit norm.
+    """
+    parent = np.arange(len(words))
+    members = {word: [word] for word in range(len(words))}
+    for first, second in _similar_pairs(words, threshold):
+        a, b = parent[first], parent[second]
+        if a != b and bool((words[members[a]] @ words[members[b]].T >= threshold).all()):
+            parent[members[b]] = a
+            members[a] += members.pop(b)
+    return np.unique(parent, return_inverse=True)[1].astype(np.int64)
+
+
+def _similar_pairs(words: Float32[np.ndarray, "m d"], threshold: float) -> Int64[np.ndarray, "pairs 2"]:
+    """Pairs of words at least that similar, the most similar first."""
+    pairs, cosines, first = [], [], 0
+    for block in _cosine_blocks(words, words):
+        found = (block.triu_(first + 1) >= threshold).nonzero()
+        cosines.append(block[found[:, 0], found[:, 1]].numpy())
+        pairs.append(found.numpy() + np.array([first, 0]))
+        first += len(block)
+    order = np.argsort(-np.concatenate(cosines), kind="stable")
+    return np.asarray(np.concatenate(pairs)[order])
+
+
+# --- Words in captions
+
+
+def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[int]]:
+    """For each word, the numbers of the captions that contain it, as whole words, singular or plural.
+
+    Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together.
+    """
+    wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, word in enumerate(words):
+        for form in _forms(_tokens(word)):
+            wanted[form].append(number)
+    longest = max((len(form) for form in wanted), default=0)
+    rows: list[list[int]] = [[] for _ in words]
+    for row, caption in enumerate(captions):
+        tokens = _tokens(caption)
+        phrases = {tokens[i : i + n] for n in range(1, longest + 1) for i in range(len(tokens) - n + 1)}
+        for number in {found for phrase in phrases for form in _forms(phrase) for found in wanted.get(form, ())}:
+            rows[number].append(row)
+    return rows
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    letters = "".join(c if c.isalnum() else "" if c in "'\u2019" else " " for c in text.casefold())
+    return tuple(letters.split())
+
+
+def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The phrase, and what it may be the plural of."""
+    if not phrase:
+        return set()
+    *rest, last = phrase
+    forms = {last}
+    if last.endswith("s") and not last.endswith("ss") and len(last) > 3:
+        forms.add(last[:-1])
+        if last.endswith("es"):
+            forms.add(last[:-2])
+        if last.endswith("ies"):
+            forms.add(last[:-3] + "y")
+    return {(*rest, form) for form in forms if len(form) > 2 or form == last}
+
+
+# --- Agreement
+
+
+class Auroc(NamedTuple):
+    """Probability that a row with the word has a higher activation than a row without it; ties count half."""
+
+    value: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+
+
+def aurocs(
+    activations: Float32[np.ndarray, "n latents"], rows_with: Sequence[Sequence[int]]
+) -> Float64[np.ndarray, "latents words"]:
+    """AUROC of every latent for every word.
+
+    Args:
+        rows_with: The rows that contain each word; neither none nor all of them.
+    """
+    from scipy.sparse import csr_array
+    from scipy.stats import rankdata
+
+    n_with = np.array([len(rows) for rows in rows_with])
+    columns = np.concatenate([np.asarray(rows) for rows in rows_with])
+    ends = np.concatenate([[0], n_with.cumsum()])
+    contains = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows_with), len(activations)))
+    sums = np.asarray(contains @ rankdata(activations, axis=0)).T
+    return np.asarray((sums - n_with * (n_with + 1) / 2) / (n_with * (len(activations) - n_with)))
+
+
+def auroc_interval(
+    value: Float64[np.ndarray, " n"], n_with: Int64[np.ndarray, " n"], n_without: Int64[np.ndarray, " n"]
+) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+    """Ends of the 95 % interval, which stays inside 0 to 1 and has a width even at 1 (score interval).
+
+    Source: Newcombe 2006, doi:10.1002/sim.2324, method 5.
+    """
+
+    def end(inner: Float64[np.ndarray, " n"], outer: float) -> Float64[np.ndarray, " n"]:
+        inner, limit = inner.copy(), np.full_like(inner, outer)
+        for _ in range(50):  # bisection: the distance in standard errors grows from `value` outwards
+            middle = (inner + limit) / 2
+            inside = np.abs(value - middle) <= CONFIDENCE * _standard_error(middle, n_with, n_without)
+            inner, limit = np.where(inside, middle, inner), np.where(inside, limit, middle)
+        return limit
+
+    value = np.asarray(value, dtype=np.float64)
+    return end(value, 0.0), end(value, 1.0)
+
+
+def _standard_error(
+    value: Float64[np.ndarray, " n"], n_with: Int64[np.ndarray, " n"], n_without: Int64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """Hanley and McNeil's, with both counts replaced by their mean where the shape is concerned."""
+    extra = (n_with + n_without) / 2 - 1
+    spread = 1 + extra * ((1 - value) / (2 - value) + value / (1 + value))
+    return np.asarray(np.sqrt(value * (1 - value) * spread / (n_with * n_without)))

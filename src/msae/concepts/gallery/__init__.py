@@ -1,0 +1,187 @@
+"""`gallery`: what activates a latent most, how strongly, and how latents nest; from one pass over any store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msae.concepts.names import names_of
+from msae.base.errors import ConfigError
+from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
+from msae.concepts.gallery.mining import activations, check_n, top_samples
+from msae.concepts.gallery.tree import ConceptTree, concept_tree
+from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.concepts.samples import TopSamples, check_latent, describe
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+
+__all__ = [
+    "AllMagnitudes",
+    "ConceptTree",
+    "Gallery",
+    "Magnitudes",
+    "Sample",
+    "activations",
+    "all_magnitudes",
+    "concept_tree",
+    "gallery",
+    "magnitudes",
+    "top_samples",
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a gallery."""
+
+    id: str
+    activation: float
+    row: int
+    path: str | None
+    """Of the picture, where the store knows it."""
+    caption: str | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else the store's metadata says, such as labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The samples that activate one latent most, images and texts side by side."""
+
+    latent: int
+    name: str | None
+    alike: tuple[int, ...]
+    """Other latents with the name that was asked for."""
+    images: tuple[Sample, ...]
+    texts: tuple[Sample, ...]
+    statistics: Mapping[Modality, Mapping[str, Any]]
+    """Firing rate, mean, natural range and level profile, for each modality of the store."""
+    notes: tuple[str, ...]
+    """What a reader must know: statistics that were not the SAE's own."""
+    roots: tuple[Path, ...] = ()
+    """Folders that the paths of pictures may be relative to."""
+
+    @property
+    def firing_rate(self) -> float:
+        """Share of the rows that fire the latent: of the images, or of the texts where there are no images."""
+        return float(next(iter(self.statistics.values()))["firing_rate"])
+
+    def to_text(self) -> str:
+        """What the command line prints: a line of statistics for each modality, then images and texts side by side."""
+        title = f"latent {self.latent}: {self.name or 'unnamed'}"
+        others = f"  (also {', '.join(map(str, self.alike))})" if self.alike else ""
+        lines = [title + others, *(_summary(m, known) for m, known in self.statistics.items())]
+        sides = [side for side in (self.images, self.texts) if side]
+        rows = itertools.zip_longest(*([_line(sample) for sample in side] for side in sides), fillvalue="")
+        lines += ["  ".join(f"{cell:<{_WIDTH}}" for cell in row).rstrip() for row in rows]
+        return "\n".join([*lines, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "latent": self.latent,
+            "name": self.name,
+            "firing_rate": self.firing_rate,
+            "images": [sample.to_dict() for sample in self.images],
+            "texts": [sample.to_dict() for sample in self.texts],
+            "alike": list(self.alike),
+            "statistics": dict(self.statistics),
+            "notes": list(self.notes),
+        }
+
+
+def gallery(
+    sae: SAE | str | Path,
+    on: EmbeddingStore | str | Path,
+    *,
+    latent: int | None = None,
+    concept: str | None = None,
+    n: int = 16,
+    inference: Inference = "trained",
+) -> Gallery:
+    """The samples of a store that activate one latent most.
+
+    With a run folder, the strongest samples of all latents are kept in it, so that the next latent is answered at once.
+
+    Args:
+        sae: A run folder, or an SAE.
+        on: Any store; of both modalities, images and texts are each standardised with their own statistics.
+        latent: Which latent, or
+        concept: the name of one, from the run's names.json; of several with that name the nearest to it.
+        n: Samples of each modality.
+        inference: `trained` is the activation of training, `relu` every positive latent.
+
+    Raises:
+        ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.
+        StoreError: The store does not fit the SAE.
+    """
+    if (latent is None) == (concept is None):
+        raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
+    check_n(n)
+    folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
+    check_fit(model, store, run=sae)
+    names = names_of(folder, model.d_sae)
+    alike: tuple[int, ...] = ()
+    if concept is not None:
+        if names is None:
+            raise ConfigError(
+                f"{folder or 'this SAE'} has no names.json, so {concept!r} is unknown; "
+                f"type msae name {folder or 'RUN'} --vocabulary STORE first, or give --latent"
+            )
+        cosine = {latent: known.cosine for latent in names.latents_of(concept) if (known := names.concept_of(latent))}
+        latent, *others = sorted(cosine, key=lambda latent: -cosine[latent])
+        alike = tuple(others)
+    assert latent is not None
+    check_latent(latent, model.d_sae)
+    found = {m: top_samples(sae, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    return Gallery(
+        latent=latent,
+        name=None if names is None else names.name_of(latent),
+        alike=alike,
+        images=_samples(store, found["image"], latent, n) if "image" in found else (),
+        texts=_samples(store, found["text"], latent, n) if "text" in found else (),
+        statistics={modality: describe(samples, latent) for modality, samples in found.items()},
+        notes=tuple(note for samples in found.values() for note in _notes(samples)),
+        roots=store.picture_roots,
+    )
+
+
+def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
+    top = samples.top(latent, n)
+    rows = store.describe_rows([sample.row for sample in top])
+    return tuple(
+        Sample(row.id, sample.activation, row.row, row.path, row.caption, row.columns)
+        for sample, row in zip(top, rows, strict=True)
+    )
+
+
+def _notes(samples: TopSamples) -> list[str]:
+    origin = samples.origin
+    if origin.standardized_by == "run":
+        return []
+    return [
+        f"the SAE has no {origin.modality} statistics: {origin.modality} rows were standardised with the mean and "
+        f"scale of {origin.store}"
+    ]
+
+
+_WIDTH = 58  # characters for a sample; two stand side by side
+
+
+def _line(sample: Sample) -> str:
+    words = sample.caption or sample.columns.get("label") or ""
+    line = f"{sample.activation:7.3f}  {sample.id}  {' '.join(str(words).split())}".rstrip()
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
+
+
+def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
+    levels = ", ".join(f"the {k} strongest in {share:.0%}" for k, share in list(known["levels"].items())[:2])
+    return (
+        f"{modality}s: fires on {known['firing_rate']:.2%}, there among {levels}; "
+        f"median {known['p50']:.2f}, p99 {known['p99']:.2f}, largest {known['max']:.2f}"
+    )

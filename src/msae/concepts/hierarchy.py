@@ -1,0 +1,307 @@
+"""Which latents nest: parents and children from how often latents fire together.
+
+A child fires almost only where its parent fires, and more rarely. Pure maths on who fires where; docs/gallery.md
+says what the rule is and what it cannot see.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+
+from msae.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_array
+
+Z_95 = 1.959963984540054
+"""Half-width of a two-sided 95 % interval, in standard deviations."""
+SPARSE_BELOW = 0.03
+"""Density under which a sparse product beats a dense one."""
+_BLOCK = 512  # latents; two unpacked blocks of 20,000 rows are 80 MB
+
+
+class Interval(NamedTuple):
+    """A 95 % interval of a share."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def wilson(successes: NDArray[Any], trials: NDArray[Any]) -> Interval:
+    """The 95 % score interval of shares, which holds at 0 and 1 too.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22.
+    """
+    n = np.maximum(np.asarray(trials, dtype=np.float64), 1.0)
+    p = np.asarray(successes, dtype=np.float64) / n
+    centre = p + Z_95**2 / (2 * n)
+    spread = Z_95 * np.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+    scale = 1 + Z_95**2 / n
+    return Interval(np.maximum((centre - spread) / scale, 0.0), np.minimum((centre + spread) / scale, 1.0))
+
+
+class Activity:
+    """Who fires where, one bit for each row and latent."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.d_sae = d_sae
+        self.n_rows = 0
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._sizes: list[int] = []
+
+    def add(self, fires: Bool[np.ndarray, "block d_sae"]) -> None:
+        """Take in the next rows."""
+        self._blocks.append(np.packbits(fires, axis=0))
+        self._sizes.append(len(fires))
+        self.n_rows += len(fires)
+
+    def of(self, latents: slice | NDArray[np.int64]) -> Bool[np.ndarray, "n_rows latents"]:
+        """Where each of some latents fires."""
+        pieces = [
+            np.unpackbits(block[:, latents], axis=0, count=size)
+            for block, size in zip(self._blocks, self._sizes, strict=True)
+        ]
+        return np.concatenate(pieces).view(np.bool_)
+
+    def as_sparse(self) -> csc_array:
+        """All of it as a sparse matrix of ones, (n_rows, d_sae)."""
+        from scipy.sparse import csc_array, vstack
+
+        parts = [
+            csc_array(np.unpackbits(block, axis=0, count=size).astype(np.int32))
+            for block, size in zip(self._blocks, self._sizes, strict=True)
+        ]
+        return csc_array(vstack(parts, format="csc"))
+
+    @property
+    def density(self) -> float:
+        """Share of all latents that fire on a row, on average."""
+        return float(self.fired.sum()) / max(self.n_rows * self.d_sae, 1)
+
+    @cached_property
+    def fired(self) -> Int64[np.ndarray, " d_sae"]:
+        """Rows in which each latent fires; ask once all rows are in."""
+        blocks = [slice(first, first + _BLOCK) for first in range(0, self.d_sae, _BLOCK)]
+        return np.concatenate([self.of(block).sum(0, dtype=np.int64) for block in blocks])
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A latent that fires almost only where another one fires."""
+
+    child: int
+    parent: int
+    together: int
+    """Rows in which both fire."""
+    share: float
+    """Of the rows in which the child fires, the share in which the parent fires."""
+    share_low: float
+    """Lower end of its 95 % interval."""
+    share_high: float
+    lift: float
+    """`share` over the parent's firing rate: 1 is what two unrelated latents have."""
+    lift_low: float
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """Every parent of every latent, and the tree that keeps for each the most specific one."""
+
+    n_rows: int
+    fired: Int64[np.ndarray, " d_sae"]
+    edges: tuple[Edge, ...]
+    """Ordered by child, the most specific parent first."""
+
+    @cached_property
+    def parent(self) -> dict[int, Edge]:
+        """The tree: of each child the edge to its most specific parent, the one that fires most rarely."""
+        chosen: dict[int, Edge] = {}
+        for edge in self.edges:
+            chosen.setdefault(edge.child, edge)
+        return chosen
+
+    @cached_property
+    def children(self) -> dict[int, list[int]]:
+        """Of each parent in the tree its children, the most frequent first."""
+        found: dict[int, list[int]] = {}
+        for edge in self.parent.values():
+            found.setdefault(edge.parent, []).append(edge.child)
+        return {parent: self._by_frequency(latents) for parent, latents in found.items()}
+
+    @property
+    def roots(self) -> list[int]:
+        """Parents that have no parent, the most frequent first. A latent without any relation is not in the tree."""
+        return self._by_frequency([latent for latent in self.children if latent not in self.parent])
+
+    def _by_frequency(self, latents: Collection[int]) -> list[int]:
+        return sorted(latents, key=lambda latent: (-int(self.fired[latent]), latent))
+
+    def walk(self) -> Iterator[tuple[int, int]]:
+        """Depth and latent of every node, each parent just before its children."""
+        waiting = [(0, latent) for latent in reversed(self.roots)]
+        while waiting:
+            depth, latent = waiting.pop()
+            yield depth, latent
+            waiting += [(depth + 1, child) for child in reversed(self.children.get(latent, []))]
+
+    def to_dict(self, names: Mapping[int, str], profile: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+        """The nodes in the order of `walk`, each with its parent's edge and its children, as JSON values."""
+        nodes = []
+        for depth, latent in self.walk():
+            edge = self.parent.get(latent)
+            nodes.append(
+                {
+                    "latent": latent,
+                    "name": names.get(latent),
+                    "depth": depth,
+                    "fired": int(self.fired[latent]),
+                    "firing_rate": float(self.fired[latent] / self.n_rows),
+                    "levels": profile.get(latent, {}),
+                    "parent": None if edge is None else asdict(edge),
+                    "children": self.children.get(latent, []),
+                }
+            )
+        return {"rows": self.n_rows, "edges": len(self.edges), "roots": self.roots, "nodes": nodes}
+
+
+def find_hierarchy(
+    activity: Activity, *, min_share: float = 0.8, min_lift: float = 1.5, min_fired: int = 20
+) -> Hierarchy:
+    """Parents and children among all latents, by products of blocks: no d_sae x d_sae matrix is ever held.
+
+    Args:
+        activity: Fewer than 16 million rows, so that float32 counts are exact.
+        min_share: The lower end of the interval of `Edge.share` must reach this.
+        min_lift: So must the lower end of the lift: a parent that fires nearly everywhere is no parent.
+        min_fired: Latents that fire in fewer rows are left out.
+
+    Raises:
+        ConfigError: `min_share` is not a share.
+    """
+    if not 0 < min_share <= 1:
+        raise ConfigError(f"min share {min_share} is not above 0 and at most 1; give for example 0.8")
+    assert activity.n_rows < 2**24
+    latents = np.flatnonzero(activity.fired >= max(min_fired, 1))
+    products = _sparse_products if activity.density < SPARSE_BELOW else _dense_products
+    edges = [
+        edge
+        for pairs in products(activity, latents, min_share)
+        for edge in _edges(activity, pairs, min_share, min_lift)
+    ]
+    edges.sort(key=lambda edge: (edge.child, int(activity.fired[edge.parent]), -edge.share, edge.parent))
+    return Hierarchy(activity.n_rows, activity.fired, tuple(edges))
+
+
+class _Pairs(NamedTuple):
+    """Latents that fire together, and in how many rows."""
+
+    child: NDArray[np.int64]
+    parent: NDArray[np.int64]
+    together: NDArray[np.int64]
+
+
+def _dense_products(activity: Activity, latents: NDArray[np.int64], min_share: float) -> Iterator[_Pairs]:
+    """The pairs that share enough rows, from float32 products of blocks."""
+    # The most frequent first: a parent then always stands before its child, and half of the products suffice.
+    latents = latents[np.argsort(-activity.fired[latents], kind="stable")]
+    blocks = [latents[first : first + _BLOCK] for first in range(0, len(latents), _BLOCK)]
+    for j, children in enumerate(blocks):
+        here = activity.of(children).astype(np.float32)
+        for i, parents in enumerate(blocks[: j + 1]):
+            above = here if i == j else activity.of(parents).astype(np.float32)
+            together = above.T @ here
+            parent, child = np.nonzero(together >= min_share * activity.fired[children])
+            yield _Pairs(children[child], parents[parent], together[parent, child].astype(np.int64))
+
+
+def _sparse_products(activity: Activity, latents: NDArray[np.int64], _: float) -> Iterator[_Pairs]:
+    """All pairs that share a row, from sparse products: for rows on which few latents fire."""
+    fires = activity.as_sparse()
+    for first in range(0, len(latents), _BLOCK):
+        children = latents[first : first + _BLOCK]
+        found = (fires.T @ fires[:, children]).tocoo()
+        yield _Pairs(children[found.col], found.row.astype(np.int64), found.data.astype(np.int64))
+
+
+def _edges(activity: Activity, pairs: _Pairs, min_share: float, min_lift: float) -> list[Edge]:
+    """Those of the pairs that are a child and a parent."""
+    fired = activity.fired
+    hopeful = (fired[pairs.child] < fired[pairs.parent]) & (pairs.together >= min_share * fired[pairs.child])
+    child, parent, both = (column[hopeful] for column in pairs)
+    share, (low, high) = both / fired[child], wilson(both, fired[child])
+    rate = fired[parent] / activity.n_rows
+    kept = (low >= min_share) & (low / rate >= min_lift)
+    columns = (child, parent, both, share, low, high, share / rate, low / rate)
+    return [Edge(*values) for values in zip(*(column[kept].tolist() for column in columns), strict=True)]
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """How a hierarchy of named latents agrees with known pairs of a word and a broader word."""
+
+    predicted: int
+    """Edges between latents whose different names both occur in the known pairs."""
+    precision: float | None
+    """Share of those that are known pairs; None without any."""
+    chance: float | None
+    """The same share among all ordered pairs of such latents."""
+    wanted: int
+    """Known pairs of which both words are names here."""
+    recall: float | None
+    """Share of those that some edge has; None without any."""
+
+
+def score_pairs(edges: Sequence[Edge], names: Mapping[int, str], pairs: Collection[tuple[str, str]]) -> PairScore:
+    """Precision and recall of `edges` against known (narrower word, broader word) `pairs`, such as WordNet's.
+
+    The pairs are closed first: with (poodle, dog) and (dog, animal), poodle under animal is right too. An edge
+    between two latents of the same name says nothing and is left out.
+    """
+    truth = _closure(pairs)
+    words = {word for pair in truth for word in pair}
+    named = {latent: name for latent, name in names.items() if name in words}
+    judged = [
+        (named[edge.child], named[edge.parent])
+        for edge in edges
+        if edge.child in named and edge.parent in named and named[edge.child] != named[edge.parent]
+    ]
+    present = set(named.values())
+    wanted = {pair for pair in truth if pair[0] in present and pair[1] in present}
+    count = Counter(named.values())
+    n_pairs = len(named) ** 2 - sum(n**2 for n in count.values())
+    return PairScore(
+        predicted=len(judged),
+        precision=_share(sum(pair in truth for pair in judged), len(judged)),
+        chance=_share(sum(count[narrow] * count[broad] for narrow, broad in wanted), n_pairs),
+        wanted=len(wanted),
+        recall=_share(len(wanted & set(judged)), len(wanted)),
+    )
+
+
+def _closure(pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """All (narrower, broader) pairs that follow from chains of the given ones."""
+    broader: dict[str, set[str]] = {}
+    for narrow, broad in pairs:
+        broader.setdefault(narrow, set()).add(broad)
+    closed = set()
+    for word in broader:
+        waiting, seen = list(broader[word]), set()
+        while waiting:
+            above = waiting.pop()
+            if above not in seen and above != word:
+                seen.add(above)
+                waiting += broader.get(above, ())
+        closed |= {(word, above) for above in seen}
+    return closed
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

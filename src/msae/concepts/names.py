@@ -1,0 +1,268 @@
+"""`ConceptNames`: which latents have a name, with the evidence for it, in names.json.
+
+The keys of the file and the rules behind them are in docs/naming.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from msae.base.config import from_mapping
+from msae.base.errors import ConfigError, RunError, nearest
+from msae.base.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+FILE = "names.json"
+
+Rule = Literal["evidence", "poster"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a latent's activation separates the rows whose caption or label contains its name."""
+
+    auroc: float
+    """Probability that a row with the word activates the latent more than a row without it."""
+    low: float
+    """Lower end of the 95 % interval of `auroc`."""
+    high: float
+    n_with: int
+    """Rows that contain the name or one of its synonyms."""
+    n_without: int
+    rank: int
+    """Place of the name among all words that occur in the rows, by their AUROC for this latent; 1 is the best."""
+    n_words: int
+    """Words, synonyms counted once, that occur often enough to be ranked."""
+    fires_with: float
+    """Share of the rows with the name in which the latent is active."""
+    fires_without: float
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A latent that has a name with evidence."""
+
+    latent: int
+    name: str
+    cosine: float
+    """Of the decoder row and the word's embedding."""
+    margin: float | None
+    """`cosine` less that of the runner-up; None where there is no other word."""
+    runner_up: str | None = None
+    """The nearest word that is not a synonym of the name."""
+    p: float | None = None
+    """Share of random directions that come as near to some word; None by the poster's rule."""
+    q: float | None = None
+    """`p` adjusted for the number of latents."""
+    synonyms: tuple[str, ...] = ()
+    """Other words with nearly the embedding of the name."""
+    agreement: Agreement | None = None
+    """None where no rows were given, or too few of them contain the name."""
+    text_fires: bool | None = None
+    """Whether the name, encoded as text, activates the latent; None by the poster's rule."""
+    text_rank: int | None = None
+    """Place of the name among all words by how much each, encoded as text, activates the latent; 1 is the most."""
+    images_fire: bool | None = None
+    """Whether images of it activate the latent more than others do; None where that is not known."""
+
+    @property
+    def is_multimodal(self) -> bool | None:
+        """Both the named text and images of it activate the latent; None where that is not known."""
+        if self.text_fires is None or self.images_fire is None:
+            return None
+        return self.text_fires and self.images_fire
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A word near a latent's decoder row, whether or not the latent has earned a name."""
+
+    word: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class ConceptNames:
+    """The named latents of one SAE, in the order of the latents, and what the names rest on."""
+
+    rule: Rule
+    d_sae: int
+    concepts: tuple[Concept, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Latents that pass each part of the rule, as in docs/naming.md."""
+    nearest_words: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
+    """For every latent, named or not, its nearest words; empty where they were not kept."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, vocabulary and encoder."""
+
+    def __len__(self) -> int:
+        """Number of named latents."""
+        return len(self.concepts)
+
+    def __iter__(self) -> Iterator[Concept]:
+        return iter(self.concepts)
+
+    def concept_of(self, latent: int) -> Concept | None:
+        """The concept of a latent, or None where the latent is unnamed.
+
+        Raises:
+            ConfigError: There is no such latent.
+        """
+        self._check(latent)
+        return self._by_latent.get(latent)
+
+    def name_of(self, latent: int) -> str | None:
+        """The name of a latent, or None where it is unnamed.
+
+        Raises:
+            ConfigError: There is no such latent.
+        """
+        concept = self.concept_of(latent)
+        return concept.name if concept else None
+
+    def latents_of(self, name: str) -> list[int]:
+        """Every latent that bears the name or a synonym of it, in any letter case; wide SAEs have several.
+
+        Raises:
+            ConfigError: No latent bears it; the message names the nearest name that one bears.
+        """
+        found = self._by_name.get(name.casefold().strip())
+        if found is None:
+            known = [concept.name for concept in self.concepts]
+            hint = nearest(name.casefold(), known) or f"; {len(set(known))} names are known, such as {known[:3]}"
+            raise ConfigError(f"no latent is named {name!r}{hint if known else '; no latent of this SAE is named'}")
+        return list(found)
+
+    def candidates_of(self, latent: int) -> tuple[Candidate, ...]:
+        """The words nearest to a latent, named or not, the nearest first.
+
+        Raises:
+            ConfigError: There is no such latent.
+        """
+        self._check(latent)
+        return self.nearest_words[latent] if self.nearest_words else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What names.json holds and `msae name --json` writes, but for the candidates of every latent."""
+        concepts = [
+            {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts
+        ]
+        return {
+            "rule": self.rule,
+            "d_sae": self.d_sae,
+            "counts": dict(self.counts),
+            **self.record,
+            "concepts": concepts,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write names.json, into the folder `path` or as that file."""
+        # One string a latent, not a list: 24,576 latents must not become half a million lines of JSON.
+        near = ["\t".join(f"{c.word}\t{c.cosine}" for c in words) for words in self.nearest_words]
+        write_json(_file(path), {**self.to_dict(), "nearest_words": near}, schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConceptNames:
+        """The names in a run folder, or in a file that `save` wrote.
+
+        Raises:
+            RunError: There are none, or the file is damaged.
+        """
+        file = _file(path)
+        if not file.exists():
+            raise RunError(f"{file} does not exist; to name the latents, type: msae name RUN --vocabulary STORE")
+        data = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
+        try:
+            concepts = tuple(_concept(entry, where=str(file)) for entry in data.pop("concepts"))
+            near = tuple(_candidates(line) for line in data.pop("nearest_words"))
+            rule, d_sae, counts = data.pop("rule"), int(data.pop("d_sae")), data.pop("counts")
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as err:
+            raise RunError(f"{file} is damaged ({type(err).__name__}: {err}); name the latents again") from err
+        record = {key: value for key, value in data.items() if key not in ("schema_version", "made_by")}
+        return cls(rule, d_sae, concepts, counts, near, record)
+
+    def _check(self, latent: int) -> None:
+        if not 0 <= latent < self.d_sae:
+            raise ConfigError(f"there is no latent {latent}; this SAE has the latents 0 to {self.d_sae - 1}")
+
+    @cached_property
+    def _by_latent(self) -> dict[int, Concept]:
+        return {concept.latent: concept for concept in self.concepts}
+
+    @cached_property
+    def _by_name(self) -> dict[str, Sequence[int]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        for concept in self.concepts:
+            for word in {word.casefold() for word in (concept.name, *concept.synonyms)}:
+                found[word].append(concept.latent)
+        return dict(found)
+
+
+def names_table(names: ConceptNames, *, rows: int = 20) -> str:
+    """What `msae name` prints: the counts of the rule, and the concepts that lie nearest to their names."""
+    share = len(names) / names.d_sae
+    lines = [f"{len(names):,} of {names.d_sae:,} latents are named ({share:.1%}) by the rule {names.rule}"]
+    lines += ["  " + ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in names.counts.items()), ""]
+    if names.concepts:
+        lines.append("latent  cosine  margin  q        AUROC (95 % interval)  name")
+    for concept in sorted(names, key=lambda concept: -concept.cosine)[:rows]:
+        found = concept.agreement
+        agreement = f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-"
+        margin = "-" if concept.margin is None else f"{concept.margin:.3f}"
+        q = "-" if concept.q is None else f"{concept.q:.1e}"
+        synonyms = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
+        start = f"{concept.latent:>6}  {concept.cosine:>6.3f}  {margin:>6}  {q:<7}  {agreement:<21}"
+        lines.append(f"{start}  {concept.name}{synonyms}")
+    if len(names) > rows:
+        lines.append(f"and {len(names) - rows:,} more in names.json")
+    return "\n".join(lines)
+
+
+def as_names(names: ConceptNames | str | Path) -> ConceptNames:
+    """`names` themselves, or those saved in that run folder or file."""
+    return names if isinstance(names, ConceptNames) else ConceptNames.load(names)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / FILE
+
+
+def names_of(folder: Path | None, d_sae: int) -> ConceptNames | None:
+    """The names that `msae name` left in a run folder, if it did.
+
+    Args:
+        d_sae: Latents of the SAE that is in the folder now.
+
+    Raises:
+        RunError: The file is damaged, or of another SAE.
+    """
+    if folder is None or not (folder / FILE).exists():
+        return None
+    names = ConceptNames.load(folder)
+    if names.d_sae != d_sae:
+        raise RunError(
+            f"{folder / FILE} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
+            f"type: msae name {folder} --vocabulary STORE"
+        )
+    return names
+
+
+def _concept(entry: Mapping[str, Any], *, where: str) -> Concept:
+    values = {key: value for key, value in entry.items() if key != "is_multimodal"}
+    agreement = values.pop("agreement")
+    concept = from_mapping(Concept, values, where=where)
+    if agreement is None:
+        return concept
+    return dataclasses.replace(concept, agreement=from_mapping(Agreement, agreement, where=where))
+
+
+def _candidates(line: str) -> tuple[Candidate, ...]:
+    parts = line.split("\t") if line else []
+    return tuple(Candidate(word, float(cosine)) for word, cosine in zip(parts[::2], parts[1::2], strict=True))

@@ -1,0 +1,444 @@
+"""`name`: the latents of an SAE get words for names, where the evidence allows it.
+
+The rules, their choices and what each was measured to do: docs/naming.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from msae.concepts import evidence
+from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, Rule
+from msae.base.config import from_mapping
+from msae.base.errors import ConfigError, StoreError
+from msae.sae.model import SAE, as_sae, check_fit
+from msae.sae.standardize import Modality, Statistics, fit_statistics
+from msae.data.store import EmbeddingStore, as_store
+
+Centre = Literal["vocabulary", "sae", "none"]
+Untested = Literal["unnamed", "named"]
+
+POSTER_COSINE = 0.42
+POSTER_RATIO = 2.0
+MIN_ROWS = 5
+"""Rows with a word, and rows without, that agreement needs."""
+AGREEMENT_SHARE = 0.05
+"""A name must be among this share of the words that occur in the rows, by AUROC: a word at random then rarely is."""
+TEXT_SHARE = 0.01
+"""A name must be among this share of the words by how much its text activates the latent, or be the very first."""
+_WORD_COLUMNS = ("text", "caption", "word", "name")
+_CAPTION_COLUMNS = ("caption", "text", "label", "class")
+
+
+@dataclass(frozen=True)
+class NameSettings:
+    """How to name. Everything but the two stores and the SAE."""
+
+    rule: Rule = "evidence"
+    centre: Centre = "vocabulary"
+    """What is subtracted from the words' embeddings: their own mean, the SAE's mean of texts, or nothing."""
+    subtract_b_dec: bool = True
+    """Also subtract the SAE's decoder bias from the words, as its encoder does."""
+    false_names: float = 0.05
+    """By the evidence rule: the share of the names that may be chance (q)."""
+    synonyms: float = 0.8
+    """Words whose centred embeddings have at least this cosine are one group."""
+    candidates: int = 5
+    """Nearest words to keep for every latent, named or not."""
+    modality: Modality | None = None
+    """Which embeddings of the `on` store; None prefers images."""
+    column: str | None = None
+    """Its captions or labels; None takes the first of caption, text, label, class."""
+    untested: Untested = "unnamed"
+    """What becomes of a name that the captions hardly mention, where captions are given."""
+    max_rows: int = 50_000
+    """Rows of the `on` store to use, a random sample of more."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, low in (("false_names", 0.0), ("synonyms", -1.0)):
+            if not low < getattr(self, field) <= 1:
+                option = field.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, field)} is not in {low:g} to 1; give a number in between")
+        for field in ("candidates", "max_rows"):
+            if getattr(self, field) < 1:
+                option = field.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, field)} is not positive; give at least 1")
+
+
+def name(
+    sae: SAE | str | Path,
+    vocabulary: EmbeddingStore | str | Path,
+    *,
+    on: EmbeddingStore | str | Path | None = None,
+    out: str | Path | None = None,
+    settings: NameSettings | None = None,
+    **options: Any,
+) -> ConceptNames:
+    """Name the latents of an SAE by the words nearest to their decoder rows, where that is more than chance.
+
+    Args:
+        vocabulary: A store of words, embedded as text by the encoder of the SAE. Rows with the same word, such as
+            prompt templates of it, count as one word with their mean embedding.
+        on: A store with captions or labels, of rows that the SAE was not trained on: a name must then also agree
+            with them. Words are never chosen by these rows, so all of them are held out.
+        out: Where to write names.json; None writes it into the run folder, where `sae` is one.
+        settings: All settings at once, instead of `options`.
+        options: Fields of `NameSettings`, such as `rule="poster"`.
+
+    Raises:
+        StoreError: A store is of another encoder or width, or has no words or no captions.
+        ConfigError: A setting is out of range, or the SAE has no statistics for what is asked.
+    """
+    settings = settings or from_mapping(NameSettings, options, where="name")
+    folder = Path(sae) if not isinstance(sae, SAE) else None
+    sae = as_sae(sae)
+    words = read_words(sae, as_store(vocabulary, "text"), settings)
+    names = _by_poster(sae, words, settings) if settings.rule == "poster" else _by_evidence(sae, words, on, settings)
+    target = out or (folder if folder is not None and folder.is_dir() else None)
+    if target is not None:
+        names.save(target)
+    return names
+
+
+# --- Words
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a vocabulary, each once, ready to be compared with decoder rows."""
+
+    texts: tuple[str, ...]
+    directions: Float32[np.ndarray, "m d_in"]
+    """Unit rows in the space of the decoder."""
+    groups: Int64[np.ndarray, " m"]
+    """Synonym group of each word."""
+    standardized: Float32[np.ndarray, "m d_in"]
+    """What the SAE would read, were the words its input."""
+    record: Mapping[str, Any]
+
+    def members(self, group: int) -> list[str]:
+        return [self.texts[i] for i in np.flatnonzero(self.groups == group)]
+
+
+def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> Words:
+    """The vocabulary's words as directions in the space of the decoder of `sae`.
+
+    Raises:
+        StoreError: The vocabulary has no words, or is of another encoder or width.
+    """
+    check_fit(sae, vocabulary)
+    texts, row_words = _distinct(_text_column(vocabulary, _WORD_COLUMNS, None), vocabulary)
+    raw = np.concatenate(list(vocabulary.batches("text", 8192)))
+    n_rows = np.bincount(row_words)
+    mean = np.zeros((len(texts), sae.d_in))
+    # Unit rows, so that no prompt template of a word weighs more than another.
+    np.add.at(mean, row_words, evidence.unit_rows(raw) * np.linalg.norm(raw, axis=1).mean())
+    mean = (mean / n_rows[:, None]).astype(np.float32)
+    centred = _standardize(mean, _origin(sae, mean, settings.centre, vocabulary))
+    read = _standardize(mean, _origin(sae, mean, "sae" if "text" in sae.standardizer else "vocabulary", vocabulary))
+    b_dec = sae.b_dec.detach().cpu().numpy() if settings.subtract_b_dec else np.float32(0)
+    groups = evidence.synonym_groups(evidence.unit_rows(mean - mean.mean(0)), threshold=settings.synonyms)
+    record = {
+        "vocabulary": str(vocabulary.path),
+        "vocabulary_fingerprint": vocabulary.fingerprint,
+        "encoder": sae.config.encoder or vocabulary.encoder,
+        "n_words": len(texts),
+        "n_synonym_groups": int(groups.max()) + 1,
+    }
+    return Words(texts, evidence.unit_rows(centred - b_dec), groups, read, record)
+
+
+def _origin(sae: SAE, words: Float32[np.ndarray, "m d_in"], centre: Centre, vocabulary: EmbeddingStore) -> Statistics:
+    if centre == "sae":
+        sae.standardizer.apply(torch.zeros(1, sae.d_in), "text")  # says what is missing where there are no statistics
+        return sae.standardizer.statistics["text"]
+    if centre == "vocabulary":
+        try:
+            return fit_statistics(lambda: [torch.from_numpy(words)])
+        except StoreError as err:
+            raise StoreError(f"{vocabulary.path} cannot be a vocabulary: {err}") from err
+    scale = float(np.sqrt(sae.d_in) / np.linalg.norm(words, axis=1).mean())
+    return Statistics(torch.zeros(sae.d_in), scale)
+
+
+def _standardize(x: Float32[np.ndarray, "n d_in"], origin: Statistics) -> Float32[np.ndarray, "n d_in"]:
+    return np.asarray((x - origin.mean.cpu().numpy()) * np.float32(origin.scale))
+
+
+def _text_column(store: EmbeddingStore, known: Sequence[str], column: str | None) -> list[str]:
+    column = column or next((name for name in known if name in store.columns), None)
+    if column is None:
+        raise StoreError(
+            f"{store.path} has none of the columns {', '.join(known)} (it has {', '.join(store.columns) or 'none'}); "
+            f"put a .csv with one of them beside it"
+        )
+    return ["" if value is None else " ".join(str(value).split()) for value in store.column(column)]
+
+
+def _distinct(texts: Sequence[str], vocabulary: EmbeddingStore) -> tuple[tuple[str, ...], Int64[np.ndarray, " n"]]:
+    """Each word once, in the spelling that comes first, and the number of the word of each row."""
+    known: dict[str, int] = {}
+    spelling: list[str] = []
+    numbers = np.empty(len(texts), np.int64)
+    for row, text in enumerate(texts):
+        if not text:
+            raise StoreError(f"row {row} of the vocabulary {vocabulary.path} has no word; remove the row")
+        if text.casefold() not in known:
+            known[text.casefold()] = len(spelling)
+            spelling.append(text)
+        numbers[row] = known[text.casefold()]
+    if len(spelling) < 2:
+        raise StoreError(f"the vocabulary {vocabulary.path} has {len(spelling)} word; a name needs at least two")
+    return tuple(spelling), numbers
+
+
+# --- The poster's rule
+
+
+def _by_poster(sae: SAE, words: Words, settings: NameSettings) -> ConceptNames:
+    """Cosine above .42, twice the second best, and no other latent with the same best word."""
+    found = evidence.nearest_words(
+        _decoder(sae), words.directions, np.arange(len(words.texts)), top=max(2, settings.candidates)
+    )
+    best, second, word = found.cosines[:, 0], found.cosines[:, 1], found.words[:, 0]
+    is_near = best > POSTER_COSINE
+    is_clear = best > POSTER_RATIO * second  # without a division: a second best of 0 or less is no rival
+    is_only = np.bincount(word, minlength=len(words.texts))[word] == 1
+    valid = is_near & is_clear & is_only
+    counts = {
+        "cosine": int(is_near.sum()),
+        "ratio": int(is_clear.sum()),
+        "cosine_and_ratio": int((is_near & is_clear).sum()),
+        "unique": int(is_only.sum()),
+        "valid": int(valid.sum()),
+    }
+    concepts = [
+        Concept(
+            int(latent),
+            words.texts[word[latent]],
+            _round(best[latent]),
+            _round(best[latent] - second[latent]),
+            words.texts[found.words[latent, 1]],
+        )
+        for latent in np.flatnonzero(valid)
+    ]
+    return _names(sae, words, settings, concepts, counts, found)
+
+
+# --- The evidence
+
+
+def _by_evidence(
+    sae: SAE, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
+) -> ConceptNames:
+    """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
+    directions = _decoder(sae)
+    found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
+    rng = np.random.default_rng(settings.seed)
+    null = evidence.random_like(directions, max(20_000, 2 * sae.d_sae), rng)
+    null_cosines = evidence.best_cosines(null, words.directions)
+    p = evidence.tail_p_values(found.cosines[:, 0], null_cosines)
+    q = evidence.q_values(p)
+    latents = np.flatnonzero(q <= settings.false_names)
+    counts = {"latents": sae.d_sae, "beyond_chance": len(latents)}
+    ranks = _text_ranks(sae, words, latents, found.words[latents, 0])
+    is_read = ranks <= max(1, int(TEXT_SHARE * len(words.texts)))
+    latents, ranks = latents[is_read], ranks[is_read]
+    counts["fired_by_text"] = len(latents)
+    record: dict[str, Any] = {
+        "false_names": settings.false_names,
+        "null_size": len(null),
+        "null_cosines": {str(share): _round(np.quantile(null_cosines, share)) for share in (0.5, 0.95, 0.99)},
+    }
+    agreements: list[Agreement | None] = [None] * len(latents)
+    keep = [True] * len(latents)
+    if on is not None:
+        witness = _Witness(sae, words, as_store(on), settings, rng)
+        agreements = witness.agreements(latents, found.words[latents, 0])
+        keep = [_agrees(agreement, settings.untested) for agreement in agreements]
+        counts["tested"] = sum(agreement is not None for agreement in agreements)
+        counts["agree"] = sum(agreement is not None and _agrees(agreement, "unnamed") for agreement in agreements)
+        record |= witness.record
+    concepts = [
+        _concept(int(latent), words, found, float(p[latent]), float(q[latent]), int(rank), agreement, record)
+        for latent, rank, agreement, kept in zip(latents, ranks, agreements, keep, strict=True)
+        if kept
+    ]
+    return _names(sae, words, settings, concepts, {**counts, "named": len(concepts)}, found, record)
+
+
+def _concept(
+    latent: int,
+    words: Words,
+    found: evidence.Matches,
+    p: float,
+    q: float,
+    text_rank: int,
+    agreement: Agreement | None,
+    record: Mapping[str, Any],
+) -> Concept:
+    word, rival, cosine = int(found.words[latent, 0]), int(found.rivals[latent]), found.cosines[latent, 0]
+    return Concept(
+        latent,
+        words.texts[word],
+        _round(cosine),
+        _round(cosine - found.rival_cosines[latent]) if rival >= 0 else None,
+        words.texts[rival] if rival >= 0 else None,
+        p=p,
+        q=q,
+        synonyms=tuple(text for text in words.members(words.groups[word]) if text != words.texts[word]),
+        agreement=agreement,
+        text_fires=True,
+        text_rank=text_rank,
+        images_fire=agreement.low > 0.5 if agreement and record.get("on_modality") == "image" else None,
+    )
+
+
+def _agrees(agreement: Agreement | None, untested: Untested) -> bool:
+    """Activation and word go together, and hardly any other word goes better with it."""
+    if agreement is None:
+        return untested == "named"
+    best = max(1, int(AGREEMENT_SHARE * agreement.n_words))
+    return agreement.low > 0.5 and agreement.rank <= best
+
+
+def _text_ranks(
+    sae: SAE, words: Words, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]
+) -> Int64[np.ndarray, " c"]:
+    """The place of each latent's word among all words by how much their texts activate the latent.
+
+    It is the encoder's word on a name that only the decoder was asked for. Synonyms of the name are no rivals; a
+    word that leaves the latent silent is behind all others.
+    """
+    x = torch.from_numpy(words.standardized)
+    ranks = np.zeros(len(latents), np.int64)
+    for block in _blocks(len(latents), len(words.texts)):
+        z = _activations(sae, x, latents[block])
+        mine = z[own[block], np.arange(z.shape[1])]
+        is_rival = words.groups[:, None] != words.groups[own[block]][None, :]
+        ranks[block] = np.where(mine > 0, 1 + ((z > mine) & is_rival).sum(0), 1 + len(words.texts))
+    return ranks
+
+
+class _Witness:
+    """Rows with captions or labels, asked whether a latent is active where its name is mentioned."""
+
+    def __init__(
+        self, sae: SAE, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
+    ) -> None:
+        check_fit(sae, store)
+        captions = _text_column(store, _CAPTION_COLUMNS, settings.column)
+        is_readable = [m for m in store.modalities if m in sae.standardizer]
+        self.modality: Modality = settings.modality or (is_readable or store.modalities)[0]
+        rows = np.sort(rng.permutation(len(store))[: settings.max_rows])
+        x = torch.from_numpy(store.take(rows, self.modality))
+        self.sae, self.words, self.n_rows = sae, words, len(rows)
+        self.x = sae.standardizer.apply(x, self.modality)
+        by_word = evidence.rows_with_words([captions[row] for row in rows], words.texts)
+        by_group: list[set[int]] = [set() for _ in range(int(words.groups.max()) + 1)]
+        for group, found in zip(words.groups, by_word, strict=True):
+            by_group[group].update(found)
+        tested = [g for g, found in enumerate(by_group) if MIN_ROWS <= len(found) <= self.n_rows - MIN_ROWS]
+        self.rows_with = [sorted(by_group[group]) for group in tested]
+        self.place = {group: i for i, group in enumerate(tested)}
+        self.record = {
+            "on": str(store.path),
+            "on_fingerprint": store.fingerprint,
+            "on_modality": self.modality,
+            "on_rows": self.n_rows,
+            "untested": settings.untested,
+        }
+
+    def agreements(self, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]) -> list[Agreement | None]:
+        """The agreement of each latent with its own word; None where the rows mention it too rarely."""
+        groups = self.words.groups[own]
+        result: list[Agreement | None] = [None] * len(latents)
+        testable = np.array([i for i, group in enumerate(groups) if int(group) in self.place], dtype=np.int64)
+        for block in _blocks(len(testable), self.n_rows):
+            chosen = testable[block]
+            z = _activations(self.sae, self.x, latents[chosen])
+            places = np.array([self.place[int(group)] for group in groups[chosen]])
+            for i, agreement in zip(chosen, self._agreements(z, places), strict=True):
+                result[i] = agreement
+        return result
+
+    def _agreements(self, z: Float32[np.ndarray, "n c"], places: Int64[np.ndarray, " c"]) -> Iterable[Agreement]:
+        values = evidence.aurocs(z, self.rows_with)
+        own = values[np.arange(len(places)), places]
+        ranks = 1 + (values > own[:, None]).sum(1)
+        n_with = np.array([len(self.rows_with[place]) for place in places])
+        low, high = evidence.auroc_interval(own, n_with, self.n_rows - n_with)
+        for i, place in enumerate(places):
+            fires = z[:, i] > 0
+            with_word = int(fires[self.rows_with[place]].sum())
+            n, others = int(n_with[i]), self.n_rows - int(n_with[i])
+            yield Agreement(
+                auroc=_round(own[i]),
+                low=_round(low[i]),
+                high=_round(high[i]),
+                n_with=n,
+                n_without=others,
+                rank=int(ranks[i]),
+                n_words=len(self.rows_with),
+                fires_with=_round(with_word / n),
+                fires_without=_round((int(fires.sum()) - with_word) / others),
+            )
+
+
+# --- Small things
+
+
+def _names(
+    sae: SAE,
+    words: Words,
+    settings: NameSettings,
+    concepts: Sequence[Concept],
+    counts: Mapping[str, int],
+    found: evidence.Matches,
+    record: Mapping[str, Any] | None = None,
+) -> ConceptNames:
+    near = tuple(
+        tuple(Candidate(words.texts[word], _round(cosine)) for word, cosine in zip(numbers, cosines, strict=True))
+        for numbers, cosines in zip(
+            found.words[:, : settings.candidates], found.cosines[:, : settings.candidates], strict=True
+        )
+    )
+    how = {
+        "centre": settings.centre,
+        "subtract_b_dec": settings.subtract_b_dec,
+        "synonym_cosine": settings.synonyms,
+        "seed": settings.seed,
+    }
+    return ConceptNames(
+        settings.rule, sae.d_sae, tuple(concepts), counts, near, {**words.record, **how, **(record or {})}
+    )
+
+
+def _decoder(sae: SAE) -> Float32[np.ndarray, "d_sae d_in"]:
+    return evidence.unit_rows(sae.W_dec.detach().cpu().float().numpy())
+
+
+@torch.no_grad()
+def _activations(sae: SAE, x: Tensor, latents: Int64[np.ndarray, " c"]) -> Float32[np.ndarray, "n c"]:
+    """`z` of some latents for standardised rows; ReLU, which alone needs no other latent to be known."""
+    h = torch.addmm(sae.b_enc[latents], x - sae.b_dec, sae.W_enc[:, latents])
+    return np.asarray(sae.activate(h, inference="relu").numpy())
+
+
+def _blocks(n: int, width: int) -> list[slice]:
+    """Slices of `range(n)` so small that each, times `width`, stays within the memory for one block."""
+    rows = max(1, evidence.BLOCK_ENTRIES // width)
+    return [slice(first, first + rows) for first in range(0, n, rows)]
+
+
+def _round(value: float | np.floating[Any]) -> float:
+    return round(float(value), 6)

@@ -1,0 +1,250 @@
+"""Rows of numbers in files, memory-mapped: `.npy` and `.safetensors`, and many files read as one array."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from numpy.typing import NDArray
+
+from msae.base.errors import MsaeError
+
+FINGERPRINT_ROWS = 256
+"""Rows of each modality that enter a fingerprint; docs/store-format.md."""
+
+_SAFETENSORS_DTYPES = {
+    "F16": ("float16", "<f2"),
+    "F32": ("float32", "<f4"),
+    "F64": ("float64", "<f8"),
+    "BF16": ("bfloat16", "<u2"),
+    "U8": ("uint8", "|u1"),
+}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+Error = Callable[[str], MsaeError]
+ModalityT = TypeVar("ModalityT", bound=str)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one file, read as float32 on demand."""
+
+    path: Path
+    values: NDArray[Any]
+    """Usually a memory map; bfloat16 is held as its 16 bits."""
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """The chosen rows as float32: a number that float32 cannot hold becomes infinite."""
+        chosen = self.values[rows]
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            return (np.asarray(chosen, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.array(chosen, dtype=np.float32, order="C")
+
+    def raw(self, rows: NDArray[np.int64]) -> bytes:
+        """The chosen rows as they are stored, little-endian and row after row."""
+        chosen = np.ascontiguousarray(self.values[rows])
+        return chosen.astype(chosen.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedRows:
+    """The rows of several files as one array."""
+
+    shards: tuple[Rows, ...]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Number of the first row of each shard, then the number of all rows."""
+        return [0, *np.cumsum([shard.shape[0] for shard in self.shards]).tolist()]
+
+    @property
+    def d_in(self) -> int:
+        return self.shards[0].shape[1]
+
+    @property
+    def dtype(self) -> str:
+        return self.shards[0].dtype
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    def take(self, rows: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n d_in"]:
+        """The given rows in the given order, with one sorted read of each shard touched."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        out = np.empty((len(rows), self.d_in), dtype=np.float32)
+        cuts = np.searchsorted(ascending, self.offsets)
+        for number, shard in enumerate(self.shards):
+            first, last = cuts[number], cuts[number + 1]
+            if first < last:
+                out[order[first:last]] = shard.read(ascending[first:last] - self.offsets[number])
+        return out
+
+    def between(self, start: int, stop: int) -> Float32[np.ndarray, "n d_in"]:
+        """The rows from `start` up to `stop`, read contiguously."""
+        stop = min(stop, len(self))
+        pieces = []
+        number = bisect.bisect_right(self.offsets, start) - 1
+        while start < stop:
+            first, last = self.offsets[number], min(stop, self.offsets[number + 1])
+            pieces.append(self.shards[number].read(slice(start - first, last - first)))
+            start, number = last, number + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def raw(self, rows: Int64[np.ndarray, " n"]) -> bytes:
+        """Ascending `rows` as they are stored."""
+        cuts = np.searchsorted(rows, self.offsets)
+        return b"".join(
+            shard.raw(rows[cuts[number] : cuts[number + 1]] - self.offsets[number])
+            for number, shard in enumerate(self.shards)
+        )
+
+
+def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
+    """Position of the first row that holds a NaN or an infinity, if any."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(x.sum()):  # one pass without a temporary; a sum that overflows is looked at closely
+            return None
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    return int(bad[0]) if len(bad) else None
+
+
+def fingerprint(rows: Mapping[ModalityT, ShardedRows]) -> str:
+    """A hash of what is stored, the same however it is cut into files; defined in docs/store-format.md."""
+    digest = hashlib.blake2b(digest_size=16)
+    for modality in sorted(rows):
+        array = rows[modality]
+        n = len(array)
+        n_sampled = min(n, FINGERPRINT_ROWS)
+        sampled = np.arange(n_sampled, dtype=np.int64) * (n - 1) // max(n_sampled - 1, 1)
+        digest.update(f"{modality}:{n}:{array.d_in}:{array.dtype};".encode())
+        digest.update(array.raw(sampled))
+    return digest.hexdigest()
+
+
+def open_npy(path: Path, error: Error) -> Rows:
+    """The two-dimensional float array of a `.npy` file, memory-mapped; nothing is unpickled.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: no header, truncated, another dtype or number of dimensions.
+    """
+    try:
+        with path.open("rb") as file:
+            _check_npy_magic(path, file.read(8), error)
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(file)
+            start = file.tell()
+    except (OSError, ValueError) as err:
+        raise error(f"{path} cannot be read as .npy ({_line(err)}); make it again") from err
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        reason = "object: pickled, never opened" if dtype.hasobject else str(dtype)
+        raise error(f"{path} holds {reason}; wanted float16, float32 or float64: save it with .astype('float16')")
+    if len(shape) != 2:
+        raise error(f"{path} holds an array of shape {shape}; wanted two dimensions: (rows, d_in)")
+    wanted, found = start + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if found < wanted:
+        raise error(f"{path} is truncated: {found:,} bytes where its header promises {wanted:,}; make it again")
+    if 0 in shape:
+        raise error(f"{path} is empty: an array of shape {shape}; wanted at least one row")
+    return Rows(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
+
+
+def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[str, str]]:
+    """The float tensors of a `.safetensors` file, memory-mapped, and the strings of its header.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: the header is damaged or the file is truncated.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise error(
+                    f"{path} is truncated or no safetensors file: its {size:,} bytes hold no whole header; "
+                    f"make it again"
+                )
+            header = json.loads(file.read(length))
+        strings = header.pop("__metadata__", {})
+        rows = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _SAFETENSORS_DTYPES:
+                continue
+            dtype, stored = _SAFETENSORS_DTYPES[entry["dtype"]]
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            n_bytes = math.prod(shape) * np.dtype(stored).itemsize
+            if not 0 <= first <= last or last - first != n_bytes:
+                raise error(f"{path} is damaged: tensor {name!r} has offsets that do not fit its shape; make it again")
+            if 8 + length + last > size:
+                raise error(f"{path} is truncated: tensor {name!r} ends beyond the file; copy or make it again")
+            values: NDArray[Any] = np.empty(shape, stored)
+            if n_bytes:
+                values = np.memmap(path, dtype=stored, mode="r", offset=8 + length + first, shape=shape)
+            rows[name] = Rows(path, values, dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise error(f"{path} is no readable safetensors file ({_line(err)}); make it again") from err
+    return rows, strings
+
+
+def same_width(shards: Sequence[Rows], error: Error) -> ShardedRows:
+    """The shards as one array.
+
+    Raises:
+        MsaeError: Of the kind made by `error`, when their widths or dtypes differ.
+    """
+    first = shards[0]
+    for shard in shards[1:]:
+        if shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:
+            raise error(
+                f"{shard.path} is {shard.shape[1]} wide ({shard.dtype}) but {first.path.name} is "
+                f"{first.shape[1]} wide ({first.dtype}); wanted shards of one encoder: embed again"
+            )
+    return ShardedRows(tuple(shards))
+
+
+def _check_npy_magic(path: Path, head: bytes, error: Error) -> None:
+    if head[:6] == b"\x93NUMPY":
+        return
+    if not head:
+        raise error(f"{path} is empty (0 bytes); copy or make it again")
+    if head[:1] == b"\x80" or head[:2] == b"PK":
+        kind = "a zip archive (.npz or torch.save)" if head[:2] == b"PK" else "a Python pickle"
+        raise error(f"{path} is {kind}, which msae never opens; save it with numpy.save")
+    shape = _shape_in_name(path)
+    raise error(
+        f"{path} has no NumPy header; if it is raw float32 like the paper's released files, give it one: "
+        f"numpy.save('new.npy', numpy.memmap('{path.name}', 'float32', 'r').reshape({shape}))"
+    )
+
+
+def _shape_in_name(path: Path) -> str:
+    """`rows, width` where the name ends in two numbers that fit the file as float32, else a placeholder."""
+    numbers = re.search(r"_(\d+)_(\d+)$", path.stem)
+    if numbers and int(numbers[1]) * int(numbers[2]) * 4 == path.stat().st_size:
+        return f"{numbers[1]}, {numbers[2]}"
+    return "-1, D_IN"
+
+
+def _line(err: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -1,0 +1,481 @@
+"""`embed`: images and captions become an `EmbeddingStore`, whatever interrupts it.
+
+The work goes in chunks of source positions, each committed to `STORE/.partial/` as one file; what a killed
+process leaves is whole chunks, and the next run goes on after them. All of them are at last cut into shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msae.data.arrays import first_bad_row
+from msae.data.embedder import DEMO, Embedder, Precision, revision_of
+from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
+from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
+from msae.base.files import read_json, remove_leftovers, write_json
+from msae.data.images import quiet_about_size, read_picture
+from msae.base.progress import progress
+from msae.data.sources import Source, SourceItem, open_source
+from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
+from msae.data.store.files import Modality
+from msae.data.tables import common_schema, conform, unique_ids
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Embedder", "embed"]
+
+BATCHES_PER_CHUNK = 4
+MAX_LISTED = 10_000
+"""Skipped inputs that store.json lists; all are counted."""
+_N_AHEAD = 10
+"""Batches that are decoded ahead: enough for eight threads; 40 MB each at 64 images of 224 pixels."""
+_STATE_VERSION = 1
+_RECORDED = (
+    "encoder",
+    "encoder_revision",
+    "asked_revision",
+    "precision",
+    "pixel_backend",
+    "source",
+    "source_signature",
+    "shard_rows",
+)
+"""What store.json keeps of the state."""
+
+
+def embed(
+    source: str | Path | Source,
+    *,
+    encoder: str | Path | Embedder,
+    out: str | Path,
+    batch_size: int = 64,
+    device: str = "auto",
+    dtype: Precision = "auto",
+    revision: str | None = None,
+    shard_rows: int = 65_536,
+    workers: int | None = None,
+) -> EmbeddingStore:
+    """The store `out` with an embedding of every image and caption in `source`, made or gone on with.
+
+    A row that cannot be embedded (an unreadable image, an empty caption) is left out everywhere, counted, and
+    listed with the reason in store.json. A run that is killed or stopped with Ctrl-C goes on, when it is
+    started again, after the last chunk that it committed; the result is the same to the byte. A finished
+    store that was made from the same source and encoder is returned as it is.
+
+    Args:
+        source: Images and captions; see `msae.data.sources.open_source`.
+        encoder: Folder or hub id of a CLIP, SigLIP or SigLIP 2 model, `demo`, or a loaded `Embedder`.
+        out: Folder of the store.
+        batch_size: Rows that the encoder sees at once; a stopped run may go on with another one.
+        device: Such as `cpu` or `cuda`; `auto` takes the fastest that is there.
+        dtype: What the encoder computes in; see `Embedder.load`.
+        revision: Branch, tag or commit of the encoder on the hub.
+        shard_rows: Rows in each file of the store.
+        workers: Threads that decode images ahead; by default one a CPU core, at most 8.
+
+    Raises:
+        ConfigError: A number is below 1.
+        SourceError: There is nothing to embed.
+        EmbedderError: The encoder cannot be loaded.
+        StoreError: `out` cannot be written, holds something else, or is being written by another process.
+        Interrupted: Ctrl-C; the message says how to go on.
+    """
+    _check_positive(batch_size=batch_size, shard_rows=shard_rows, workers=1 if workers is None else workers)
+    out = Path(out)
+    opened = source if isinstance(source, Source) else open_source(source)
+    asked = _Asked.of(opened, encoder, out, dtype, revision, shard_rows, batch_size)
+    if (out / "store.json").exists():
+        return _finished(out, asked)
+    _check_out(out)
+    state = _read_state(out)
+    embedder = encoder if isinstance(encoder, Embedder) else None
+    if embedder is None:
+        began_with = state.get("precision", "auto") if dtype == "auto" else dtype
+        embedder = Embedder.load(asked.encoder, device=device, dtype=began_with, revision=revision)
+    with _locked(out):
+        if (out / "store.json").exists():  # another process has just finished it
+            return _finished(out, asked)
+        state = _begin(out, asked, embedder, batch_size * BATCHES_PER_CHUNK)
+        try:
+            _embed_chunks(opened, embedder, out, state["chunk_items"], batch_size, workers)
+            return _finish(out, state)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; wanted at least 1")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What makes one store different from another."""
+
+    source: str
+    source_signature: str
+    encoder: str
+    encoder_revision: str | None
+    """Of a folder; that of a hub id is known when it is loaded."""
+    asked_revision: str | None
+    precision: Precision
+    shard_rows: int
+    command: str
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        encoder: str | Path | Embedder,
+        out: Path,
+        dtype: Precision,
+        revision: str | None,
+        shard_rows: int,
+        batch_size: int,
+    ) -> _Asked:
+        id = encoder.id if isinstance(encoder, Embedder) else str(encoder)
+        known = encoder.revision if isinstance(encoder, Embedder) else _folder_revision(id)
+        precision = encoder.dtype if isinstance(encoder, Embedder) else dtype
+        command = ["msae", "embed", source.name, "--encoder", id, "--out", str(out)]
+        options: dict[str, tuple[object, object]] = {
+            "--dtype": (precision, "auto"),
+            "--revision": (revision, None),
+        }
+        options |= {"--shard-rows": (shard_rows, 65_536), "--batch-size": (batch_size, 64)}
+        for option, (value, default) in options.items():
+            if value != default:
+                command += [option, str(value)]
+        return cls(source.name, source.signature, id, known, revision, precision, shard_rows, shlex.join(command))
+
+    def difference(self, record: Mapping[str, Any]) -> str | None:
+        """What `record` was made of instead, in words; None where it is the same."""
+        if record.get("source_signature") != self.source_signature:
+            if record.get("source") == self.source:
+                return f"an earlier state of {self.source}"
+            return f"the source {record.get('source')}"
+        found: dict[str, object] = {"encoder": self.encoder, "shard_rows": self.shard_rows}
+        if self.encoder_revision is not None:
+            found["encoder_revision"] = self.encoder_revision
+        elif self.asked_revision != record.get("encoder_revision"):  # a branch or tag, or none
+            found["asked_revision"] = self.asked_revision
+        if self.precision != "auto":
+            found["precision"] = self.precision
+        for key, value in found.items():
+            if record.get(key) != value:
+                return f"{key.replace('_', ' ')} {record.get(key)}"
+        return None
+
+
+def _folder_revision(encoder: str) -> str | None:
+    folder = DEMO if encoder == "demo" else Path(encoder)
+    return revision_of(folder) if folder.is_dir() else None
+
+
+def _finished(out: Path, asked: _Asked) -> EmbeddingStore:
+    """The finished store, if it is the one asked for."""
+    store = EmbeddingStore.open(out)
+    difference = asked.difference(store.record)
+    if difference:
+        raise StoreError(f"{out} is already there, made of {difference}; give another --out or delete it")
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left by a process that was killed at the very end
+    return store
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before any work, a folder that cannot be written or that holds something else."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out} is a file; give a folder as --out")
+    if out.exists() and not (out / PARTIAL).exists() and any(out.iterdir()):
+        raise StoreError(f"{out} is not empty and no store that embed began; give another --out")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"{out} cannot be written: no permission in {existing}; give another --out")
+
+
+def _read_state(out: Path) -> dict[str, Any]:
+    path = out / PARTIAL / "state.json"
+    return read_json(path, schema_version=_STATE_VERSION, error=StoreError) if path.exists() else {}
+
+
+def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> dict[str, Any]:
+    """What is being made, from the run that began it or written down now."""
+    for folder in (out, out / PARTIAL, out / PARTIAL / "chunks"):
+        remove_leftovers(folder)
+    settled = {
+        "encoder_revision": embedder.revision,
+        "precision": embedder.dtype,
+        "pixel_backend": embedder.pixel_backend,
+    }
+    state = _read_state(out)
+    if not state:
+        record = {**vars(asked), **settled, "chunk_items": chunk_items}
+        write_json(out / PARTIAL / "state.json", record, schema_version=_STATE_VERSION)
+        return _read_state(out)
+    difference = asked.difference(state)
+    for key, value in settled.items():
+        if difference is None and state.get(key) != value:
+            difference = f"{key.replace('_', ' ')} {state.get(key)}"
+    if difference:
+        raise StoreError(
+            f"{out} was begun with {difference}; to go on, type: {state['command']}; to start anew, delete {out}"
+        )
+    return state
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The only process that writes `out`; a folder without any finished chunk is taken away at an error."""
+    work = out / PARTIAL
+    was_there = out.exists()
+    try:
+        (work / "chunks").mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as err:
+        raise StoreError(f"{out} cannot be written ({err.strerror}); give another --out") from err
+    with lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(f"{out} is being written by another process; wait for it") from None
+        try:
+            yield
+        except BaseException:
+            if not any((work / "chunks").glob("*.safetensors")):
+                shutil.rmtree(work if was_there else out, ignore_errors=True)
+            raise
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples, decoded."""
+
+    n_items: int
+    items: list[SourceItem] = field(default_factory=list)
+    """Those that can be embedded."""
+    pixels: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    converted: Counter[str] = field(default_factory=Counter)
+
+
+def _embed_chunks(
+    source: Source, embedder: Embedder, out: Path, chunk_items: int, batch_size: int, workers: int | None
+) -> None:
+    """Commit every chunk that is not there yet."""
+    folder = out / PARTIAL / "chunks"
+    n_chunks = len(list_chunks(folder))
+    start = n_chunks * chunk_items
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+    bar = progress("embedding", total=source.total, unit="rows", start=start)
+    with quiet_about_size() if source.has_images else contextlib.nullcontext(), bar as advance:
+        try:
+            cut = _cut(source.items(start), chunk_items, batch_size)
+            batches = _decoded_ahead(pool, source, embedder, cut)
+            for number in itertools.count(n_chunks):
+                chunk = _embedded(source, embedder, _chunk_of(batches, chunk_items), advance)
+                if chunk.n_items == 0:
+                    break
+                write_chunk(chunk_path(folder, number), chunk)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cut(items: Iterator[SourceItem], chunk_items: int, batch_size: int) -> Iterator[list[SourceItem]]:
+    """The samples in batches that end where their chunk ends: a resumed run cuts as an unbroken one does."""
+    while True:
+        of_chunk = itertools.islice(items, chunk_items)
+        n_batches = 0
+        while batch := list(itertools.islice(of_chunk, batch_size)):
+            n_batches += 1
+            yield batch
+        if not n_batches:
+            return
+
+
+def _decoded_ahead(
+    pool: ThreadPoolExecutor, source: Source, embedder: Embedder, batches: Iterable[list[SourceItem]]
+) -> Iterator[_Batch]:
+    """The batches in order, a few of them being decoded while the encoder works on an earlier one."""
+    waiting: deque[Future[_Batch]] = deque()
+    for items in batches:
+        waiting.append(pool.submit(_decode, source, embedder, items))
+        if len(waiting) > _N_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _chunk_of(batches: Iterator[_Batch], chunk_items: int) -> Iterator[_Batch]:
+    """The next batches that fill a chunk; not one more is waited for before the chunk can be committed."""
+    n_items = 0
+    while n_items < chunk_items and (batch := next(batches, None)):
+        n_items += batch.n_items
+        yield batch
+
+
+def _decode(source: Source, embedder: Embedder, items: Sequence[SourceItem]) -> _Batch:
+    """The samples that can be embedded; of an image only the encoder's few pixels are kept."""
+    batch = _Batch(len(items))
+    for item in items:
+        try:
+            if item.damage is not None:
+                raise SourceError(item.damage)
+            if source.has_captions:
+                _check_caption(item.caption)
+            if source.has_images:
+                if not item.image:
+                    raise SourceError("empty file" if item.image == b"" else "no image")
+                picture = read_picture(item.image)
+                batch.pixels.append(embedder.pixels([picture.image]))
+                batch.converted.update(picture.conversions)
+        except SourceError as err:
+            batch.skipped.append(Skipped(_utf8(item.id), str(err)))
+        else:
+            batch.items.append(item)
+    return batch
+
+
+def _check_caption(caption: str | None) -> None:
+    if caption is None or not caption.strip():
+        raise SourceError("empty caption")
+    if _utf8(caption) != caption:
+        raise SourceError("caption is not valid Unicode")
+
+
+def _embedded(source: Source, embedder: Embedder, batches: Iterable[_Batch], advance: Callable[[int], None]) -> Chunk:
+    empty = np.zeros((0, embedder.d_in), np.float16)
+    rows: dict[Modality, list[NDArray[np.float16]]] = {}
+    if source.has_images:
+        rows["image"] = [empty]
+    if source.has_captions:
+        rows["text"] = [empty]
+    items: list[SourceItem] = []
+    skipped: list[tuple[str, str]] = []
+    converted: Counter[str] = Counter()
+    n_items = n_truncated = 0
+    for batch in batches:
+        if batch.items and source.has_images:
+            pixels = {name: torch.cat([one[name] for one in batch.pixels]) for name in batch.pixels[0]}
+            rows["image"].append(_checked(embedder.embed_pixels(pixels), batch, embedder))
+        if batch.items and source.has_captions:
+            captions = [item.caption or "" for item in batch.items]
+            rows["text"].append(_checked(embedder.embed_texts(captions), batch, embedder))
+            n_truncated += embedder.count_truncated(captions)
+        items += batch.items
+        skipped += batch.skipped
+        converted.update(batch.converted)
+        n_items += batch.n_items
+        advance(batch.n_items)
+    arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
+    return Chunk(arrays, _metadata(source, items), n_items, skipped, dict(converted), n_truncated)
+
+
+def _checked(x: NDArray[np.float32], batch: _Batch, embedder: Embedder) -> NDArray[np.float16]:
+    bad = first_bad_row(x)
+    if bad is not None:
+        raise EmbedderError(
+            f"encoder {embedder.id} gives NaN or infinity for {batch.items[bad].id!r} in {embedder.dtype}; "
+            f"its weights are damaged, or type: --dtype float32"
+        )
+    return x.astype(np.float16)
+
+
+def _metadata(source: Source, items: Sequence[SourceItem]) -> pa.Table:
+    """id, image_path and caption, then the source's other columns."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {"id": pa.array([_utf8(item.id) for item in items], pa.string())}
+    paths = [_utf8(str(item.image.absolute())) if isinstance(item.image, Path) else None for item in items]
+    if any(path is not None for path in paths):
+        columns["image_path"] = pa.array(paths, pa.string())
+    if source.has_captions:
+        columns["caption"] = pa.array([item.caption for item in items], pa.string())
+    found = dict.fromkeys(name for item in items for name in item.columns)
+    names = list(found) if source.schema is None else source.schema.names
+    for name in names:
+        values = [item.columns.get(name) for item in items]
+        values = [_utf8(value) if isinstance(value, str) else value for value in values]
+        if source.schema is not None:
+            columns[name] = pa.array(values, source.schema.field(name).type)
+            continue
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # numbers here, words there
+            columns[name] = pa.array([None if value is None else str(value) for value in values], pa.string())
+    return pa.table(columns)
+
+
+def _finish(out: Path, state: Mapping[str, Any]) -> EmbeddingStore:
+    """Cut all chunks into shards and write store.json; a run killed in here does all of it again."""
+    for name in ("img_emb", "text_emb", "metadata"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files = list_chunks(out / PARTIAL / "chunks")
+    ids: list[str] = []
+    schemas = []
+    skipped: list[Skipped] = []
+    converted: Counter[str] = Counter()
+    n_items = n_truncated = 0
+    for file in files:
+        chunk = read_chunk(file)
+        ids += chunk.metadata.column("id").to_pylist()
+        schemas.append(chunk.metadata.schema)
+        skipped += [Skipped(*entry) for entry in chunk.skipped]
+        converted.update(chunk.converted)
+        n_items += chunk.n_items
+        n_truncated += chunk.n_truncated
+    if not ids:
+        first = f": {skipped[0].id}: {skipped[0].reason}" if skipped else ""
+        shutil.rmtree(out / PARTIAL / "chunks")  # else the next run would not look at the source again
+        raise SourceError(f"none of the {n_items:,} samples of {state['source']} can be embedded{first}")
+    record: dict[str, Any] = {
+        **{key: state[key] for key in _RECORDED},
+        "counts": {
+            "inputs": n_items,
+            "rows": len(ids),
+            "skipped": len(skipped),
+            "converted": dict(sorted(converted.items())),
+            "truncated_captions": n_truncated,
+        },
+        "skipped_is_complete": len(skipped) <= MAX_LISTED,
+        "skipped": [entry._asdict() for entry in skipped[:MAX_LISTED]],
+    }
+    parts = _numbered_parts(files, common_schema(schemas), ids)
+    store = write_store(out, parts, shard_rows=state["shard_rows"], record=record)
+    shutil.rmtree(out / PARTIAL)
+    return store
+
+
+def _numbered_parts(files: Sequence[Path], schema: pa.Schema, ids: Sequence[str]) -> Iterator[StorePart]:
+    """The chunks with columns of one type and with ids that occur once."""
+    import pyarrow as pa
+
+    unique = unique_ids(ids)
+    for file in files:
+        chunk = read_chunk(file)
+        own = pa.array(list(itertools.islice(unique, chunk.metadata.num_rows)), pa.string())
+        table = conform(chunk.metadata, schema).set_column(0, "id", own)
+        yield StorePart(chunk.rows, table)
+
+
+def _utf8(text: str) -> str:
+    """`text` with what UTF-8 cannot hold, such as a file name in another encoding, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

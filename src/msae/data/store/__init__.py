@@ -1,0 +1,421 @@
+"""`EmbeddingStore`: rows of embeddings with ids and metadata on disk, raw, immutable, memory-mapped.
+
+The disk format is defined in docs/store-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from numpy.typing import NDArray
+
+from msae.data.arrays import ShardedRows, fingerprint, first_bad_row
+from msae.base.errors import StoreError, nearest
+from msae.base.files import atomic_path, read_json, write_json
+from msae.data.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.data.store.rows import Row, find_picture
+from msae.data.tables import Metadata, conform, unique_ids
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "EmbeddingStore",
+    "Modality",
+    "Row",
+    "RowIds",
+    "Skipped",
+    "StorePart",
+    "as_store",
+    "find_picture",
+    "resume_command",
+    "write_store",
+]
+
+SCHEMA_VERSION = 1
+PARTIAL = ".partial"
+"""The folder inside a store in which `msae embed` works until the store is finished."""
+
+_ID_COLUMNS = ("id", "key", "image_path")
+
+
+class Skipped(NamedTuple):
+    """One input that was not embedded."""
+
+    id: str
+    reason: str
+
+
+class StorePart(NamedTuple):
+    """Consecutive rows of a store that is being written."""
+
+    rows: Mapping[Modality, NDArray[Any]]
+    metadata: pa.Table
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingStore:
+    """Embeddings of one or two modalities; row i is the same sample in every modality and in the metadata.
+
+    Rows are raw, as the encoder made them: standardising belongs to the SAE.
+    """
+
+    path: Path
+    kind: Literal["store", "clip-retrieval", "npy", "parquet", "safetensors"]
+    rows: Mapping[Modality, ShardedRows] = field(repr=False)
+    fingerprint: str
+    """A hash of the content, the same for the same rows in any kind of file; docs/store-format.md."""
+    _metadata: Metadata = field(repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What store.json says; empty for files that msae did not make."""
+
+    @classmethod
+    def open(cls, path: str | Path, *, modality: Modality | None = None) -> EmbeddingStore:
+        """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .parquet or .safetensors file.
+
+        Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet are held in memory: its
+        compressed pages cannot be mapped.
+
+        Args:
+            modality: What the rows of a plain file with one modality are. Without it they are text where the
+                metadata has captions, no image paths and no labels, and images otherwise.
+
+        Raises:
+            StoreError: Nothing is there, it is damaged or unfinished, its parts do not fit each other, or it
+                lacks `modality`.
+        """
+        path = Path(path)
+        if modality is not None and modality not in MODALITIES:
+            raise StoreError(f"modality {modality!r} is unknown; wanted one of {', '.join(MODALITIES)}")
+        if path.is_dir():
+            store = cls._open_folder(path)
+        elif path.is_file():
+            store = cls._open_file(path, modality)
+        else:
+            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise StoreError(f"{path} does not exist{nearest(path.name, siblings)}; msae embed makes a store")
+        if modality is not None:
+            store._of(modality)
+        return store
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return next(iter(self.rows.values())).d_in
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return tuple(modality for modality in MODALITIES if modality in self.rows)
+
+    @property
+    def encoder(self) -> str | None:
+        """Folder or hub id of the model that made the embeddings, where it is known."""
+        return self.record.get("encoder")
+
+    @property
+    def encoder_revision(self) -> str | None:
+        return self.record.get("encoder_revision")
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Inputs that were not embedded, and why; at most the first 10,000."""
+        return tuple(Skipped(entry["id"], entry["reason"]) for entry in self.record.get("skipped", ()))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.rows.values())))
+
+    def take(self, rows: Int64[np.ndarray, " n"], modality: Modality) -> Float32[np.ndarray, "n d_in"]:
+        """The embeddings of `rows`, in their order, read with one indexed read of each shard touched.
+
+        Raises:
+            StoreError: A row is out of range or holds a NaN or an infinity, or `modality` is not there.
+        """
+        source = self._of(modality)
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            outside = int(rows.min() if rows.min() < 0 else rows.max())
+            raise StoreError(f"row {outside} is asked of {self.path}, which has the rows 0 to {len(self) - 1}")
+        x = source.take(rows)
+        bad = first_bad_row(x)
+        if bad is not None:
+            raise self._not_finite(int(rows[bad]), modality)
+        return x
+
+    def batches(
+        self, modality: Modality, batch_size: int, *, start: int = 0
+    ) -> Iterator[Float32[np.ndarray, "n d_in"]]:
+        """The rows from `start` on, in order, `batch_size` at a time; the last batch may be smaller.
+
+        Raises:
+            StoreError: A row holds a NaN or an infinity, or `modality` is not there.
+        """
+        source = self._of(modality)
+        for first in range(start, len(self), batch_size):
+            x = source.between(first, first + batch_size)
+            bad = first_bad_row(x)
+            if bad is not None:
+                raise self._not_finite(first + bad, modality)
+            yield x
+
+    @cached_property
+    def ids(self) -> RowIds:
+        """The id of each row: column `id`, else `key`, else `image_path`, else the row's number.
+
+        Ids are unique: where a column repeats one, the later rows have `#2`, `#3` … after it.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        known = [name for name in _ID_COLUMNS if name in self.columns]
+        if not known:
+            return RowIds(self, None)
+        column = self._metadata.read(known[:1]).column(known[0]).cast(pa.string())
+        if column.null_count or pc.count_distinct(column).as_py() != len(column):
+            values = column.to_pylist()
+            named = (str(row) if value is None else value for row, value in enumerate(values))
+            column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
+        return RowIds(self, column)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the metadata's columns."""
+        return self._metadata.names
+
+    @cached_property
+    def metadata(self) -> pa.Table:
+        """Everything known about each row; the first column is `id`. Read when first asked for."""
+        import pyarrow as pa
+
+        table = self._metadata.read([name for name in self.columns if name != "id"])
+        ids = pa.array(self.ids, pa.string())
+        return table.add_column(0, "id", ids) if table.num_columns else pa.table({"id": ids})
+
+    def column(self, name: str) -> list[Any]:
+        """One metadata column, a value per row.
+
+        Raises:
+            StoreError: There is no such column; the message names the nearest one.
+        """
+        if name == "id":
+            return list(self.ids)
+        if name not in self.columns:
+            hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
+            raise StoreError(f"{self.path} has no column {name!r}{hint}")
+        return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
+
+    def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
+        """What a person sees of `rows`, in their order."""
+        table = self.metadata.take(np.asarray(rows, dtype=np.int64)).to_pylist()
+        return [Row.of(int(row), metadata) for row, metadata in zip(rows, table, strict=True)]
+
+    @property
+    def picture_roots(self) -> tuple[Path, ...]:
+        """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here."""
+        source = self.record.get("source")
+        made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
+        return tuple(root for root in dict.fromkeys([*made_from, self.path.parent, Path()]) if root.is_dir())
+
+    def describe(self) -> dict[str, Any]:
+        """What `msae info` shows."""
+        origin = ("encoder", "encoder_revision", "pixel_backend", "precision", "source", "counts")
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "rows": len(self),
+            "d_in": self.d_in,
+            "dtype": next(iter(self.rows.values())).dtype,
+            "modalities": list(self.modalities),
+            "columns": list(self.columns),
+            "fingerprint": self.fingerprint,
+            **{key: self.record.get(key) for key in origin},
+            "skipped": self.record.get("counts", {}).get("skipped", 0),
+        }
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> EmbeddingStore:
+        if not (path / "store.json").exists():
+            _check_is_clip_retrieval(path)
+            opened = open_folder(path)
+            return cls(path, "clip-retrieval", opened.rows, fingerprint(opened.rows), opened.metadata)
+        record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError)
+        opened = open_folder(path)
+        found = _content(opened.rows)
+        for key, value in found.items():
+            if record.get(key) != value:
+                raise StoreError(
+                    f"{path} is damaged: its {key} is {value!r} where store.json says {record.get(key)!r}; "
+                    f"copy the store again or embed again"
+                )
+        return cls(path, "store", opened.rows, str(found["fingerprint"]), opened.metadata, record)
+
+    @classmethod
+    def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
+        opened = open_file(path, modality)
+        kind = cast("Literal['npy', 'parquet', 'safetensors']", path.suffix.lower()[1:])
+        return cls(path, kind, opened.rows, fingerprint(opened.rows), opened.metadata)
+
+    def _of(self, modality: Modality) -> ShardedRows:
+        if modality not in self.rows:
+            raise StoreError(f"{self.path} has no {modality} embeddings, only {' and '.join(self.modalities)}")
+        return self.rows[modality]
+
+    def _not_finite(self, row: int, modality: Modality) -> StoreError:
+        return StoreError(
+            f"row {row} (id {self.ids[row]!r}) of the {modality} embeddings in {self.path} holds NaN or "
+            f"infinity; remove the row or embed again"
+        )
+
+
+class RowIds(Sequence[str]):
+    """The ids of a store's rows, turned into strings one by one as they are asked for."""
+
+    def __init__(self, store: EmbeddingStore, column: pa.ChunkedArray | None) -> None:
+        self._store = store
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[int(row)]
+        return str(row) if self._column is None else str(self._column[row].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        if self._column is None:
+            yield from map(str, range(len(self)))
+        else:
+            for chunk in self._column.iterchunks():
+                yield from chunk.to_pylist()
+
+    def row_of(self, id: str) -> int:
+        """The row that has this id.
+
+        Raises:
+            StoreError: No row has it; the message names the nearest of the first 10,000 ids.
+        """
+        for row, known in enumerate(self):
+            if known == id:
+                return row
+        raise StoreError(f"{self._store.path} has no row with the id {id!r}{nearest(id, self[:10_000])}")
+
+
+def as_store(store: EmbeddingStore | str | Path, modality: Modality | None = None) -> EmbeddingStore:
+    """`store` itself, or the store at that path; with `modality`, one that has it.
+
+    Raises:
+        StoreError: It cannot be opened, or lacks `modality`.
+    """
+    if not isinstance(store, EmbeddingStore):
+        return EmbeddingStore.open(store, modality=modality)
+    if modality is not None:
+        store._of(modality)
+    return store
+
+
+def resume_command(path: Path) -> str:
+    """The command that goes on with the interrupted embedding in the folder `path`."""
+    try:
+        command = json.loads((path / PARTIAL / "state.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"msae embed SOURCE --encoder ID --out {path}"
+    return str(command)
+
+
+def write_store(
+    path: Path,
+    parts: Iterable[StorePart],
+    *,
+    schema: pa.Schema | None = None,
+    shard_rows: int = 65_536,
+    record: Mapping[str, Any] | None = None,
+) -> EmbeddingStore:
+    """Write `parts` as one store and open it. Only when all is on disk does store.json make it a store.
+
+    Args:
+        parts: Consecutive rows, at most one shard of which is held in memory; their ids must be unique.
+        schema: Columns and types of the metadata; without it, those of the first part.
+        shard_rows: Rows in each file.
+        record: What else store.json should say, such as `encoder`.
+
+    Raises:
+        StoreError: There are no rows.
+    """
+    for number, (arrays, table) in enumerate(_regroup(parts, schema, shard_rows)):
+        for modality, array in arrays.items():
+            folder = FOLDERS[modality]
+            with (
+                atomic_path(path / folder / f"{folder}_{number}.npy") as temporary,
+                temporary.open("wb") as file,
+            ):
+                np.save(file, array, allow_pickle=False)
+        with atomic_path(path / "metadata" / f"metadata_{number}.parquet") as temporary:
+            _write_parquet(table, temporary)
+    found = _content(open_folder(path).rows)
+    write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
+    return EmbeddingStore.open(path)
+
+
+def _content(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
+    """What store.json records of the arrays, and what must still hold when they are opened."""
+    first = next(iter(rows.values()))
+    return {
+        "modalities": [modality for modality in MODALITIES if modality in rows],
+        "rows": len(first),
+        "d_in": first.d_in,
+        "dtype": first.dtype,
+        "fingerprint": fingerprint(rows),
+    }
+
+
+def _check_is_clip_retrieval(path: Path) -> None:
+    if (path / PARTIAL).is_dir():
+        raise StoreError(f"{path} is unfinished: embedding was interrupted; to go on, type: {resume_command(path)}")
+    if not any((path / folder).is_dir() for folder in FOLDERS.values()):
+        is_run = (path / "sae.json").exists()
+        hint = "it is a run: give the store to use it on" if is_run else "to make one, type: msae embed"
+        raise StoreError(f"{path} is no store: neither img_emb/ nor text_emb/ is in it; {hint}")
+
+
+def _regroup(
+    parts: Iterable[StorePart], schema: pa.Schema | None, shard_rows: int
+) -> Iterator[tuple[dict[Modality, NDArray[Any]], pa.Table]]:
+    """The rows of `parts`, `shard_rows` at a time."""
+    import pyarrow as pa
+
+    waiting: list[StorePart] = []
+    n_waiting = 0
+
+    def shard() -> tuple[dict[Modality, NDArray[Any]], pa.Table]:
+        arrays = {name: np.concatenate([part.rows[name] for part in waiting]) for name in waiting[0].rows}
+        return arrays, pa.concat_tables([part.metadata for part in waiting])
+
+    for part in parts:
+        schema = schema or part.metadata.schema
+        part = StorePart(part.rows, conform(part.metadata, schema))
+        while part.metadata.num_rows:
+            room = shard_rows - n_waiting
+            waiting.append(StorePart({name: x[:room] for name, x in part.rows.items()}, part.metadata[:room]))
+            n_waiting += waiting[-1].metadata.num_rows
+            part = StorePart({name: x[room:] for name, x in part.rows.items()}, part.metadata[room:])
+            if n_waiting == shard_rows:
+                yield shard()
+                waiting, n_waiting = [], 0
+    if waiting:
+        yield shard()
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    # combined: the bytes of the file must not depend on how the rows came in
+    pq.write_table(table.combine_chunks(), path, compression="zstd")

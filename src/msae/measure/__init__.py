@@ -1,0 +1,1 @@
+"""How good a trained SAE is: the metrics, the probe, the evaluation."""

@@ -1,0 +1,147 @@
+"""`evaluate`: SAEs and a store of embeddings become the poster's figures, streamed batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from msae.measure import metrics
+from msae.base.devices import as_device
+from msae.measure.evaluate.kept import Kept, keep, kept_evaluations
+from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
+from msae.measure.evaluate.probes import Probes, targets_of
+from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
+from msae.measure.evaluate.subject import Options, SAELike, StoreLike, Subject, batches_of, open_subject
+from msae.measure.evaluate.table import Cell, poster_table, table_rows
+from msae.base.progress import progress
+from msae.sae.model import SAE, Inference
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+
+__all__ = ["Cell", "Evaluation", "Kept", "RecoveryPoint", "evaluate", "kept_evaluations", "poster_table", "table_rows"]
+
+
+@overload
+def evaluate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one run here
+    sae: SAELike,
+    on: StoreLike,
+    *,
+    modality: Modality = ...,
+    inference: Inference = ...,
+    k: int | None = ...,
+    labels: str | None = ...,
+    probe_train: StoreLike | None = ...,
+    recovery: bool = ...,
+    train_store: StoreLike | None = ...,
+    batch_size: int | None = ...,
+    device: str = ...,
+    seed: int = ...,
+) -> Evaluation: ...
+@overload
+def evaluate(
+    sae: Sequence[SAELike],
+    on: StoreLike,
+    *,
+    modality: Modality = ...,
+    inference: Inference = ...,
+    k: int | None = ...,
+    labels: str | None = ...,
+    probe_train: StoreLike | None = ...,
+    recovery: bool = ...,
+    train_store: StoreLike | None = ...,
+    batch_size: int | None = ...,
+    device: str = ...,
+    seed: int = ...,
+) -> list[Evaluation]: ...
+def evaluate(
+    sae: SAELike | Sequence[SAELike],
+    on: StoreLike,
+    *,
+    modality: Modality = "image",
+    inference: Inference = "relu",
+    k: int | None = None,
+    labels: str | None = None,
+    probe_train: StoreLike | None = None,
+    recovery: bool = False,
+    train_store: StoreLike | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> Evaluation | list[Evaluation]:
+    """Every metric of the poster, for one SAE or several, on one modality of a store.
+
+    Memory does not grow with the number of rows. What is found of a run is also kept in it, in eval/.
+
+    Args:
+        sae: An SAE or a run folder, or several.
+        inference: How z is made: `relu` for every kind as in the poster, `trained`, or `topk` with `k`.
+        labels: A metadata column; adds the probe's figures.
+        probe_train: Where the probe is trained, on original embeddings; without it, the run's training store.
+        recovery: Also the figures of only the k strongest latents of each row, for k = 1, 2, 4, ... d_sae.
+        train_store: Where `dead_train` is counted; without it, the run's training store.
+        batch_size: Rows at a time; None takes some 64 MB of activations.
+        seed: Of the CKNNA batches, and of a probe trained on minibatches.
+
+    Raises:
+        ConfigError: Options that contradict each other, or a probe that has nothing to learn from.
+        StoreError: A store is missing or damaged, or lacks the modality or the column.
+        RunError: A run is missing or damaged, or does not fit the store.
+    """
+    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
+    store = as_store(on, modality)
+    every = [sae] if isinstance(sae, SAE | str | Path) else list(sae)
+    subjects = [open_subject(one, store, options) for one in every]
+    truth = None if labels is None else store.column(labels)
+    probes = Probes(options, None if probe_train is None else as_store(probe_train, modality))
+    if train_store is not None:
+        as_store(train_store)  # a wrong path is said now, not after the passes
+    results = []
+    for one, subject in zip(every, subjects, strict=True):
+        found = _evaluate(subject, store, truth, probes, train_store, options)
+        results.append(keep(found, one, store, options))
+    return results[0] if isinstance(sae, SAE | str | Path) else results
+
+
+@torch.no_grad()
+def _evaluate(
+    subject: Subject,
+    store: EmbeddingStore,
+    truth: list[Any] | None,
+    probes: Probes,
+    train_store: StoreLike | None,
+    options: Options,
+) -> Evaluation:
+    sae = subject.sae
+    probe = None if truth is None else probes.of(subject)
+    targets = None if truth is None or probe is None else targets_of(probe, truth, store, options)
+    scores = Scores(subject, probe, options)
+    with progress(f"evaluating {subject.name}", total=len(store), unit="rows") as advance:
+        for start, raw in batches_of(store, options.modality, options.rows_at_once(sae.d_sae)):
+            scores.update(raw, None if targets is None else targets[start : start + len(raw)])
+            advance(len(raw))
+    cknna = cknna_over_batches(subject, store, options)
+    dead_train, note = dead_in_training(subject, store, train_store, scores.use.dead(), options)
+    return Evaluation(
+        run=subject.run,
+        kind=sae.config.kind,
+        inference=options.inference,
+        k=options.k,
+        modality=options.modality,
+        on=str(store.path),
+        standardized_by=subject.standardized_by,
+        n=len(store),
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        cknna=json_number(cknna.value.mean),
+        cknna_std=json_number(cknna.value.std),
+        cknna_batches=cknna.value.n,
+        decoder_orthogonality=metrics.decoder_orthogonality(sae.W_dec),
+        max_decoder_cosine=metrics.max_decoder_cosine(sae.W_dec),
+        dead_train=dead_train,
+        recovery=scores.recovery_points(cknna.at),
+        notes=tuple(filter(None, [note, cknna.note])),
+        **scores.figures(),
+    )

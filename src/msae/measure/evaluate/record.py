@@ -1,0 +1,112 @@
+"""`Evaluation`: the figures of one SAE on one store, and their JSON keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msae.sae.model import Inference
+from msae.sae.standardize import Modality
+
+
+@dataclass(frozen=True)
+class RecoveryPoint:
+    """What the k strongest activations of each row reconstruct; the fields are those of `Evaluation`."""
+
+    k: int
+    fvu: float | None
+    fvu_per_sample: float | None
+    cosine: float | None
+    cknna: float | None
+    """On the first CKNNA batch."""
+    dead: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one SAE on one store; definitions in `msae.measure.metrics`. None where a figure is undefined.
+
+    `x` and `x_hat` are standardised with the modality's statistics, `std` is over rows, and all kinds of SAE are
+    compared in the same mode, `inference`: `relu` removes TopK from those trained with it, as the poster does.
+    """
+
+    run: str | None
+    """The run folder as it was given; None for an SAE that was given itself."""
+    kind: str
+    inference: Inference
+    k: int | None
+    """Of inference `topk`, else None."""
+    modality: Modality
+    on: str
+    """The evaluation store."""
+    standardized_by: Literal["run", "evaluation store"]
+    """Whose mean and scale: the evaluation store's where the SAE was trained without this modality."""
+    n: int
+    """Rows of the evaluation store."""
+    d_in: int
+    d_sae: int
+    sparsity: float
+    """Share of exact zeros in z, 0 to 1."""
+    sparsity_std: float
+    l0: float
+    """Mean count of non-zero latents of a row."""
+    fvu: float | None
+    """Pooled fraction of variance unexplained; None where all rows are equal."""
+    fvu_per_sample: float | None
+    """Mean of squared error over squared norm; the row compared with the poster."""
+    fvu_per_sample_std: float | None
+    fvu_authors: float | None
+    """The released code's formula, on raw vectors."""
+    cosine: float
+    """Mean cosine of x and x_hat, -1 to 1."""
+    cosine_std: float
+    mae: float | None
+    """Mean absolute error over mean absolute value."""
+    cknna: float | None
+    """Alignment of x and z, mean over batches; None with fewer than 11 rows."""
+    cknna_std: float | None
+    """Over batches; 0 where there is one."""
+    cknna_batches: int
+    decoder_orthogonality: float
+    """Mean squared cosine of two decoder rows; random ones score 1/d_in."""
+    max_decoder_cosine: float
+    """Mean over latents of the largest absolute cosine with another."""
+    dead: int
+    """Latents never non-zero on the evaluation store."""
+    dead_train: int | None
+    """Latents never non-zero on the training store; None where that cannot be opened, see `notes`."""
+    probe_kl: float | None = None
+    """KL of the probe's classes before and after reconstruction, nats."""
+    probe_kl_std: float | None = None
+    probe_agreement: float | None = None
+    """Share of rows whose predicted class is unchanged."""
+    probe_accuracy: float | None = None
+    """Share of rows whose class is predicted, before reconstruction."""
+    probe_accuracy_reconstructed: float | None = None
+    probe_n: int | None = None
+    """Rows in the probe figures: those that have a label which the probe was trained on."""
+    probe_left_out: int | None = None
+    """The other rows."""
+    probe_classes: int | None = None
+    recovery: tuple[RecoveryPoint, ...] | None = None
+    notes: tuple[str, ...] = field(default=())
+    """Why a figure is None."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values by the contract's keys, without those of figures that were not asked for."""
+        record = dataclasses.asdict(self)
+        unasked = {"recovery"} if self.recovery is None else set()
+        if self.probe_n is None:
+            unasked |= {name for name in record if name.startswith("probe_")}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in record.items()
+            if key not in unasked
+        }
+
+
+def json_number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""Rows become a trained sparse autoencoder in a run folder."""

@@ -1,0 +1,161 @@
+"""One training loss for every kind of sparse autoencoder, computed by whichever kernel is fastest here.
+
+`reference` is the formula in plain torch; `cpu` (numba) and `cuda` (Triton) give the same numbers and gradients for
+about the price of a plain SAE's step, whatever the number of levels. All are ordinary torch operations: the gradients
+arrive in the parameters through `backward`, so any optimiser and DistributedDataParallel work on them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
+from msae.sae.kernels import reference
+from msae.sae.kernels.adamw import adamw_step_
+from msae.sae.kernels.loading import load
+from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
+
+__all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
+
+Kernel = Literal["auto", "reference", "cpu", "cuda"]
+
+
+def sae_loss(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    selection: Selection,
+    weights: Sequence[float] = (1.0,),
+    l1: float = 0.0,
+    l0: float = 0.0,
+    l0_target: int | None = None,
+    soft_cap: float | None = None,
+    threshold: Float[Tensor, " d_sae"] | None = None,
+    kernel: Kernel = "auto",
+) -> SAELoss:
+    """The training loss of a sparse autoencoder on a batch: encode, select, decode and compare, at every level at once.
+
+    The loss is the weighted mean over levels of the mean squared error per element, plus
+    `l1` times the mean over rows of the sum of activations divided by the norm of the row, plus
+    `l0` times `(mean active latents / l0_target - 1)^2`.
+
+    Args:
+        x: Standardised embeddings; no gradient flows into them.
+        selection: Which latents take part, and the nested sets that they form.
+        weights: One non-negative weight per level; only their ratios matter.
+        soft_cap: Largest activation, by `c * tanh(z / c)`.
+        threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
+        kernel: Which implementation; `auto` takes the fastest that works on the device of `x`.
+
+    Raises:
+        ConfigError: The settings or shapes contradict one another, or `kernel` cannot work on these tensors.
+        TrainingError: The loss is not finite.
+
+    Source: Zaigrajew et al. 2025, arXiv:2502.20578 (levels); 2404.16014 (L1), 2406.04093 (TopK), 2407.14435 (JumpReLU),
+        2412.06410 (BatchTopK), 2503.17547 (widths).
+    """
+    objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
+    parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold)
+    x = _check(x, parameters, objective)
+    implementation = _choose(kernel, x, objective)
+    with torch.autocast(x.device.type, enabled=False):
+        if implementation is reference:
+            loss = reference.evaluate(x, parameters, objective)
+        else:
+            wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+            constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
+            loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
+            if gradients is not None:
+                total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
+                loss = loss._replace(total=total)
+    value = float(loss.total.detach())
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss is {value}: the weights or the embeddings hold NaN or infinite values, or training "
+            "diverged; check the embeddings, or train with a smaller learning rate"
+        )
+    return loss
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients came with it: backward only hands them out."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: Parameters, *_parameters: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was differentiated before and kept no graph; evaluate it again")
+        # Not held any longer, so that a parameter can take over the memory instead of copying it.
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad.device.type != "cpu" or float(grad) != 1.0:
+            gradients = [None if g is None else g.mul_(grad) for g in gradients]
+        return None, None, *gradients
+
+
+def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
+    """`x` in the precision of the parameters; refuses shapes and precisions that do not fit."""
+    W_enc, b_enc, W_dec, b_dec, threshold = parameters
+    d_sae, d_in = W_dec.shape
+    wanted = {"x": (len(x), d_in), "W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    found = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
+    if objective.selection.bandwidth is not None:
+        if threshold is None:
+            raise ConfigError("a selection with a bandwidth needs the thresholds; give threshold")
+        wanted["threshold"], found["threshold"] = (d_sae,), threshold
+    elif threshold is not None:
+        raise ConfigError("thresholds without a bandwidth; give Selection(bandwidth=...), or leave them out")
+    for name, shape in wanted.items():
+        if tuple(found[name].shape) != shape:
+            raise ConfigError(f"{name} is {tuple(found[name].shape)}, wanted {shape} beside W_dec {(d_sae, d_in)}")
+    if not len(x):
+        raise ConfigError("the batch is empty; give at least one row")
+    kinds = {p.dtype for p in parameters if p is not None}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ConfigError(f"parameters in {names}; the loss is computed in float32 (or float64): convert them")
+    return x.detach().to(W_dec.dtype)
+
+
+def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
+    if kernel not in ("auto", "reference", "cpu", "cuda"):
+        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
+    name = x.device.type if kernel == "auto" else kernel
+    if kernel == "reference" or (kernel == "auto" and (name not in ("cpu", "cuda") or _obstacle(name, x, objective))):
+        return reference
+    obstacle = _obstacle(name, x, objective)
+    if obstacle:
+        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
+    implementation, reason = load(name)
+    if implementation is None and kernel != "auto":
+        raise MissingDependencyError(f"kernel {name} cannot be used here ({reason}); give kernel auto or reference")
+    return implementation or reference
+
+
+def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
+    """What an implementation leaves to the reference, or the empty string."""
+    if x.dtype != torch.float32:
+        return str(x.dtype).removeprefix("torch.")
+    if x.device.type != name and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {x.device.type}"
+    if objective.selection.bandwidth is not None:
+        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
+            return "JumpReLU"
+        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
+            return "JumpReLU with a soft cap"
+    return ""

@@ -1,0 +1,176 @@
+"""Training losses: functions of tensors, no state. Squared errors are per element, in the squared units of `x`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from msae.sae import activations
+from msae.base.errors import ConfigError
+
+Weighting = Literal["uniform", "reverse"]
+
+
+def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
+    """Levels that double from `smallest`, with `d_sae` itself last."""
+    levels = []
+    k = smallest
+    while k < d_sae:
+        levels.append(k)
+        k *= 2
+    return (*levels, d_sae)
+
+
+def level_weights(weighting: Weighting, n_levels: int) -> tuple[float, ...]:
+    """One weight per level: all 1 for `uniform`; L, L-1, ..., 1 for `reverse`: the smallest level weighs most."""
+    if weighting == "uniform":
+        return (1.0,) * n_levels
+    return tuple(float(n_levels - i) for i in range(n_levels))
+
+
+def reconstruction_loss(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:
+    """Mean squared error per element."""
+    return (x - x_hat).square().mean()
+
+
+def matryoshka_loss(
+    x: Float[Tensor, "n d_in"],
+    h: Float[Tensor, "n d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    levels: Sequence[int],
+    weights: Sequence[float],
+    soft_cap: float | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted mean of the reconstruction error at several sparsity levels.
+
+    The levels share one set of pre-activations, so a coarse level is always a
+    subset of a fine one: that nesting is what makes the dictionary hierarchical.
+
+    Args:
+        x: Standardised embeddings.
+        h: Pre-activations of `x`, before any top-k.
+        levels: Latents kept at each level, strictly increasing.
+        weights: One non-negative weight per level; only their ratios matter.
+        soft_cap: Largest activation, if there is to be one.
+
+    Returns:
+        Squared error per element, in the squared units of `x`.
+
+    Raises:
+        ConfigError: `levels` and `weights` differ in length, or `levels` do not increase.
+
+    Source: Zaigrajew et al. 2025, arXiv:2502.20578.
+    """
+    check_levels(levels, weights)
+    z = h.relu() if soft_cap is None else activations.soft_cap(h.relu(), soft_cap)
+    x_hat = b_dec.expand_as(x)
+    total = x.new_zeros(())
+    # Bands of rank partition the positive latents, so the running sum over bands is the reconstruction at each level.
+    widest = max((k for k in levels if k < h.shape[1]), default=0)
+    ranked = h.detach().topk(widest, dim=1).indices
+    rest = torch.ones_like(h).scatter_(1, ranked, 0.0)
+    start = 0
+    for k, weight in zip(levels, weights, strict=True):
+        if k < h.shape[1]:
+            places = ranked[:, start:k]
+            band = torch.zeros_like(z).scatter(1, places, z.gather(1, places))
+        elif start < h.shape[1]:
+            band = z * rest
+        x_hat = x_hat + band @ W_dec if start < h.shape[1] else x_hat
+        total = total + weight * reconstruction_loss(x, x_hat)
+        start = k
+    return total / sum(weights)
+
+
+def nested_widths_loss(
+    x: Float[Tensor, "n d_in"],
+    z: Float[Tensor, "n d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    widths: Sequence[int],
+    weights: Sequence[float],
+) -> Float[Tensor, ""]:
+    """Weighted mean of the reconstruction error from prefixes of the dictionary: the other Matryoshka SAE.
+
+    Args:
+        z: Activations.
+        widths: Number of leading latents in each prefix, strictly increasing.
+        weights: One non-negative weight per prefix; only their ratios matter.
+
+    Raises:
+        ConfigError: `widths` and `weights` differ in length, or `widths` do not increase.
+
+    Source: Bussmann et al. 2025, arXiv:2503.17547.
+    """
+    check_levels(widths, weights, noun="widths")
+    x_hat = b_dec.expand_as(x)
+    total = x.new_zeros(())
+    start = 0
+    for width, weight in zip(widths, weights, strict=True):
+        x_hat = x_hat + z[:, start:width] @ W_dec[start:width]
+        total = total + weight * reconstruction_loss(x, x_hat)
+        start = width
+    return total / sum(weights)
+
+
+def l1_penalty(x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
+    """Mean over rows of the sum of activations, divided by the norm of the row.
+
+    Source: Gao et al. 2024, arXiv:2406.04093 (normalised L1), as in the poster's ReLU baselines.
+    """
+    norm: Tensor = x.norm(dim=1)
+    return (z.sum(1) / norm.clamp_min(torch.finfo(x.dtype).tiny)).mean()
+
+
+def l0_target_penalty(active: Float[Tensor, " n"], target: int) -> Float[Tensor, ""]:
+    """`(l0 / target - 1)^2` for the batch's mean count of active latents: drives JumpReLU to a chosen sparsity.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2407.14435, with the quadratic target of its appendix.
+    """
+    excess: Tensor = active.mean() / target - 1
+    return excess.square()
+
+
+def auxiliary_loss(
+    residual: Float[Tensor, "n d_in"],
+    h_dead: Float[Tensor, "n n_dead"],
+    W_dead: Float[Tensor, "n_dead d_in"],
+    *,
+    k: int,
+) -> Float[Tensor, ""]:
+    """Error of reconstructing the residual from the `k` strongest dead latents, relative to the residual's variance.
+
+    Gives latents that never fire a gradient again. Zero where no latent is dead.
+
+    Args:
+        residual: What the living latents leave of `x`; no gradient flows into it.
+        h_dead: Pre-activations of the dead latents.
+        W_dead: Their decoder rows.
+
+    Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+    """
+    if len(W_dead) == 0:
+        return residual.new_zeros(())
+    residual = residual.detach()
+    z = activations.topk(h_dead, k)
+    error: Tensor = reconstruction_loss(residual, z @ W_dead)
+    variance = (residual - residual.mean(0)).square().mean()
+    return torch.nan_to_num(error / variance)
+
+
+def check_levels(levels: Sequence[int], weights: Sequence[float], *, noun: str = "levels") -> None:
+    """Refuse levels that do not increase from at least 1, or weights that do not match or are all zero."""
+    if len(levels) != len(weights) or not levels:
+        raise ConfigError(f"{len(levels)} {noun} with {len(weights)} weights; give one weight for each of the {noun}")
+    if levels[0] < 1 or any(b <= a for a, b in itertools.pairwise(levels)):
+        raise ConfigError(f"{noun} {list(levels)} do not strictly increase from at least 1; sort them")
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"weights {list(weights)} must be non-negative and not all zero; give for example 1 for each")

@@ -1,0 +1,341 @@
+"""The sparse autoencoder: one class for every kind, with the standardisation it was trained with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from msae.sae import activations
+from msae.base.config import from_mapping, to_mapping
+from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.base.files import atomic_path, read_json, write_json
+from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
+
+Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
+Inference = Literal["relu", "trained", "topk"]
+SCHEMA_VERSION = 1
+WEIGHTS_FILE = "sae.safetensors"
+CONFIG_FILE = "sae.json"
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is: its sizes, its activation function, and the embeddings that it reads."""
+
+    d_in: int
+    d_sae: int
+    kind: Kind = "matryoshka"
+    k: int | None = None
+    """Active latents of `topk`, mean active latents of `batchtopk` and `jumprelu`; None for the others."""
+    levels: tuple[int, ...] | None = None
+    """Sparsity levels of `matryoshka`; None for the others."""
+    soft_cap: float | None = None
+    """Largest activation, by `c * tanh(z / c)`."""
+    encoder: str | None = None
+    """The CLIP-like model that made the embeddings, where the store said so."""
+    encoder_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_in < 1 or self.d_sae < 1:
+            raise ConfigError(f"d_in {self.d_in} and d_sae {self.d_sae} must be at least 1; check the sizes given")
+        if self.kind in ("topk", "batchtopk", "jumprelu"):
+            if self.k is None:
+                raise ConfigError(f"kind {self.kind} needs the number of active latents; give --k, for example --k 64")
+            if not 1 <= self.k <= self.d_sae:
+                raise ConfigError(f"k {self.k} is not between 1 and d_sae {self.d_sae}; give a smaller --k")
+        if self.kind == "matryoshka":
+            if not self.levels:
+                raise ConfigError("kind matryoshka needs levels; give --levels, for example --levels 64 128 256")
+            if self.levels[-1] > self.d_sae:
+                raise ConfigError(f"level {self.levels[-1]} is above d_sae {self.d_sae}; give smaller --levels")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
+
+
+class SAE(nn.Module):
+    """Encoder, decoder and biases of a sparse autoencoder on standardised embeddings.
+
+    `encode` and `decode` take and give raw embeddings; `pre_activations`, `activate` and `reconstruct`
+    work in the standardised space, which is where training and most metrics live.
+
+    Source: Zaigrajew et al. 2025, arXiv:2502.20578.
+    """
+
+    W_enc: nn.Parameter  # (d_in, d_sae)
+    W_dec: nn.Parameter  # (d_sae, d_in)
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    log_threshold: Float[Tensor, " d_sae"] | None
+    """JumpReLU's learnt thresholds."""
+    threshold: Float[Tensor, ""] | None
+    """BatchTopK's running threshold, which makes inference independent of the batch; 0 before training."""
+
+    def __init__(self, config: SAEConfig, standardizer: Standardizer | None = None, *, seed: int = 0) -> None:
+        """Initial weights: biases 0, encoder the transposed decoder with rows of norm 0.1, decoder rows of norm 1."""
+        super().__init__()
+        self.config = config
+        self.standardizer = standardizer or Standardizer()
+        generator = torch.Generator().manual_seed(seed)
+        # Kaiming-uniform directions: only the direction survives the rescaling to norm 0.1.
+        rows = torch.rand(config.d_sae, config.d_in, generator=generator, dtype=torch.float32) * 2 - 1
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(rows)
+        # Laid out latent by latent, like the decoder: that is how the kernels walk over both.
+        self.W_enc = nn.Parameter((0.1 * rows).T)
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, dtype=torch.float32))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, dtype=torch.float32))
+        self.log_threshold = None
+        if config.kind == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if config.kind == "batchtopk" else None)
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.d_sae
+
+    def pre_activations(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """`h` of standardised embeddings."""
+        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
+
+    def activate(
+        self, h: Float[Tensor, "n d_sae"], *, inference: Inference = "trained", k: int | None = None
+    ) -> Float[Tensor, "n d_sae"]:
+        """`z` of pre-activations.
+
+        Args:
+            inference: `relu` keeps every positive latent, as in the poster's tables, for every kind. `trained` is the
+                activation of training: ReLU for matryoshka and relu, the k largest for topk, the thresholds for
+                batchtopk and jumprelu. `topk` keeps the `k` largest.
+            k: For `topk`.
+        """
+        z = self._uncapped(h, inference, k)
+        return z if self.config.soft_cap is None else activations.soft_cap(z, self.config.soft_cap)
+
+    def _uncapped(self, h: Tensor, inference: Inference, k: int | None) -> Tensor:
+        if inference == "topk":
+            if k is None or k < 1:
+                raise ConfigError(f"inference topk with k {k}; give a positive --k, for example --k 64")
+            return activations.topk(h, k)
+        if inference == "trained":
+            if self.config.kind == "topk":
+                return activations.topk(h, self.config.k or self.d_sae)
+            if self.threshold is not None:
+                return activations.threshold_relu(h, self.threshold)
+            if self.log_threshold is not None:
+                return activations.threshold_relu(h, self.log_threshold.exp())
+        return h.relu()
+
+    def reconstruct(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
+        """`x_hat` in the standardised space."""
+        return torch.addmm(self.b_dec, z, self.W_dec)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Float[Tensor, "n d_in"],
+        modality: Modality = "image",
+        k: int | None = None,
+        *,
+        inference: Inference = "trained",
+    ) -> Float[Tensor, "n d_sae"]:
+        """Activations of raw embeddings; with `k`, of only the `k` strongest latents of each row.
+
+        Raises:
+            ConfigError: The width differs from `d_in`, or the SAE has no statistics of `modality`.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ConfigError(f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others")
+        h = self.pre_activations(self.standardizer.apply(x.float(), modality))
+        return self.activate(h, inference="topk" if k is not None else inference, k=k)
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "n d_sae"], modality: Modality = "image") -> Float[Tensor, "n d_in"]:
+        """Raw embeddings of activations."""
+        return self.standardizer.invert(self.reconstruct(z), modality)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `sae.safetensors` and `sae.json` into `folder`, each atomically."""
+        folder = Path(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        for modality, known in self.standardizer.statistics.items():
+            tensors[f"standardizer.{modality}.mean"] = known.mean.cpu().contiguous()
+            tensors[f"standardizer.{modality}.scale"] = torch.tensor(known.scale, dtype=torch.float64)
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary)
+        write_json(folder / CONFIG_FILE, to_mapping(self.config), schema_version=SCHEMA_VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path, *, revision: str | None = None) -> SAE:
+        """The SAE saved in a folder, or in a Hugging Face hub repository `owner/name`.
+
+        Raises:
+            RunError: There is no SAE, or its files are damaged or do not belong together.
+        """
+        folder = Path(path)
+        if not folder.exists() and _looks_like_hub_id(str(path)):
+            folder = _download(str(path), revision)
+        if folder.is_file():
+            folder = folder.parent
+        config = _read_config(folder)
+        try:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise RunError(f"{folder / WEIGHTS_FILE} does not exist; train again or restore it") from None
+        except (SafetensorError, OSError) as err:
+            raise RunError(f"{folder / WEIGHTS_FILE} is damaged ({err}); train again or restore it") from err
+        sae = cls(config, _pop_standardizer(tensors))
+        wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if wanted != found:
+            differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+            raise RunError(
+                f"{folder / WEIGHTS_FILE} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
+                f"{wanted.get(differing, 'none')}; the two files do not belong together: restore both"
+            )
+        broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+        if broken:
+            raise RunError(f"{folder / WEIGHTS_FILE} has NaN or infinite values in {broken}; restore it or train again")
+        sae.load_state_dict(tensors)
+        return sae.eval()
+
+
+def as_sae(sae: SAE | str | Path) -> SAE:
+    """`sae` itself, or the one saved in that run folder."""
+    return sae if isinstance(sae, SAE) else SAE.load(sae)
+
+
+def run_folder(sae: SAE | str | Path) -> Path | None:
+    """The run folder that was given, if it was one."""
+    if isinstance(sae, SAE):
+        return None
+    path = Path(sae)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
+@runtime_checkable
+class Embeddings(Protocol):
+    """What an SAE must know of a store to tell whether it can read it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def encoder(self) -> str | None: ...
+    @property
+    def encoder_revision(self) -> str | None: ...
+
+
+def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = None) -> None:
+    """Refuse embeddings that the SAE was not made for.
+
+    Encoders are compared as `is_other_encoder` does.
+
+    Args:
+        run: What the SAE was given as; named in the message where it is a folder.
+
+    Raises:
+        StoreError: The store is of another width or of another encoder.
+    """
+    known = sae.config
+    name = "this SAE" if run is None or isinstance(run, SAE) else str(run)
+    if store.d_in != sae.d_in:
+        raise StoreError(
+            f"{store.path} holds {store.d_in}-dim embeddings, but {name} reads {sae.d_in}-dim ones; "
+            f"give a store embedded with --encoder {known.encoder or 'ID of its encoder'}"
+        )
+    mine, theirs = (known.encoder, known.encoder_revision), (store.encoder, store.encoder_revision)
+    if is_other_encoder(mine, theirs):
+        raise StoreError(
+            f"{store.path} was embedded by {told_encoder(theirs)}, but {name} reads embeddings of "
+            f"{told_encoder(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
+        )
+
+
+EncoderId = tuple[str | None, str | None]
+"""An encoder's name and its revision, as far as they are known."""
+
+
+def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
+    """Whether two encoders are known to differ.
+
+    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
+    encoder's name agree. What a file does not say is not compared.
+    """
+    compared = 1 if one[1] and other[1] else 0
+    return bool(one[compared] and other[compared] and one[compared] != other[compared])
+
+
+def told_encoder(encoder: EncoderId) -> str:
+    """An encoder in an error message; the first twelve digits tell a revision."""
+    name, revision = encoder
+    return " at ".join(part for part in (name, revision and revision[:12]) if part)
+
+
+def weights_hash(sae: SAE) -> str:
+    """A hash of the weights and of the statistics that standardise."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = dict(sae.state_dict())
+    for modality, known in sae.standardizer.statistics.items():
+        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> SAEConfig:
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist; give the folder that msae train --out made")
+    if not (folder / CONFIG_FILE).exists():
+        raise RunError(f"{folder} holds no {CONFIG_FILE}; give the folder that msae train --out made")
+    data = read_json(folder / CONFIG_FILE, schema_version=SCHEMA_VERSION, error=RunError)
+    data = {key: value for key, value in data.items() if key not in ("schema_version", "made_by")}
+    try:
+        return from_mapping(SAEConfig, data, where=str(folder / CONFIG_FILE))
+    except ConfigError as err:
+        raise RunError(f"{err}; restore {CONFIG_FILE} or train again") from err
+
+
+def _pop_standardizer(tensors: dict[str, Tensor]) -> Standardizer:
+    statistics = {}
+    for modality in MODALITIES:
+        mean = tensors.pop(f"standardizer.{modality}.mean", None)
+        scale = tensors.pop(f"standardizer.{modality}.scale", None)
+        if mean is not None and scale is not None:
+            statistics[modality] = Statistics(mean, float(scale))
+    return Standardizer(statistics)
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    owner, _, name = path.partition("/")
+    return bool(owner and name) and "/" not in name and owner not in (".", "..", "runs", "~")
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as err:
+        raise MissingDependencyError.of("huggingface_hub", extra="clip") from err
+    try:
+        paths = [Path(hf_hub_download(hub_id, name, revision=revision)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
+        raise RunError(
+            f"{hub_id} is neither a folder here nor a reachable hub repository with an SAE "
+            f"({type(err).__name__}); give the folder that msae train --out made"
+        ) from err
+    return paths[0].parent

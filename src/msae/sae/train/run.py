@@ -1,0 +1,313 @@
+"""A run folder while it is being trained: the loop, its checkpoints, and what may go on in it."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from msae.base.config import to_mapping
+from msae.base.errors import Interrupted, RunError, TrainingError
+from msae.base.files import atomic_folder, read_json, remove_leftovers, write_json
+from msae.base.loggers import Loggers, check_installed
+from msae.base.progress import progress
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
+from msae.data.store import EmbeddingStore
+from msae.sae.train.settings import TrainSettings
+from msae.sae.train.step import StepResult, learning_rate, shuffled_batches, train_step
+
+SCHEMA_VERSION = 1
+DIVERGED = 1e4
+"""A loss above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
+THRESHOLD_PACE = 20.0
+"""Learning rate of log thresholds over that of the weights: they must travel a factor of ten or more."""
+
+
+@dataclass
+class _State:
+    """All that changes during training: what a checkpoint holds."""
+
+    sae: SAE
+    optimizer: torch.optim.AdamW
+    rows_since_fired: Tensor
+    step: int = 0
+
+
+class Run:
+    """A run folder while it is being trained."""
+
+    def __init__(self, folder: Path, store: EmbeddingStore, settings: TrainSettings) -> None:
+        assert settings.batch_size is not None and settings.epochs is not None and settings.d_sae is not None
+        self.folder, self.store, self.settings = folder, store, settings
+        self.sae_config = SAEConfig(
+            d_in=store.d_in,
+            d_sae=settings.d_sae,
+            kind=settings.kind,
+            k=settings.k if settings.kind in ("topk", "batchtopk", "jumprelu") else None,
+            levels=settings.levels,
+            soft_cap=settings.soft_cap,
+            encoder=store.encoder,
+            encoder_revision=store.encoder_revision,
+        )
+        self.steps_per_epoch = len(store) // settings.batch_size
+        self.n_steps = self.steps_per_epoch * settings.epochs
+
+    def train(self, *, resume: bool) -> SAE:
+        """Run every step that is still to do, and write the SAE."""
+        check_installed(self.settings.loggers)
+        is_begun = self._is_begun(resume=resume)
+        if (self.folder / "sae.json").exists():
+            return SAE.load(self.folder)
+        state = self._latest_checkpoint() or self._start()
+        if not is_begun:  # only now: a store that cannot be trained on leaves no folder behind
+            write_json(self.folder / "config.json", self._identity(), schema_version=SCHEMA_VERSION)
+        loggers = Loggers(
+            self.settings.loggers, self.folder, settings=to_mapping(self.settings), resume_step=state.step
+        )
+        try:
+            with _matmul_precision(self.settings.precision):
+                self._loop(state, loggers)
+        finally:
+            loggers.close()
+        state.sae.save(self.folder)
+        for checkpoint in self._checkpoints():
+            _remove_folder(checkpoint)
+        return state.sae.cpu().eval()
+
+    def _loop(self, state: _State, loggers: Loggers) -> None:
+        settings, device = self.settings, torch.device(self.settings.device)
+        recent: list[StepResult] = []
+        saved_at = time.monotonic()
+        with progress("training", total=self.n_steps, unit="steps", start=state.step) as advance, _ctrl_c() as pressed:
+            for rows in itertools.islice(self._batches(state.step), self.n_steps - state.step):
+                raw = torch.from_numpy(self.store.take(rows, settings.modality)).to(device)
+                x = state.sae.standardizer.apply(raw, settings.modality)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = group["pace"] * learning_rate(settings, state.step, self.n_steps)
+                recent.append(self._step(state, x))
+                state.rows_since_fired = (state.rows_since_fired + len(x)).masked_fill(recent[-1].fired, 0)
+                state.step += 1
+                advance(1)
+                is_last = state.step == self.n_steps
+                is_due = (
+                    state.step % settings.checkpoint_every == 0
+                    if settings.checkpoint_every
+                    else time.monotonic() - saved_at > 60
+                )
+                if state.step % settings.log_every == 0 or is_last:
+                    loggers.log(state.step, self._figures(state, recent, x))
+                    recent.clear()
+                if (is_due or pressed()) and not is_last:
+                    self._save_checkpoint(state)
+                    saved_at = time.monotonic()
+                if pressed() and not is_last:
+                    raise Interrupted(
+                        f"interrupted at step {state.step} of {self.n_steps}, which is saved; "
+                        f"to go on, type the same command with --resume"
+                    )
+
+    def _figures(self, state: _State, recent: list[StepResult], x: Tensor) -> dict[str, float]:
+        """One line of metrics.jsonl; the evaluation figures are of the current batch, in the trained mode."""
+        with torch.no_grad():
+            z = state.sae.activate(state.sae.pre_activations(x))
+            x_hat = state.sae.reconstruct(z)
+        return {
+            "epoch": state.step / self.steps_per_epoch,
+            "lr": float(state.optimizer.param_groups[0]["lr"]),
+            "loss": statistics.fmean(step.loss for step in recent),
+            "reconstruction": statistics.fmean(step.reconstruction for step in recent),
+            "grad_norm": statistics.fmean(step.grad_norm for step in recent),
+            "l0": recent[-1].l0,
+            "sparsity": float((z == 0).float().mean()),
+            "fvu": float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()),
+            "dead": int((state.rows_since_fired >= len(self.store)).sum()),
+        }
+
+    def _step(self, state: _State, x: Tensor) -> StepResult:
+        """One step, refused where the loss diverged; the weights before it are in no checkpoint then."""
+        try:
+            dead = state.rows_since_fired >= self.settings.dead_after
+            result = train_step(state.sae, x, state.optimizer, self.settings, dead)
+            if not result.loss < DIVERGED:
+                raise TrainingError(f"the loss is {result.loss:.3g}")
+        except TrainingError as err:
+            kept = self._checkpoints()
+            raise TrainingError(
+                f"training diverged at step {state.step + 1} of {self.n_steps} ({err}); "
+                f"{f'{kept[-1]} is kept' if kept else 'no checkpoint had been made'}; "
+                f"start again in another --out with a lower --lr than {self.settings.lr:g}"
+            ) from err
+        return result
+
+    def _batches(self, first_step: int) -> Iterator[NDArray[np.int64]]:
+        assert self.settings.batch_size is not None
+        for epoch in itertools.count(first_step // self.steps_per_epoch):
+            batches = shuffled_batches(len(self.store), self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+            yield from batches[max(0, first_step - epoch * self.steps_per_epoch) :]
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes this run this run: goes into config.json."""
+        return {
+            "store": str(self.store.path.resolve()),
+            "store_fingerprint": self.store.fingerprint,
+            "n_rows": len(self.store),
+            "d_in": self.store.d_in,
+            "modality": self.settings.modality,
+            "train": to_mapping(self.settings),
+        }
+
+    def _is_begun(self, *, resume: bool) -> bool:
+        """Whether the folder holds this very run; refuses a folder that holds anything else."""
+        file = self.folder / "config.json"
+        if not file.exists():
+            if self.folder.exists() and any(p for p in self.folder.iterdir() if not p.name.startswith(".")):
+                raise RunError(f"{self.folder} is not empty and holds no run; give another --out")
+            return False
+        if not resume:
+            raise RunError(f"{self.folder} already holds a run; add --resume to go on with it, or give another --out")
+        theirs = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
+        _refuse_other_settings(self.folder, self._identity(), theirs)
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "checkpoints")
+        return True
+
+    def _start(self) -> _State:
+        standardizer = Standardizer()
+        for modality in MODALITIES:
+            if modality in self.store.modalities:
+                standardizer = standardizer.with_statistics(modality, fit_statistics(partial(self._rows, modality)))
+        sae = SAE(self.sae_config, standardizer, seed=self.settings.seed)
+        return self._state_of(sae)
+
+    def _rows(self, modality: Modality) -> Iterator[Tensor]:
+        return (torch.from_numpy(batch) for batch in self.store.batches(modality, 8192))
+
+    def _state_of(self, sae: SAE) -> _State:
+        sae = sae.to(self.settings.device).train()
+        weights = [p for p in sae.parameters() if p is not sae.log_threshold]
+        groups: list[dict[str, Any]] = [{"params": weights, "pace": 1.0}]
+        if sae.log_threshold is not None:
+            groups.append({"params": [sae.log_threshold], "pace": THRESHOLD_PACE})
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=6.25e-10, weight_decay=0.0, fused=True)
+        return _State(sae, optimizer, torch.zeros(sae.d_sae, dtype=torch.int64, device=self.settings.device))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-*"))
+
+    def _save_checkpoint(self, state: _State) -> None:
+        older = self._checkpoints()
+        tensors = {"rows_since_fired": state.rows_since_fired}
+        for name, parameter in state.sae.named_parameters():
+            for key, value in state.optimizer.state[parameter].items():
+                tensors[f"adamw.{name}.{key}"] = value
+        path = self.folder / "checkpoints" / f"step-{state.step:06d}"
+        if path.exists():
+            return
+        with atomic_folder(path) as temporary:
+            state.sae.save(temporary)
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors"
+            )
+            write_json(temporary / "state.json", {"step": state.step}, schema_version=SCHEMA_VERSION)
+        for checkpoint in older:
+            _remove_folder(checkpoint)
+
+    def _latest_checkpoint(self) -> _State | None:
+        found = self._checkpoints()
+        if not found:
+            return None
+        path = found[-1]
+        state = self._state_of(SAE.load(path))
+        try:
+            tensors = load_file(path / "state.safetensors", device=self.settings.device)
+            step = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)["step"]
+            for name, parameter in state.sae.named_parameters():
+                state.optimizer.state[parameter] = {
+                    key: tensors[f"adamw.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            state.rows_since_fired = tensors["rows_since_fired"]
+        except (SafetensorError, OSError, KeyError) as err:
+            raise RunError(f"{path} is damaged ({err}); delete that folder and train again with --resume") from err
+        state.step = int(step)
+        return state
+
+
+def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("store_fingerprint") != mine["store_fingerprint"]:
+        raise RunError(
+            f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
+        )
+    before = theirs.get("train", {})
+    for name, value in mine["train"].items():
+        # How often to log and save, and where to compute, do not change what is computed.
+        if name in ("device", "loggers", "log_every", "checkpoint_every"):
+            continue
+        if before.get(name) != value:
+            raise RunError(
+                f"{folder} was started with {name} {before.get(name)}, not {value}; give the same, or another --out"
+            )
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves a leftover, never a checkpoint without some of its files."""
+    doomed = path.with_name(f".{path.name}.tmp")
+    path.rename(doomed)
+    remove_leftovers(path.parent)
+
+
+@contextmanager
+def _matmul_precision(precision: Literal["float32", "bfloat16"]) -> Iterator[None]:
+    """bfloat16 lets torch and our kernels multiply in it, with float32 sums and weights, where the hardware can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bfloat16" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Any]:
+    """Turns Ctrl-C into a question to ask between two steps, so that no step is cut in half."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event.is_set
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def describe_run(folder: str | Path) -> dict[str, Any]:
+    """What a run folder holds, for `msae info`: settings, store, and how far it came."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    is_finished = (folder / "sae.json").exists()
+    state = "finished" if is_finished else f"interrupted at {checkpoints[-1].name if checkpoints else 'the start'}"
+    return {
+        "run": str(folder),
+        "state": state,
+        "store": config["store"],
+        "n_rows": config["n_rows"],
+        "d_in": config["d_in"],
+        **{key: value for key, value in config["train"].items() if value not in (None, [])},
+    }

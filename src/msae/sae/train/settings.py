@@ -1,0 +1,115 @@
+"""What to train and how, and what each recipe fills in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from msae.sae import losses
+from msae.base.devices import as_device
+from msae.base.errors import ConfigError
+from msae.base.loggers import LoggerName
+from msae.sae.losses import Weighting
+from msae.sae.model import Kind
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore
+
+Recipe = Literal["default", "poster"]
+LEARNING_RATES: Mapping[Recipe, Mapping[Kind, float]] = {
+    "poster": {"matryoshka": 1e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-5, "jumprelu": 5e-4},
+    "default": {"matryoshka": 5e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-4, "jumprelu": 5e-4},
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What to train and how. A None is filled in by the recipe when training starts."""
+
+    kind: Kind = "matryoshka"
+    weighting: Weighting = "uniform"
+    """Of a Matryoshka SAE's levels: `reverse` makes the smallest level weigh most."""
+    levels: tuple[int, ...] | None = None
+    """Latents kept at each level; None doubles from 64 up to d_sae."""
+    weights: tuple[float, ...] | None = None
+    """One weight per level, instead of `weighting`."""
+    k: int = 64
+    """Active latents of topk; mean active latents of batchtopk and jumprelu."""
+    l1: float = 0.003
+    """Weight of the L1 penalty of kind relu."""
+    expansion: float = 8
+    """d_sae over d_in."""
+    d_sae: int | None = None
+    """Number of latents, instead of `expansion`."""
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    modality: Modality = "image"
+    recipe: Recipe = "default"
+    """`poster` is the paper's recipe to the letter."""
+    warmup: float | None = None
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: float = 0.2
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    soft_cap: float | None = None
+    auxiliary: float = 0.0
+    """Weight of the loss that revives dead latents; 1/32 is usual, 0 is off."""
+    dead_after: int = 100_000
+    """A latent is dead once it has not fired for this many rows; the auxiliary loss acts on those."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products inside the step; weights, sums and the optimiser stay float32. bfloat16 is not exact."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None makes one every minute."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Beside metrics.jsonl."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        positive = ("expansion", "d_sae", "epochs", "batch_size", "lr", "k", "max_grad_norm", "log_every", "dead_after")
+        for name in (*positive, "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
+        for name in ("l1", "auxiliary"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} {getattr(self, name)} is negative; give 0 to turn it off")
+        for name in ("decay", "warmup"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ConfigError(f"--{name} {getattr(self, name)} is a share of the steps; give a number in 0 to 1")
+        if self.levels is not None:
+            losses.check_levels(self.levels, self.weights or (1.0,) * len(self.levels))
+        if self.weights is not None and self.levels is None:
+            raise ConfigError("--weights without --levels; give one weight for each of the levels you name")
+        if self.kind != "matryoshka" and (self.levels or self.weights or self.weighting != "uniform"):
+            raise ConfigError(
+                f"--levels, --weights and --weighting belong to matryoshka; leave them out for {self.kind}"
+            )
+
+    def resolve(self, store: EmbeddingStore) -> TrainSettings:
+        """A copy with every None filled in for this store."""
+        poster = self.recipe == "poster"
+        d_sae = self.d_sae or round(self.expansion * store.d_in)
+        levels = self.levels or losses.default_levels(d_sae, smallest=min(64, max(1, d_sae // 8)))
+        weights = self.weights or losses.level_weights(self.weighting, len(levels))
+        nested = self.kind == "matryoshka"
+        return dataclasses.replace(
+            self,
+            d_sae=d_sae,
+            levels=levels if nested else None,
+            weights=weights if nested else None,
+            epochs=self.epochs or (20 if poster and self.expansion >= 32 else 30),
+            batch_size=min(self.batch_size or (4096 if poster else _batch_size_for(len(store))), len(store)),
+            lr=self.lr or LEARNING_RATES[self.recipe][self.kind],
+            warmup=self.warmup if self.warmup is not None else (0.0 if poster else 0.05),
+            device=as_device(self.device),
+        )
+
+
+def _batch_size_for(n_rows: int) -> int:
+    """The largest power of two up to 4096 that still gives an epoch about 200 steps, and at least 64."""
+    return max(64, min(4096, 1 << max(0, (n_rows // 200).bit_length() - 1)))

@@ -1,0 +1,112 @@
+"""One training step, and what changes from step to step: the learning rate and the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msae.sae import losses
+from msae.sae.kernels import SAELoss, Selection, sae_loss
+from msae.sae.kernels.adamw import adamw_step_
+from msae.sae.model import SAE
+from msae.sae.train.settings import TrainSettings
+
+JUMPRELU_BANDWIDTH = 0.1
+"""Width of the straight-through window, in units of pre-activations, which are of order 1 in this space."""
+
+
+class StepResult(NamedTuple):
+    """Figures of one step."""
+
+    loss: float
+    """What was minimised, in units of the variance of standardised embeddings."""
+    reconstruction: float
+    """Mean squared error per element at the finest level."""
+    l0: float
+    """Mean count of active latents per row."""
+    fired: Bool[Tensor, " d_sae"]
+    """Latents that were active in at least one row."""
+    grad_norm: float
+    """Before clipping."""
+
+
+def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_in"]], SAELoss]:
+    """The loss that `settings` ask for, as a function of an SAE and a batch of standardised embeddings."""
+    l1 = l0 = 0.0
+    weights: Sequence[float] = (1.0,)
+    match settings.kind:
+        case "matryoshka":
+            assert settings.levels is not None and settings.weights is not None
+            selection, weights = Selection(levels=settings.levels), settings.weights
+        case "topk":
+            selection = Selection(levels=(settings.k,))
+        case "batchtopk":
+            selection = Selection(batch_k=settings.k)
+        case "jumprelu":
+            selection, l0 = Selection(bandwidth=JUMPRELU_BANDWIDTH), 1.0
+        case "relu":
+            selection, l1 = Selection(), settings.l1
+
+    def objective(sae: SAE, x: Tensor) -> SAELoss:
+        threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
+        return sae_loss(
+            x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, selection=selection, weights=weights, l1=l1, l0=l0,
+            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold,
+        )  # fmt: skip
+
+    return objective
+
+
+def train_step(
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    optimizer: torch.optim.AdamW,
+    settings: TrainSettings,
+    dead: Bool[Tensor, " d_sae"],
+) -> StepResult:
+    """Update `sae` once. The order of these lines is part of the method."""
+    loss = objective_of(settings)(sae, x)
+    total = loss.total
+    if settings.auxiliary:
+        h_dead = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]
+        aid = losses.auxiliary_loss(loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2)
+        total = total + settings.auxiliary * aid
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
+    grad_norm = adamw_step_(optimizer, unit_rows=sae.W_dec, max_grad_norm=settings.max_grad_norm)
+    if sae.threshold is not None:
+        track_threshold_(sae.threshold, loss.smallest_kept)
+    return StepResult(float(total.detach()), float(loss.errors[-1]), loss.l0, loss.fired, grad_norm)
+
+
+@torch.no_grad()
+def track_threshold_(threshold: Float[Tensor, ""], smallest_kept: float) -> None:
+    """Move BatchTopK's running threshold towards the smallest activation that a batch kept."""
+    if smallest_kept > 0:
+        known = float(threshold)
+        threshold.fill_(known + 0.01 * (smallest_kept - known) if known > 0 else smallest_kept)
+
+
+def learning_rate(settings: TrainSettings, step: int, n_steps: int) -> float:
+    """The rate of step `step` (from 0): a linear rise, a plateau, a linear fall towards 0."""
+    assert settings.lr is not None and settings.warmup is not None
+    rise = (step + 1) / max(1.0, settings.warmup * n_steps)
+    fall = (n_steps - step) / max(1.0, settings.decay * n_steps)
+    return settings.lr * min(1.0, rise, fall)
+
+
+def shuffled_batches(n_rows: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Row numbers of each batch of an epoch, a function of seed and epoch alone; a short last batch is left out.
+
+    Each batch is sorted, so that a memory map is read in one direction; the sum over a batch has no order.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+    whole = order[: n_rows // batch_size * batch_size].reshape(-1, batch_size)
+    return list(np.sort(whole, axis=1))

@@ -1,0 +1,142 @@
+"""`audit`: which concepts a linear classifier relies on, by association and by intervention, with honest statistics.
+
+What is tested and how to read it is in docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
+from msae.use.audit.measure import Bench
+from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
+from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
+from msae.use.audit.sweeping import Sweeper
+from msae.use.classifier import LinearClassifier
+from msae.concepts.names import ConceptNames, as_names
+from msae.base.errors import ConfigError, RunError
+from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+
+__all__ = [
+    "Association",
+    "Audit",
+    "ConceptAudit",
+    "Control",
+    "Debiasing",
+    "Effect",
+    "Group",
+    "Sweep",
+    "Sweeper",
+    "audit",
+    "parse_class_texts",
+]
+
+Names = ConceptNames | Mapping[str, Sequence[int]]
+
+
+def audit(
+    sae: SAE | str | Path,
+    on: EmbeddingStore | str | Path,
+    target: str | None = None,
+    *,
+    concept: Sequence[str] = (),
+    classifier: LinearClassifier | str | Path | None = None,
+    class_texts: Mapping[str, str] | None = None,
+    train_store: EmbeddingStore | str | Path | None = None,
+    positive: str | None = None,
+    names: Names | str | Path | None = None,
+    all_latents: bool = False,
+    modality: Modality = "image",
+    inference: Inference = "trained",
+    n_permutations: int | None = None,
+    sweep_id: str | None = None,
+    seed: int = 0,
+) -> Audit:
+    """What a linear classifier of embeddings relies on, concept by concept, the strongest causal effect first.
+
+    Args:
+        target: The metadata column of true classes; rows without one are left out. Needless with a classifier.
+        concept: Names, or latents as `#123`; without any, every named concept.
+        classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
+        class_texts: For each class a text: CLIP's zero-shot classifier.
+        train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
+            half of `on`, and the other half is audited.
+        positive: The class whose probability is watched; without it the second of two, or all of more.
+        names: Names of latents, or where they were saved; without it, those in the run folder.
+        n_permutations: At most; None takes 40 per concept, so that one alone can be reported, and at least 2,000.
+        sweep_id: The sample whose concepts are swept; without it, a middling one for each concept.
+
+    Raises:
+        ConfigError: Options that contradict each other, an unknown concept or class, a column that has no two classes.
+        RunError: The run is missing or damaged.
+        StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
+    """
+    model, store = as_sae(sae), as_store(on, modality)
+    check_fit(model, store, run=sae)
+    subject = make_subject(
+        model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
+        seed=seed,
+    )  # fmt: skip
+    groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
+    bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
+    n_permutations = n_permutations or max(2000, 40 * len(groups))
+    auditor = Auditor(bench, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    concepts, sample = auditor.run()
+    return Audit(
+        target, str(store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        classifier=auditor.describe_classifier(),
+        settings={
+            "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
+            "n_controls": N_CONTROLS, "n_resamples": N_RESAMPLES, "seed": seed,
+        },
+        concepts=tuple(concepts), notes=(*notes, *auditor.notes), sample=sample,
+    )  # fmt: skip
+
+
+def _groups(
+    run: SAE | str | Path,
+    sae: SAE,
+    asked: Sequence[str],
+    names: Names | str | Path | None,
+    *,
+    all_latents: bool,
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The latents of each concept, and what to say about the choice."""
+    if all_latents:
+        return {f"#{latent}": (latent,) for latent in range(sae.d_sae)}, []
+    only_numbers = bool(asked) and all(one.startswith("#") for one in asked)
+    if names is None and not only_numbers:
+        if isinstance(run, SAE):
+            if asked:
+                raise ConfigError(f"nothing here says which latent is {asked[0]!r}; give names=, or latents as '#123'")
+            return _groups(run, sae, asked, names, all_latents=True)[0], [
+                "the SAE has no names here, so every latent was audited; names= takes what msae.name gave"
+            ]
+        names = run
+    if isinstance(names, str | Path):
+        try:
+            names = as_names(names)
+        except RunError as err:
+            raise RunError(f"{err}, or audit every latent with --all-latents") from err
+    if isinstance(names, ConceptNames):
+        words = sorted({one.name for one in names})
+        by_name = {word: [one.latent for one in names if one.name == word] for word in words}
+    else:
+        by_name = {name: list(latents) for name, latents in (names or {}).items()}
+    groups = concept_groups(asked, by_name, sae.d_sae)
+    if not groups:
+        raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
+    return groups, []
+
+
+def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
+    if name is None:
+        return 1 if len(classifier.classes) == 2 else None
+    if name not in classifier.classes:
+        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
+    return classifier.classes.index(name)

@@ -1,0 +1,277 @@
+"""The audit of one classifier, step by step: measure, associate, control, debias, rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from msae.use.audit.association import associate, taught, with_q
+from msae.use.audit.controls import Sizes, control_sizes
+from msae.use.audit.measure import Bench, Measured, Tally, measure_edits, quantiles
+from msae.use.audit.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.sweeping import sweep_row
+from msae.use.interventions import Concepts
+from msae.base.progress import progress
+
+N_RESAMPLES = 1000
+N_CONTROLS = 20
+SAMPLE_ROWS = 4096
+"""Rows of controls and plots: the mean change of a probability is then known to better than .01."""
+ACTIVATION_ENTRIES = 1 << 28
+"""Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
+WORST_GROUP_ROWS = 10
+"""The accuracy of fewer rows says nothing."""
+Z_95 = 1.959963984540054
+RANKED_BY = ("remove", "set_p50")
+ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
+
+
+class _Part(NamedTuple):
+    """What a pass over some concepts leaves."""
+
+    measured: Measured
+    amounts: Mapping[str, Tensor]
+    associations: dict[str, list[Association | None]]
+    sweeps: list[Sweep | None]
+    sample: Float32[np.ndarray, "m c"]
+
+
+class Auditor:
+    """Audits the concepts `groups` on a bench. Random numbers are drawn from `rng` in a fixed order."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        groups: Mapping[str, tuple[int, ...]],
+        n_permutations: int,
+        sweep_id: str | None,
+        rng: np.random.Generator,
+    ) -> None:
+        self.bench, self.subject = bench, bench.subject
+        self.names, self.groups = list(groups), list(groups.values())
+        self.n_permutations, self.rng = n_permutations, rng
+        self.sweep_row = None if sweep_id is None else bench.store.ids.row_of(sweep_id)
+        self.sample_places = np.sort(
+            rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
+        )
+        self.notes: list[str] = []
+        self.predicted: Int64[np.ndarray, " n"] = np.empty(0, np.int64)
+
+    def run(self) -> tuple[list[ConceptAudit], Sample]:
+        """Every concept, strongest causal effect first and the class's own words last, and the rows for plots."""
+        parts = []
+        with progress("auditing", total=len(self.groups), unit="concepts") as advance:
+            for some in self._passes():
+                parts.append(self._measure(some))
+                advance(len(some))
+        self._note_predictions()
+        controls = control_sizes(
+            self.bench, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
+        )
+        associations = {name: with_q([one for part in parts for one in part.associations[name]])
+                        for name in ASSOCIATIONS}  # fmt: skip
+        audits = []
+        number = 0
+        for part in parts:
+            for column in range(len(part.sweeps)):
+                theirs = {name: associations[name][number] for name in ASSOCIATIONS}
+                audits.append(self._concept(part, column, number, controls[number], theirs))
+                number += 1
+        order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
+        truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
+        strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
+        sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
+        return [audits[i] for i in order], sample
+
+    def describe_classifier(self) -> dict[str, Any]:
+        """What the JSON says of the classifier."""
+        classifier, truth = self.subject.classifier, self.subject.truth
+        counts = np.bincount(self.predicted, minlength=len(classifier.classes))
+        return {
+            "source": classifier.source,
+            "classes": list(classifier.classes),
+            "n_train": self.subject.n_train,
+            "accuracy": None if truth is None else float((self.predicted == truth).mean()),
+            "predicted": dict(zip(classifier.classes, counts.tolist(), strict=True)),
+        }
+
+    def _passes(self) -> Iterator[list[tuple[int, ...]]]:
+        """The concepts, as many at a time as there is memory for."""
+        most = max(1, ACTIVATION_ENTRIES // len(self.subject.rows))
+        some: list[tuple[int, ...]] = []
+        for group in self.groups:
+            if some and sum(map(len, some)) + len(group) > most:
+                yield some
+                some = []
+            some.append(group)
+        yield some
+
+    def _measure(self, groups: list[tuple[int, ...]]) -> _Part:
+        rows, truth = self.subject.rows, self.subject.truth
+        latents = [latent for group in groups for latent in group]
+        z = self.bench.activations(rows, latents)
+        mean = torch.zeros(self.bench.sae.d_sae)
+        mean[latents] = torch.from_numpy(z.mean(0))
+        concepts = self.bench.concepts(groups, mean)
+        strengths = concepts.strengths(torch.from_numpy(z)).numpy()
+        amounts = quantiles(strengths)
+        measured = measure_edits(self.bench, rows, truth, concepts, z, amounts)
+        self.predicted = measured.predicted
+        sample = strengths[self.sample_places].astype(np.float32)
+        return _Part(
+            measured,
+            amounts,
+            {**self._associations(strengths), "taught": self._taught(strengths, concepts, latents)},
+            [self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)],
+            sample,
+        )
+
+    def _associations(self, strengths: Float32[np.ndarray, "n c"]) -> dict[str, list[Association | None]]:
+        one_stratum = np.zeros(len(strengths), np.int64)
+        truth, predicted = self.subject.truth, self.predicted
+        tests = {"by_predicted": (predicted, one_stratum)}
+        if truth is not None:
+            tests |= {"by_true": (truth, one_stratum), "given_true": (predicted, truth)}
+        found = {
+            name: associate(
+                strengths, labels, strata, self.subject.classifier.classes, positive=self.bench.positive,
+                n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
+            )
+            for name, (labels, strata) in tests.items()
+        }  # fmt: skip
+        return {name: found.get(name, [None] * strengths.shape[1]) for name in ASSOCIATIONS}
+
+    def _taught(
+        self, strengths: Float32[np.ndarray, "n c"], concepts: Concepts, latents: list[int]
+    ) -> list[Association | None]:
+        training, truth = self.subject.training, self.subject.truth
+        if training is None or truth is None:
+            return [None] * strengths.shape[1]
+        z = self.bench.activations(training.rows, latents, training.store)
+        theirs = concepts.strengths(torch.from_numpy(z)).numpy()
+        return taught(
+            np.concatenate([theirs, strengths]), np.arange(len(theirs) + len(strengths)) < len(theirs),
+            np.concatenate([training.truth, truth]), self.subject.classifier.classes, positive=self.bench.positive,
+            n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
+        )  # fmt: skip
+
+    def _concept(
+        self, part: _Part, column: int, number: int, sizes: Sizes, associations: dict[str, Association | None]
+    ) -> ConceptAudit:
+        name, group = self.names[number], self.groups[number]
+        classes = self.subject.classifier.classes
+        fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
+        is_target = name.casefold() in {one.casefold() for one in classes}
+        if fires == 0:
+            return ConceptAudit(name, group, is_target, 0.0, note=f"never fires on {self.bench.store.path}")
+        place = _moved_most(part.measured, column)
+        edits = {
+            kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
+            for kind, tally in part.measured.tallies.items()
+        }
+        effect = float(np.mean([abs(edit.change) for kind in RANKED_BY if (edit := edits[kind]) is not None]))
+        note = None
+        if edits["set_p99"] is None:
+            note = "fires in every row, so it can be removed but not set"
+        elif associations["given_true"] is None and self.subject.truth is not None:
+            note = "rows of one true class are all predicted alike, so nothing is left to test given the truth"
+        return ConceptAudit(
+            name, group, is_target, fires, classes[self.bench.watched[place]], effect,
+            associations["by_predicted"], associations["by_true"], associations["given_true"], associations["taught"],
+            edits["remove"], edits["set_p50"], edits["set_p90"], edits["set_p99"], _control(sizes, effect),
+            debiasing=None if self.subject.truth is None else _debiasing(part.measured, column, classes),
+            sweep=part.sweeps[column], note=note,
+        )  # fmt: skip
+
+    def _sweep(
+        self,
+        group: tuple[int, ...],
+        concepts: Concepts,
+        column: int,
+        measured: Measured,
+        amounts: Mapping[str, Tensor],
+        sample: Float32[np.ndarray, "m c"],
+    ) -> Sweep | None:
+        """The concept from 0 to twice its natural p99, in the row asked for or in a middling one without it."""
+        p99 = float(amounts["set_p99"][column])
+        if p99 <= 0:
+            return None
+        this = self.bench.watched[_moved_most(measured, column)]
+        if self.sweep_row is None:
+            without = np.flatnonzero(sample[:, column] <= 0)
+            candidates = without if len(without) else np.arange(len(sample))
+            ordered = candidates[np.argsort(self._sample_probabilities[candidates, this], kind="stable")]
+            row = int(self._sample_rows[ordered[len(ordered) // 2]])
+        else:
+            row = self.sweep_row
+        return sweep_row(self.bench, concepts, column, group, row, this, p99)
+
+    @cached_property
+    def _sample_rows(self) -> Int64[np.ndarray, " m"]:
+        return self.subject.rows[self.sample_places]
+
+    @cached_property
+    def _sample_activations(self) -> Float32[np.ndarray, "m d_sae"]:
+        return self.bench.activations(self._sample_rows)
+
+    @cached_property
+    def _sample_probabilities(self) -> Float32[np.ndarray, "m k"]:
+        x = torch.from_numpy(self.bench.store.take(self._sample_rows, self.bench.modality))
+        return self.subject.classifier.logits(x).softmax(1).numpy()
+
+    def _note_predictions(self) -> None:
+        seen = np.unique(self.predicted)
+        if len(seen) == 1:
+            only = self.subject.classifier.classes[int(seen[0])]
+            self.notes.append(f"the classifier predicts {only!r} for every row, so there is no association to test")
+
+
+def _moved_most(measured: Measured, column: int) -> int:
+    """Place among the watched classes of the one whose probability is moved most."""
+    tallies = [measured.tallies[kind] for kind in RANKED_BY]
+    moved = [(tally.change[column] / tally.n[column].clamp_min(1)).abs() for tally in tallies]
+    return int((moved[0] + moved[1]).argmax())
+
+
+def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | None:
+    n = int(tally.n[column])
+    if n == 0:
+        return None
+    mean = float(tally.change[column, place]) / n
+    variance = max(0.0, float(tally.change2[column, place]) / n - mean**2)
+    half = Z_95 * (variance / n) ** 0.5
+    return Effect(mean, mean - half, mean + half, float(tally.flips[column]) / n, n, strength)
+
+
+def _control(sizes: Sizes, effect: float) -> Control | None:
+    if not len(sizes.remove):
+        return None
+    effects = np.stack([getattr(sizes, kind) for kind in RANKED_BY])
+    known = ~np.isnan(effects)
+    theirs = np.where(known, effects, 0).sum(0) / known.sum(0).clip(1)
+    means = [float(one[~np.isnan(one)].mean()) if not np.isnan(one).all() else None for one in sizes]
+    return Control(len(theirs), means[0], means[1], means[2], float(theirs.max()), float((theirs < effect).mean()))
+
+
+def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Debiasing:
+    n = measured.n_rows[:, :, column]
+    kinds = (measured.correct, measured.correct_removed, measured.correct_levelled)
+    correct = torch.stack([one[:, :, column] for one in kinds])
+    groups = []
+    for true, name in enumerate(classes):
+        for present in (False, True):
+            size = int(n[true, int(present)])
+            before, removed, levelled = [
+                float(hits) / size if size else None for hits in correct[:, true, int(present)]
+            ]
+            groups.append(Group(name, present, size, before, removed, levelled))
+    shares = (correct / n)[:, n >= WORST_GROUP_ROWS]
+    worst = [float(kind.min()) if shares.shape[1] else None for kind in shares]
+    overall = (correct.sum((1, 2)) / n.sum()).tolist()
+    return Debiasing(tuple(groups), worst[0], worst[1], worst[2], overall[0], overall[1], overall[2])

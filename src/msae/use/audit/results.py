@@ -1,0 +1,303 @@
+"""What an audit found; the meaning of every number is in docs/audit.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from msae.base.errors import ConfigError
+
+MAX_JSON = 50_000_000
+"""Characters of an audit that is read."""
+
+
+@dataclass(frozen=True)
+class Association:
+    """How strongly a concept's strength goes with a class."""
+
+    effect_size: float
+    """Cliff's delta of the strength, in [-1, 1]: positive where rows of the class have more of the concept."""
+    low: float
+    """Lower end of the 95 % bootstrap interval of `effect_size`."""
+    high: float
+    auroc: float
+    """Probability that a row of the class has more of the concept than another row; (effect_size + 1) / 2."""
+    p: float
+    """Of a two-sided permutation test."""
+    q: float
+    """`p` adjusted by Benjamini and Hochberg for the number of audited concepts."""
+    class_: str
+    """The class; with more than two classes the one of the largest effect."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one edit did to the rows that it changed."""
+
+    change: float
+    """Mean change of the class's probability, in [-1, 1]."""
+    low: float
+    """Lower end of the 95 % interval of `change`."""
+    high: float
+    flip_rate: float
+    """Share of the edited rows whose predicted class changed."""
+    n: int
+    """Rows that were edited."""
+    strength: float
+    """What the concept was set to."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same edits made with random latents that fire as often and as strongly."""
+
+    n: int
+    """Random latents, or random groups of as many latents as the concept has."""
+    remove: float | None
+    """Mean size of their change of the class's probability."""
+    set_p50: float | None
+    set_p99: float | None
+    largest: float | None
+    """The largest causal effect among them."""
+    beaten: float
+    """Share of them whose causal effect is smaller than the concept's."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one true class that do or do not have the concept."""
+
+    class_: str
+    present: bool
+    n: int
+    accuracy: float | None
+    accuracy_removed: float | None
+    """Once the concept is removed from every row."""
+    accuracy_levelled: float | None
+    """Once the concept is at its mean in every row."""
+
+
+@dataclass(frozen=True)
+class Debiasing:
+    """Accuracy before and after the concept is taken out as a clue.
+
+    Two ways: removed, that is 0 in every row; or levelled, that is at its mean in every row. A classifier that has
+    learnt "no hat, so a circle" says so of rows without hats, and removal makes all rows such; levelling does not.
+    """
+
+    groups: tuple[Group, ...]
+    worst: float | None
+    """Accuracy of the worst group that has at least ten rows."""
+    worst_removed: float | None
+    worst_levelled: float | None
+    overall: float
+    overall_removed: float
+    overall_levelled: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sample's class probability while its concept goes from 0 to twice its natural p99."""
+
+    id: str
+    own: float
+    """The sample's own strength."""
+    natural_p99: float
+    strengths: tuple[float, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ConceptAudit:
+    """Everything about one concept. A None is explained in `note`."""
+
+    name: str
+    latents: tuple[int, ...]
+    is_target: bool
+    """The concept bears the name of a class, so that its effect is expected."""
+    firing_rate: float
+    """Share of the audited rows in which any of its latents fires."""
+    class_: str | None = None
+    """The class whose probability the edits are about: with more than two, the one that they move most."""
+    effect: float = 0.0
+    """The causal effect by which concepts are ranked: the mean size of `remove` and `set_p50`, of rows with the concept
+    and of rows without it at a strength that is typical. By `set_p99` the concepts with a long tail would come first.
+    """
+    by_predicted: Association | None = None
+    by_true: Association | None = None
+    given_true: Association | None = None
+    """By predicted class among rows of the same true class: what the truth does not explain."""
+    taught: Association | None = None
+    """By true class, in the training rows beyond the audited ones; where a training store was given."""
+    remove: Effect | None = None
+    set_p50: Effect | None = None
+    set_p90: Effect | None = None
+    set_p99: Effect | None = None
+    control: Control | None = None
+    debiasing: Debiasing | None = None
+    sweep: Sweep | None = None
+    note: str | None = None
+
+    @property
+    def latent(self) -> int:
+        """The first of its latents."""
+        return self.latents[0]
+
+    @property
+    def main(self) -> Association | None:
+        """The association that `q` is of: `taught`, else `given_true`, else `by_predicted`, whichever is known."""
+        return self.taught or self.given_true or self.by_predicted
+
+    @property
+    def test(self) -> str | None:
+        """The name of `main`."""
+        names = ("taught", "given_true", "by_predicted")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values by the contract's keys."""
+        main = self.main
+        first = {
+            "latent": self.latent,
+            "name": self.name,
+            "effect_size": main and main.effect_size,
+            "p": main and main.p,
+            "q": main and main.q,
+            "test": self.test,
+            "flip_rate": self.remove and self.remove.flip_rate,
+        }
+        rest: dict[str, Any] = _plain(self)
+        return first | rest
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some of the audited rows, kept for plots."""
+
+    rows: Int64[np.ndarray, " m"]
+    predicted: Int64[np.ndarray, " m"]
+    truth: Int64[np.ndarray, " m"] | None
+    strengths: Float32[np.ndarray, "m c"]
+    """In the order of `Audit.concepts`."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a classifier relies on, concept by concept, the strongest causal effect first.
+
+    Concepts that bear the name of a class come last: a classifier of squares should react to squares.
+    """
+
+    target: str | None
+    on: str
+    classes: tuple[str, ...]
+    n: int
+    """Rows audited."""
+    n_left_out: int
+    """Rows without a label, or with one that the classifier does not know."""
+    classifier: dict[str, Any]
+    settings: dict[str, Any]
+    concepts: tuple[ConceptAudit, ...]
+    notes: tuple[str, ...] = ()
+    sample: Sample | None = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> ConceptAudit:
+        return next(concept for concept in self.concepts if concept.name == name)
+
+    def reported(self, level: float = 0.05) -> list[ConceptAudit]:
+        """The concepts whose q-value is below `level`."""
+        return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values by the contract's keys."""
+        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes")
+        record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
+        return record | {"concepts": [concept.to_dict() for concept in self.concepts]}
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Audit:
+        """The audit in a text that `msae audit --json` wrote, without the sample of rows that plots need.
+
+        Raises:
+            ConfigError: It is no such text; the message begins with `where`.
+        """
+        if len(text) > MAX_JSON:
+            raise ConfigError(f"{where} has {len(text):,} characters, more than any audit; make it with --json")
+        try:
+            return typing.cast("Audit", _built(cls, json.loads(text)))
+        except (ValueError, TypeError, KeyError, RecursionError) as err:
+            raise ConfigError(
+                f"{where} is not what msae audit writes ({type(err).__name__}: {err}); make it with --json"
+            ) from err
+
+    def table(self, n: int = 20) -> str:
+        """The ranked table in Markdown."""
+        head = (
+            "concept", "class", "effect", "remove", "set p50", "set p99", "controls to", "flips", "delta", "q",
+            "q of errors", "worst group",
+        )  # fmt: skip
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(_cells(concept)) + " |" for concept in self.concepts[:n]]
+        if len(self.concepts) > n:
+            lines.append(f"\n{len(self.concepts) - n} more concepts; --json FILE writes all")
+        return "\n".join([*lines, *(f"\nnote: {note}" for note in self.notes)])
+
+
+def _cells(concept: ConceptAudit) -> list[str]:
+    main, control, groups = concept.main, concept.control, concept.debiasing
+    return [
+        concept.name.replace("|", "\\|") + (" (target)" if concept.is_target else ""),
+        concept.class_ or "",
+        f"{concept.effect:.3f}",
+        *(f"{edit.change:+.3f}" if edit else "-" for edit in (concept.remove, concept.set_p50, concept.set_p99)),
+        "-" if control is None else _number(control.largest),
+        "-" if concept.remove is None else f"{concept.remove.flip_rate:.3f}",
+        "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
+        "-" if main is None else f"{main.q:.2g}",
+        "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
+        "-" if groups is None or groups.worst is None else f"{groups.worst:.3f} > {groups.worst_levelled:.3f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; `class_` is called `class`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name.rstrip("_"): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """JSON values as the type that `hint` says, the inverse of `_plain`; keys that are no fields are left out."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{type(value).__name__} where {hint.__name__} is wanted")
+        known = typing.get_type_hints(hint)
+        fields = [f for f in dataclasses.fields(hint) if f.name.rstrip("_") in value and f.name != "sample"]
+        return hint(**{f.name: _built(known[f.name], value[f.name.rstrip("_")]) for f in fields})
+    if origin is tuple:
+        return tuple(_built(arguments[0], item) for item in value)
+    if origin is dict:
+        return dict(value)
+    if arguments and type(None) in arguments:
+        return None if value is None else _built(arguments[0], value)
+    if hint is float:
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"{value!r:.40} where {hint.__name__} is wanted")
+    return value

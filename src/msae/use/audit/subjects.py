@@ -1,0 +1,266 @@
+"""What is audited: the concepts, the rows and their true classes, and the classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from msae.use.classifier import LinearClassifier
+from msae.base.errors import ConfigError, nearest
+from msae.measure.probe import Probe, fit_probe
+from msae.sae.model import SAE
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+from msae.data.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
+
+MAX_CLASSES = 50
+"""More are no classes but, say, ages; each costs a column of every table."""
+MAX_TRAINING = 200_000
+"""Training rows that are compared with the audited ones."""
+TEXT_LOGIT_SCALE = 100.0
+"""What CLIP multiplies cosines with to make logits; every CLIP of OpenAI ended its training at this bound."""
+
+
+class Training(NamedTuple):
+    """Labelled rows of the training store; of more than `MAX_TRAINING`, a random sample."""
+
+    store: EmbeddingStore
+    rows: Int64[np.ndarray, " n"]
+    truth: Int64[np.ndarray, " n"]
+    """Numbers in the classifier's classes."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Rows to audit with their true classes, and the classifier that is audited on them."""
+
+    rows: Int64[np.ndarray, " n"]
+    """Positions in the store, ascending."""
+    truth: Int64[np.ndarray, " n"] | None
+    """Numbers in `classifier.classes`; None where no target column was named."""
+    n_left_out: int
+    classifier: LinearClassifier
+    n_train: int | None
+    """Rows that the classifier was trained on here."""
+    training: Training | None = None
+    """Where it was trained, if that is another store."""
+
+
+def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
+    """The classes in a metadata column; empty text and NaN are missing.
+
+    Raises:
+        ConfigError: Fewer than two classes, or more than are classes.
+        StoreError: There is no such column.
+    """
+    labels = [None if _is_missing(value) else str(value) for value in store.column(column)]
+    counts = Counter(label for label in labels if label is not None)
+    if len(counts) < 2:
+        found = f"only {next(iter(counts))!r} in {counts.total():,} labelled rows" if counts else "no labels"
+        raise ConfigError(f"column {column!r} of {store.path} has {found}; an audit needs two classes: name another")
+    if len(counts) > MAX_CLASSES:
+        raise ConfigError(
+            f"column {column!r} of {store.path} has {len(counts):,} different values, such as "
+            f"{', '.join(sorted(counts)[:3])}; an audit takes at most {MAX_CLASSES} classes: name a column of classes"
+        )
+    return labels
+
+
+def target_columns(store: EmbeddingStore) -> dict[str, int]:
+    """The metadata columns that `labels_of` takes, with their numbers of classes; not ids, paths and captions."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = {}
+    for name in store.columns:
+        column = store.metadata.column(name)
+        if name in ("id", *PATH_COLUMNS, *CAPTION_COLUMNS) or pa.types.is_nested(column.type):
+            continue
+        n = len({str(value) for value in pc.unique(column).to_pylist() if not _is_missing(value)})
+        if 2 <= n <= MAX_CLASSES:
+            found[name] = n
+    return found
+
+
+def make_subject(
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    *,
+    target: str | None,
+    classifier: LinearClassifier | str | Path | None,
+    class_texts: Mapping[str, str] | None,
+    train_store: EmbeddingStore | str | Path | None,
+    seed: int,
+) -> Subject:
+    """The rows and the classifier that the options of `audit` name."""
+    if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
+        raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
+    given = None
+    labels = None if target is None else labels_of(store, target)
+    if classifier is not None:
+        known = tuple(sorted({label for label in labels or () if label is not None}))
+        given = _opened(classifier, store.d_in, known)
+        if given.weight.shape[1] != store.d_in:
+            raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
+    elif class_texts is not None:
+        given = zero_shot(class_texts, sae, store)
+    if given is not None:
+        return _with_given(store, labels, given)
+    if target is None or labels is None:
+        raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
+    labelled = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
+    if train_store is None:
+        shuffled = np.random.default_rng(seed).permutation(labelled)
+        train, rows = np.sort(shuffled[::2]), np.sort(shuffled[1::2])
+        fitted = _fit(sae, store, modality, [labels[row] for row in train], train, f"half of {store.path}", seed)
+        n_train = len(train)
+    else:
+        other = as_store(train_store, modality)
+        theirs = labels_of(other, target)
+        n_train = sum(label is not None for label in theirs)
+        fitted = _fit(sae, other, modality, theirs, np.arange(len(other)), str(other.path), seed)
+        subject = _with_given(store, labels, fitted, rows=labelled, n_train=n_train)
+        return dataclasses.replace(subject, training=_training(other, theirs, fitted, seed))
+    return _with_given(store, labels, fitted, rows=rows, n_train=n_train)
+
+
+def _training(store: EmbeddingStore, labels: Sequence[str | None], classifier: LinearClassifier, seed: int) -> Training:
+    number_of = {name: number for number, name in enumerate(classifier.classes)}
+    rows = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
+    if len(rows) > MAX_TRAINING:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAINING, replace=False))
+    return Training(store, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
+
+
+def _with_given(
+    store: EmbeddingStore,
+    labels: list[str | None] | None,
+    classifier: LinearClassifier,
+    *,
+    rows: Int64[np.ndarray, " n"] | None = None,
+    n_train: int | None = None,
+) -> Subject:
+    if labels is None:
+        return Subject(np.arange(len(store)), None, 0, classifier, None)
+    number_of = {name: number for number, name in enumerate(classifier.classes)}
+    candidates = np.arange(len(store)) if rows is None else rows
+    truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
+    kept = truth >= 0
+    if not kept.any():
+        theirs = sorted({label for label in labels if label is not None})[:4]
+        raise ConfigError(
+            f"the classifier's classes {', '.join(classifier.classes[:4])} are none of the column's "
+            f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
+        )
+    n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
+    return Subject(candidates[kept], truth[kept], n_missing, classifier, n_train)
+
+
+def _fit(
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    labels: Sequence[str | None],
+    rows: Int64[np.ndarray, " n"],
+    source: str,
+    seed: int,
+) -> LinearClassifier:
+    def standardized(chosen: Any) -> torch.Tensor:
+        x = torch.from_numpy(store.take(rows[np.asarray(chosen)], modality))
+        return sae.standardizer.apply(x, modality)
+
+    return from_probe(fit_probe(standardized, labels, seed=seed), sae, modality, f"logistic regression on {source}")
+
+
+def from_probe(probe: Probe, sae: SAE, modality: Modality, source: str) -> LinearClassifier:
+    """A probe on embeddings standardised as the SAE's, as a classifier of raw ones."""
+    known = sae.standardizer.statistics[modality]
+    scale = torch.full_like(known.mean, known.scale)
+    return LinearClassifier(probe.classes, probe.weight, probe.bias, known.mean, scale, True, source)
+
+
+def _opened(classifier: LinearClassifier | str | Path, d_in: int, classes: tuple[str, ...]) -> LinearClassifier:
+    if isinstance(classifier, LinearClassifier):
+        return classifier
+    return LinearClassifier.load(classifier, d_in=d_in, classes=classes)
+
+
+def parse_class_texts(options: Sequence[str]) -> dict[str, str] | None:
+    """`CLASS=TEXT` options by class; None where there are none.
+
+    Raises:
+        ConfigError: One has no `=`.
+    """
+    wrong = next((option for option in options if "=" not in option), None)
+    if wrong is not None:
+        raise ConfigError(f"--class-texts {wrong!r} is not CLASS=TEXT; write for example 'man=a photo of a man'")
+    return dict(option.split("=", 1) for option in options) or None
+
+
+def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> LinearClassifier:
+    """CLIP's zero-shot classifier: a class's weights are the unit-norm embedding of its text, times 100.
+
+    Raises:
+        ConfigError: There are fewer than two texts, or nothing says which model made the embeddings.
+    """
+    if len(texts) < 2:
+        raise ConfigError(
+            f"{len(texts)} class text; give two or more, for example --class-texts 'man=a man' 'woman=a woman'"
+        )
+    encoder = store.encoder or sae.config.encoder
+    if encoder is None:
+        raise ConfigError(
+            f"{store.path} does not say which model made its embeddings, so the class texts cannot be embedded; "
+            f"embed again with msae embed, or give --classifier FILE"
+        )
+    from msae.data.embedder import Embedder
+
+    embedder = Embedder.load(encoder, revision=store.encoder_revision or sae.config.encoder_revision)
+    weight = TEXT_LOGIT_SCALE * torch.from_numpy(embedder.embed_texts(list(texts.values())))
+    nothing = torch.zeros(store.d_in)
+    source = f"zero-shot texts of {encoder}"
+    return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
+
+
+def concept_groups(
+    asked: Sequence[str], names: Mapping[str, Sequence[int]] | None, d_sae: int
+) -> dict[str, tuple[int, ...]]:
+    """The latents of every concept to audit: those asked for, by name or as `#123`, else all that have a name.
+
+    Raises:
+        ConfigError: A name is unknown (the nearest is suggested) or a latent is out of range.
+    """
+    known = {name: tuple(latents) for name, latents in (names or {}).items()}
+    outside = next((latent for latents in known.values() for latent in latents if not 0 <= latent < d_sae), None)
+    if outside is not None:
+        raise ConfigError(f"the names speak of latent {outside}, this SAE has {d_sae}; name its own latents again")
+    if not asked:
+        return known
+    by_case = {name.casefold(): name for name in known}
+    found: dict[str, tuple[int, ...]] = {}
+    for concept in asked:
+        if concept.startswith("#") and concept[1:].isdigit():
+            if int(concept[1:]) >= d_sae:
+                raise ConfigError(f"there is no latent {concept}; this SAE has #0 to #{d_sae - 1}")
+            found[concept] = (int(concept[1:]),)
+        elif concept.casefold().strip() in by_case:
+            name = by_case[concept.casefold().strip()]
+            found[name] = known[name]
+        else:
+            hint = nearest(concept.casefold(), by_case) or f"; {len(known)} names are known"
+            raise ConfigError(f"no latent is named {concept!r}{hint}; #123 is latent 123")
+    return found
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,118 @@
+"""`LinearClassifier`: coefficients on raw embeddings, in an `.npz` or `.safetensors` file that any tool can write.
+
+The file's keys are defined in docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from msae.base.errors import ConfigError
+from msae.base.files import atomic_path
+
+KEYS = ("weight", "bias", "classes", "mean", "scale", "unit_norm")
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """logits = features @ weight.T + bias, with features = (x - mean) * scale, of unit norm if `unit_norm`."""
+
+    classes: tuple[str, ...]
+    weight: Float[Tensor, "k d_in"]
+    bias: Float[Tensor, " k"]
+    mean: Float[Tensor, " d_in"]
+    scale: Float[Tensor, " d_in"]
+    unit_norm: bool
+    source: str
+    """Where it comes from, for people."""
+
+    def features(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """What the weights are multiplied with, before it is scaled to unit norm."""
+        return (x - self.mean) * self.scale
+
+    def logits(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n k"]:
+        """Unnormalised log-probabilities of the classes for raw embeddings."""
+        u = self.features(x)
+        return torch.addmm(self.bias, functional.normalize(u, dim=1) if self.unit_norm else u, self.weight.T)
+
+    @classmethod
+    def load(cls, path: str | Path, *, d_in: int, classes: tuple[str, ...] = ()) -> LinearClassifier:
+        """The classifier in a file.
+
+        Args:
+            d_in: Width of the embeddings.
+            classes: In the order of the rows of `weight`, where the file does not say.
+
+        Raises:
+            ConfigError: The file is missing or damaged, or its arrays do not fit each other or `d_in`.
+        """
+        path = Path(path)
+        arrays = _read(path)
+        unknown = sorted(set(arrays) - set(KEYS))
+        if unknown or "weight" not in arrays:
+            found = ", ".join(sorted(arrays)) or "nothing"
+            raise ConfigError(f"{path} holds {found}; wanted weight and, where they are, {', '.join(KEYS[1:])}")
+        weight = np.atleast_2d(np.asarray(arrays["weight"], np.float64))
+        bias = np.atleast_1d(np.asarray(arrays.get("bias", np.zeros(len(weight))), np.float64))
+        if weight.shape[1] != d_in:
+            raise ConfigError(
+                f"{path} has weights of width {weight.shape[1]}, the embeddings have {d_in}; fit it on embeddings of "
+                f"the same encoder"
+            )
+        if len(weight) == 1:  # as scikit-learn keeps two classes: the logit of the second
+            weight, bias = np.concatenate([0 * weight, weight]), np.r_[0.0, bias]
+        names = tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array(classes)))) or tuple(
+            str(number) for number in range(len(weight))
+        )
+        if not len(names) == len(weight) == len(bias):
+            raise ConfigError(
+                f"{path} has {len(weight)} rows of weights, {len(bias)} biases and {len(names)} classes "
+                f"({', '.join(names[:4])}); give one of each per class, two classes may share one row"
+            )
+        shifts = {key: np.broadcast_to(np.asarray(arrays.get(key, default), np.float64), (d_in,))
+                  for key, default in (("mean", 0.0), ("scale", 1.0))}  # fmt: skip
+        if not all(np.isfinite(part).all() for part in (weight, bias, *shifts.values())):
+            raise ConfigError(f"{path} holds NaN or infinite coefficients; fit the classifier again")
+        w, b, mean, scale = (_tensor(part) for part in (weight, bias, shifts["mean"], shifts["scale"]))
+        return cls(names, w, b, mean, scale, bool(arrays.get("unit_norm", False)), str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` that `load` reads."""
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, weight=self.weight.numpy(), bias=self.bias.numpy(), classes=np.array(self.classes),
+                mean=self.mean.numpy(), scale=self.scale.numpy(), unit_norm=np.array(self.unit_norm),
+            )  # fmt: skip
+
+
+def _tensor(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(numbers, np.float32))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give --classifier a .npz or .safetensors file of coefficients")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as tensors:
+                found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                words = tensors.metadata() or {}
+            return found | {key: np.array(json.loads(words[key])) for key in ("classes", "unit_norm") if key in words}
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as err:
+        raise ConfigError(f"{path} cannot be read ({str(err).splitlines()[0]}); save it with numpy.savez") from err
+    raise ConfigError(f"{path} is no .npz or .safetensors file; save the coefficients with numpy.savez")

@@ -1,0 +1,228 @@
+"""`NeighbourIndex`: the rows of a store by cosine, in a memory-mapped faiss file that is built once and beside it.
+
+The index holds unit rows in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more
+candidates than are wanted, scores those in float32 from the store, and asks for more still until no row that was
+left out can belong to the answer: what comes back is what a float32 search of every row would have found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from numpy.typing import NDArray
+
+from msae.base.errors import MissingDependencyError, StoreError
+from msae.base.files import atomic_path, read_json, write_json
+
+SCHEMA_VERSION = 1
+ERROR = 6e-4
+"""Largest error of an inner product of two unit vectors, one of them rounded to float16 (2**-11), with slack for
+its numbers below the normal range of float16 and for summation."""
+AT_FIRST = 64
+"""Candidates beyond those wanted in the first round."""
+
+BLOCK = 4096
+"""Rows read at once to be scored."""
+
+_log = logging.getLogger(__name__)
+_COUNT_AT = 8  # where a faiss file has its number of rows: after the kind (4 bytes) and the width (4)
+_VECTOR_AT = -8  # and the number of bytes that follow
+
+Rows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Reads raw rows by their numbers."""
+
+
+class Neighbours(NamedTuple):
+    """Rows by falling cosine to a query."""
+
+    rows: Int64[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    """Cosines in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class NeighbourIndex:
+    """The rows of one modality of one store."""
+
+    path: Path
+    n_rows: int
+    d_in: int
+    _faiss: Any = field(repr=False)
+    _rows: Rows = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        place: Path,
+        name: str,
+        *,
+        fingerprint: str,
+        n_rows: int,
+        d_in: int,
+        rows: Rows,
+        batches: Callable[[], Iterable[NDArray[np.float32]]],
+    ) -> NeighbourIndex:
+        """The index `name` in the folder `place`, built first where it is missing, damaged or of other rows.
+
+        Args:
+            place: Where nothing can be written, a folder in the user's cache is used instead.
+            fingerprint: Of the rows; an index with another one is rebuilt.
+            rows: Reads raw rows by number, to score candidates exactly.
+            batches: Gives all raw rows in order, to build from.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+            StoreError: The index cannot be read back; the disk is full or damaged.
+        """
+        faiss = _load_faiss()
+        wanted = {"fingerprint": fingerprint, "rows": n_rows, "d_in": d_in, "metric": "cosine", "dtype": "float16"}
+        spare = _cache_folder(place)
+        for folder in (place, spare):
+            index = _read(faiss, folder / f"{name}.faiss", wanted)
+            if index is not None:
+                return cls(folder / f"{name}.faiss", n_rows, d_in, index, rows)
+        file = (place if _is_writable(place) else spare) / f"{name}.faiss"
+        _build(faiss, file, wanted, batches())
+        index = _read(faiss, file, wanted)
+        if index is None:
+            raise StoreError(f"{file} cannot be read back after it was written; check the disk and its free space")
+        return cls(file, n_rows, d_in, index, rows)
+
+    def search(
+        self, query: Float32[np.ndarray, " d_in"], n: int, *, keep: NDArray[np.bool_] | None = None
+    ) -> Neighbours:
+        """The `n` rows of the largest cosine to `query`, exactly; of equal ones the lower row first.
+
+        Args:
+            query: Any raw vector but zero.
+            keep: Which rows may be found; all without it.
+        """
+        unit = _unit(query[None])
+        n_kept = self.n_rows if keep is None else int(keep.sum())
+        n = min(n, n_kept)
+        n_candidates = min(n + AT_FIRST, n_kept)
+        while n:
+            coarse, candidates = self._candidates(unit, n_candidates, keep)
+            scores = self.cosines(query, candidates)
+            order = np.lexsort((candidates, -scores))[:n]
+            # A row that is no candidate scores at most the worst candidate's coarse score, and the error of both.
+            if len(candidates) == n_kept or scores[order[-1]] > coarse[-1] + ERROR:
+                return Neighbours(candidates[order], scores[order])
+            n_candidates = min(4 * n_candidates, n_kept)
+        return Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
+
+    def cosines(self, query: Float32[np.ndarray, " d_in"], rows: Int64[np.ndarray, " m"]) -> NDArray[np.float32]:
+        """Of the query and some rows, in float32."""
+        unit = _unit(query[None])[0]
+        blocks = (rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK))
+        return np.concatenate([np.empty(0, np.float32), *(_unit(self._rows(block)) @ unit for block in blocks)])
+
+    def ranks(
+        self,
+        query: Float32[np.ndarray, " d_in"],
+        scores: Float32[np.ndarray, " m"],
+        *,
+        keep: NDArray[np.bool_] | None = None,
+    ) -> Int64[np.ndarray, " m"]:
+        """How many rows have a larger cosine to `query` than each of `scores`, plus one.
+
+        Counted in float16: between rows that are nearer to each other than `ERROR` a rank may be off.
+        """
+        radius = float(scores.min()) - ERROR if len(scores) else 2.0
+        parameters = self._parameters(keep)
+        _, found, _ = self._faiss.range_search(_unit(query[None]), radius, params=parameters)
+        ascending = np.sort(found)
+        ranks: NDArray[np.int64] = 1 + len(found) - np.searchsorted(ascending, scores, side="right")
+        return ranks
+
+    def _candidates(
+        self, unit: NDArray[np.float32], n: int, keep: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores, rows = self._faiss.search(unit, n, params=self._parameters(keep))
+        found = rows[0] >= 0
+        return scores[0][found], rows[0][found]
+
+    def _parameters(self, keep: NDArray[np.bool_] | None) -> Any:
+        faiss = _load_faiss()
+        if keep is None:
+            return None
+        return faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little")))
+
+
+def _load_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as err:
+        raise MissingDependencyError.of("faiss-cpu", extra="search") from err
+    return faiss
+
+
+def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows at length one; a row of zeros has no direction and stays, at cosine 0 to everything."""
+    unit: NDArray[np.float32] = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return unit
+
+
+def _read(faiss: Any, file: Path, wanted: dict[str, Any]) -> Any:
+    """The index in `file`, memory-mapped, or None where there is none that is what is wanted."""
+    if not file.exists():
+        return None
+    try:
+        record = read_json(file.with_suffix(".json"), schema_version=SCHEMA_VERSION, error=StoreError)
+        if any(record.get(key) != value for key, value in wanted.items()):
+            raise StoreError(f"{file} was built from other rows")
+        if file.stat().st_size != record["bytes"]:
+            raise StoreError(f"{file} is not as long as when it was built")
+        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except (StoreError, OSError, KeyError, RuntimeError) as err:
+        _log.warning("%s; building the index again", " ".join(str(err).split()))
+        return None
+    return index
+
+
+def _build(faiss: Any, file: Path, wanted: dict[str, Any], batches: Iterable[NDArray[np.float32]]) -> None:
+    """Write the index, a batch at a time: the file of an empty one with its two counts filled in, then the rows."""
+    _log.info("building %s", file)
+    record = file.with_suffix(".json")
+    record.unlink(missing_ok=True)
+    with atomic_path(file) as temporary, temporary.open("wb") as out:
+        out.write(_header(faiss, wanted["d_in"], wanted["rows"]))
+        for x in batches:
+            out.write(_unit(x).astype("<f2").tobytes())
+        n_bytes = out.tell()
+    write_json(record, {**wanted, "bytes": n_bytes}, schema_version=SCHEMA_VERSION)
+
+
+def _header(faiss: Any, d_in: int, n_rows: int) -> bytes:
+    """The first bytes of faiss's own file of `n_rows` rows in float16."""
+    kind = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexScalarQuantizer(d_in, kind, faiss.METRIC_INNER_PRODUCT)
+    header = bytearray(faiss.serialize_index(index).tobytes())
+    struct.pack_into("<q", header, _COUNT_AT, n_rows)
+    struct.pack_into("<Q", header, len(header) + _VECTOR_AT, 2 * n_rows * d_in)
+    return bytes(header)
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _cache_folder(place: Path) -> Path:
+    """A folder of the user's cache that belongs to `place` alone."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "msae" / "index" / hashlib.blake2b(str(place.resolve()).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,169 @@
+"""What is searched for: a row of the store, a picture, a text, or a vector, as one raw embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32
+from numpy.typing import NDArray
+
+from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError
+from msae.sae.model import SAE, is_other_encoder, told_encoder
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from msae.data.embedder import Embedder
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the caller gave: exactly one of the first four."""
+
+    like: str | None = None
+    image: str | Path | None = None
+    text: str | None = None
+    embedding: str | Path | NDArray[Any] | None = None
+    modality: Modality | None = None
+    """Of the row or vector; None takes that which is searched."""
+    encoder: str | None = None
+    """Folder or hub id, where neither store nor SAE says it."""
+    embedder: Embedder | None = None
+    """A loaded one, to save the loading."""
+
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in ("like", "image", "text", "embedding") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " are" if given else "nothing is"
+            raise ConfigError(f"{found} given to search for; give one of --like, --image, --text and --embedding")
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One raw embedding to search for, and where it is from."""
+
+    kind: str
+    """like, image, text or embedding."""
+    value: str
+    """The id, the file or the text."""
+    modality: Modality
+    x: Float32[np.ndarray, " d_in"] = field(repr=False)
+    row: int | None = None
+    """Its number, where it is a row of the store."""
+
+
+def read_query(ask: Ask, store: EmbeddingStore, sae: SAE, searched: Modality) -> Query:
+    """The embedding of what is asked for.
+
+    Raises:
+        ConfigError: The encoder is unknown, or the vector does not fit.
+        StoreError: No row has the id, or the encoder is not the one that made the store.
+        SourceError: The picture cannot be read.
+    """
+    if ask.like is not None:
+        row = _row_of(store, ask.like)
+        modality = ask.modality or searched
+        query = Query("like", ask.like, modality, store.take(np.array([row]), modality)[0], row)
+    elif ask.image is not None:
+        x = _embed_image(Path(ask.image), _embedder(ask, store, sae, "image"))
+        query = Query("image", str(ask.image), "image", x)
+    elif ask.text is not None:
+        if not ask.text.strip():
+            raise ConfigError("the text to search for is empty; give --text some words")
+        x = _embedder(ask, store, sae, "text").embed_texts([ask.text])[0]
+        query = Query("text", ask.text, "text", x)
+    else:
+        assert ask.embedding is not None
+        is_file = isinstance(ask.embedding, str | Path)
+        name = str(ask.embedding) if is_file else "the vector"
+        x = _read_vector(Path(ask.embedding)) if is_file else np.asarray(ask.embedding)  # type: ignore[arg-type]
+        query = Query("embedding", name, ask.modality or searched, _one_row(x, name))
+    _check(query, store)
+    return query
+
+
+def _row_of(store: EmbeddingStore, id: str) -> int:
+    try:
+        return store.ids.row_of(id)
+    except StoreError as err:
+        hint = "; it is a file: to search for that picture, type --image" if Path(id).is_file() else ""
+        raise StoreError(f"{err}{hint}") from None
+
+
+def _embedder(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
+    """The encoder that made the store's embeddings, as far as store and SAE know it.
+
+    Raises:
+        ConfigError: Nothing says which it is.
+        StoreError: The one that was given or found is another, by `is_other_encoder`.
+    """
+    embedder = ask.embedder or _load(ask, store, sae, kind)
+    mine = (embedder.id, embedder.revision)
+    for wanted, owner in (
+        ((store.encoder, store.encoder_revision), f"{store.path} was embedded by"),
+        ((sae.config.encoder, sae.config.encoder_revision), "the SAE reads embeddings of"),
+    ):
+        if is_other_encoder(mine, wanted):
+            raise StoreError(
+                f"--{kind} would be embedded by {told_encoder(mine)}, but {owner} {told_encoder(wanted)}; give "
+                f"--encoder the folder or id of that one, or embed the store again"
+            )
+    return embedder
+
+
+def _load(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
+    encoder = ask.encoder or store.encoder or sae.config.encoder
+    if encoder is None:
+        raise ConfigError(
+            f"neither {store.path} nor the SAE says which encoder made the embeddings, which --{kind} needs; "
+            f"give --encoder ID"
+        )
+    from msae.data.embedder import Embedder
+
+    revision = store.encoder_revision if encoder == store.encoder else None
+    is_local = encoder == "demo" or Path(encoder).is_dir()  # its revision is a hash, not something to check out
+    return Embedder.load(encoder, revision=None if is_local else revision)
+
+
+def _embed_image(path: Path, embedder: Embedder) -> NDArray[np.float32]:
+    from msae.data.images import read_picture
+
+    try:
+        picture = read_picture(path)
+    except SourceError as err:
+        raise SourceError(f"{path} cannot be searched for: {err}; give --image a readable picture") from err
+    x: NDArray[np.float32] = embedder.embed_images([picture.image])[0]
+    return x
+
+
+def _read_vector(path: Path) -> NDArray[Any]:
+    try:
+        with path.open("rb") as file:
+            x: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist; give --embedding a .npy file with one vector") from None
+    except (OSError, ValueError) as err:
+        line = str(err).splitlines()[0]
+        raise StoreError(f"{path} cannot be read as .npy ({line}); give --embedding a .npy file") from err
+    return x
+
+
+def _one_row(x: NDArray[Any], name: str) -> NDArray[np.float32]:
+    if x.dtype.kind not in "fiu" or x.ndim not in (1, 2) or (x.ndim == 2 and len(x) != 1):
+        raise ConfigError(f"{name} has the shape {x.shape} of {x.dtype}; wanted one vector of numbers")
+    row: NDArray[np.float32] = x.reshape(-1).astype(np.float32)
+    return row
+
+
+def _check(query: Query, store: EmbeddingStore) -> None:
+    error: type[MsaeError] = StoreError if query.kind == "like" else ConfigError
+    if len(query.x) != store.d_in:
+        raise error(
+            f"{query.value!r} is {len(query.x)} wide but {store.path} holds {store.d_in}-dim embeddings; "
+            f"give one of the same encoder"
+        )
+    if not np.isfinite(query.x).all() or not query.x.any():
+        raise error(f"{query.value!r} is all zero or not finite and has no neighbours; give another")

@@ -1,0 +1,123 @@
+"""What a search answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from msae.sae.standardize import Modality
+
+Space = Literal["embedding", "latent"]
+
+
+class Shared(NamedTuple):
+    """A concept that is active in the edited query and in a hit."""
+
+    concept: str
+    query: float
+    """Its activation in the edited query, summed over its latents."""
+    hit: float
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One row that was found."""
+
+    rank: int
+    """Place in the answer to the edited query; 1 is the best."""
+    id: str
+    score: float
+    """Cosine to the edited query; in latent space, minus the L1 distance of the activations."""
+    rank_before: int
+    """Place in the answer to the query as it was."""
+    score_before: float
+    row: int
+    path: str | None
+    """Of the picture, where the store knows it."""
+    caption: str | None
+    shared: tuple[Shared, ...]
+    """At most five, those that both have most of first."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else the store's metadata says, such as labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shared": [shared._asdict() for shared in self.shared]}
+
+
+@dataclass(frozen=True)
+class AppliedEdit:
+    """What was done to one concept of the query."""
+
+    concept: str
+    value: str
+    """As it was given."""
+    latents: tuple[int, ...]
+    before: float
+    """Strength of the concept in the query."""
+    after: float
+    natural: Mapping[str, float]
+    """p50, p90, p99 and max of its strengths above zero in the store, and the share of rows that have one."""
+    rivals: tuple[str, ...] = ()
+    """Concepts of the same kind that --exclusive set to 0."""
+    warning: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The neighbours of an edited query, and of the query as it was."""
+
+    store: str
+    kind: str
+    """What the query was given as: like, image, text or embedding."""
+    value: str
+    query_modality: Modality
+    modality: Modality
+    """Of what was searched."""
+    space: Space
+    edits: tuple[AppliedEdit, ...]
+    hits: tuple[Hit, ...]
+    before: tuple[Hit, ...]
+    """The answer to the query as it was, in that order; empty without edits, where it is `hits`."""
+    warnings: tuple[str, ...]
+    roots: tuple[Path, ...] = ()
+    """Folders that the paths of pictures may be relative to."""
+    query_path: str | None = None
+    """Of the query's picture, where it is a row that has one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `msae search --json` writes."""
+        query = {"kind": self.kind, "value": self.value, "modality": self.query_modality}
+        return {
+            "query": query,
+            "edits": [edit.to_dict() for edit in self.edits],
+            "hits": [hit.to_dict() for hit in self.hits],
+            "store": self.store,
+            "modality": self.modality,
+            "space": self.space,
+            "before": [hit.to_dict() for hit in self.before],
+            "warnings": list(self.warnings),
+        }
+
+    def table(self) -> str:
+        """What `msae search` prints."""
+        lines = [f"neighbours of {self.kind} {self.value!r} among the {self.modality} rows of {self.store}"]
+        for edit in self.edits:
+            latents = f"{len(edit.latents)} latents" if len(edit.latents) > 1 else f"latent {edit.latents[0]}"
+            lines.append(f"  {edit.concept}={edit.value} ({latents}): {edit.before:.3g} -> {edit.after:.3g}")
+            if edit.rivals:
+                lines.append(f"    set to 0 as its rivals: {', '.join(edit.rivals)}")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        width = max([2, *(len(hit.id) for hit in self.hits)])
+        was = "  was    score" if self.edits else ""
+        lines.append(f"{'rank':>4}  {'id':<{width}}  {'score':>8}{was}  shares")
+        for hit in self.hits:
+            moved = f"  {hit.rank_before:>5}  {hit.score_before:>6.3f}" if self.edits else ""
+            shares = ", ".join(shared.concept for shared in hit.shared)
+            text = "  ".join(part for part in (shares, hit.caption) if part)
+            lines.append(f"{hit.rank:>4}  {hit.id:<{width}}  {hit.score:>8.3f}{moved}  {text}".rstrip())
+        return "\n".join(lines)

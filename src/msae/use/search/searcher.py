@@ -1,0 +1,211 @@
+"""`Searcher`: everything a search needs, opened once; `msae.search` makes one for a single search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msae.concepts.names import ConceptNames, as_names, names_of
+from msae.use.edits import Change, Edit
+from msae.base.errors import ConfigError
+from msae.use.filters import Filter
+from msae.use.neighbours import NeighbourIndex
+from msae.use.search.handles import Handles
+from msae.use.search.query import Ask, Query, read_query
+from msae.use.search.results import Hit, SearchResult, Shared, Space
+from msae.use.search.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
+from msae.use.search.turning import turn
+from msae.sae.model import SAE, as_sae, check_fit, run_folder
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+
+SHARED = 5
+"""Concepts that are named with a hit."""
+
+
+@dataclass(frozen=True)
+class How:
+    """The options of a search, checked."""
+
+    edits: Sequence[tuple[str, Change]]
+    n: int
+    space: Space
+    keep_residual: bool
+    exclusive: bool
+    strict: bool
+    filter: Filter | None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n is {self.n}; give --n of at least 1, for example --n 20")
+        if self.space not in ("embedding", "latent"):
+            raise ConfigError(f"space {self.space!r} is unknown; give embedding or latent")
+
+
+class Searcher:
+    """A store, an SAE and its names, ready for many searches: what one search prepared the next one uses.
+
+    May be used from several threads; it holds nothing of a query but the handles of the concepts that were turned.
+    """
+
+    def __init__(
+        self, sae: SAE, store: EmbeddingStore, searched: Modality, names: ConceptNames | None, *, remember: bool = False
+    ) -> None:
+        self.sae, self.store, self.searched, self.names = sae, store, searched, names
+        self._remember = remember
+        self._handles: dict[tuple[Modality, bool], Handles] = {}
+
+    @classmethod
+    def open(
+        cls,
+        sae: SAE | str | Path,
+        on: EmbeddingStore | str | Path,
+        *,
+        modality: Modality | None = None,
+        names: ConceptNames | str | Path | None = None,
+        remember: bool = False,
+    ) -> Searcher:
+        """For the arguments of `msae.search`.
+
+        Args:
+            remember: Keep the activations of some rows between searches, where they take at most half a GB.
+
+        Raises:
+            StoreError: The store does not fit the SAE, or lacks the modality.
+            RunError: The run or its names are missing or damaged.
+        """
+        store, model = as_store(on, modality), as_sae(sae)
+        known = as_names(names) if names is not None else names_of(run_folder(sae), model.d_sae)
+        check_fit(model, store, run=sae)
+        return cls(model, store, modality or store.modalities[0], known, remember=remember)
+
+    @cached_property
+    def index(self) -> NeighbourIndex:
+        """Of the rows that are searched; built when first asked for."""
+        return open_index(self.store, self.searched)
+
+    def handles(self, modality: Modality, *, strict: bool = False) -> Handles:
+        """What makes concepts things to turn in queries of `modality`."""
+        key = (modality, strict)
+        if key not in self._handles:
+            self._handles[key] = Handles(
+                self.sae, self.store, modality, self.names, strict=strict, remember=self._remember
+            )
+        return self._handles[key]
+
+    def search(self, ask: Ask, how: How) -> SearchResult:
+        """The nearest rows before and after the edits; raises what `msae.search` raises."""
+        return self.search_for(read_query(ask, self.store, self.sae, self.searched), how)
+
+    def search_for(self, query: Query, how: How) -> SearchResult:
+        """The same of a query that was read before."""
+        sae, store = self.sae, self.store
+        keep = _kept(store, how.filter, query)
+        handles = self.handles(query.modality, strict=how.strict)
+        edits = [Edit(handles.of(concept), change) for concept, change in how.edits]
+        if how.space == "latent":
+            check_modality(sae, query.modality, self.searched)
+        turned = turn(sae, query, edits, handles, exclusive=how.exclusive, keep_residual=how.keep_residual)
+        if how.space == "latent":
+            found = search_latents(sae, store, self.searched, turned, how.n, keep)
+        else:
+            found = search_embeddings(self.index, turned, how.n, keep)
+        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, turned.z_edited))
+        return SearchResult(
+            store=str(store.path),
+            kind=query.kind,
+            value=query.value,
+            query_modality=query.modality,
+            modality=self.searched,
+            space=how.space,
+            edits=turned.edits,
+            hits=describe(found.after, flipped=False),
+            before=describe(found.before, flipped=True) if turned.is_changed else (),
+            warnings=turned.warnings,
+            roots=store.picture_roots,
+            query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
+        )
+
+
+def _kept(store: EmbeddingStore, filter: Filter | None, query: Query) -> NDArray[np.bool_] | None:
+    """The rows that may be found: those of the filter, without the query's own; None where all may."""
+    if filter is None and query.row is None:
+        return None
+    keep = np.ones(len(store), bool) if filter is None else filter.mask(store.metadata)
+    if query.row is not None:
+        keep = keep.copy()
+        keep[query.row] = False
+    return keep
+
+
+class _Sharing(NamedTuple):
+    """Finds the concepts that hits share with the edited query."""
+
+    sae: SAE
+    store: EmbeddingStore
+    modality: Modality
+    names: ConceptNames | None
+    z: Tensor | None
+
+    def of(self, rows: NDArray[np.int64]) -> list[tuple[Shared, ...]]:
+        """Of each row, the concepts of which the query and it both have most; latents where nothing is named."""
+        if self.z is None or self.modality not in self.sae.standardizer or not len(rows):
+            return [()] * len(rows)
+        hits = self.sae.encode(torch.from_numpy(self.store.take(rows, self.modality)), self.modality)
+        concepts = self._concepts()
+        if not concepts:
+            return [()] * len(rows)
+        query = torch.stack([self.z[latents].sum() for latents in concepts.values()])
+        theirs = torch.stack([hits[:, latents].sum(1) for latents in concepts.values()], 1)
+        common = torch.minimum(theirs, query)
+        names = list(concepts)
+        found = []
+        for row, values in zip(theirs, common, strict=True):
+            best = values.topk(min(SHARED, len(names))).indices.tolist()
+            found.append(tuple(Shared(names[i], float(query[i]), float(row[i])) for i in best if float(values[i]) > 0))
+        return found
+
+    def _concepts(self) -> dict[str, list[int]]:
+        """The names of the query's active latents, and which latents bear them."""
+        assert self.z is not None
+        active = self.z.nonzero()[:, 0].tolist()
+        if self.names is None:
+            return {f"#{latent}": [latent] for latent in active}
+        found: dict[str, list[int]] = {}
+        for latent in active:
+            name = self.names.name_of(latent)
+            if name is not None:
+                found.setdefault(name, []).append(latent)
+        return found
+
+
+def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: bool) -> tuple[Hit, ...]:
+    """The rows of an answer with all that is known of them; `flipped` where it is the answer before the edits."""
+    own = (np.arange(1, len(found.rows) + 1), found.scores)
+    after, before = (
+        ((found.other_ranks, found.other_scores), own) if flipped else (own, (found.other_ranks, found.other_scores))
+    )
+    rows = store.describe_rows(found.rows)
+    return tuple(
+        Hit(
+            rank=int(after[0][i]),
+            id=row.id,
+            score=float(after[1][i]),
+            rank_before=int(before[0][i]),
+            score_before=float(before[1][i]),
+            row=row.row,
+            path=row.path,
+            caption=row.caption,
+            shared=shared,
+            columns=row.columns,
+        )
+        for i, (row, shared) in enumerate(zip(rows, sharing.of(found.rows), strict=True))
+    )

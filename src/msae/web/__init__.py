@@ -1,0 +1,1 @@
+"""What people look at: the explorer, the report, the model card."""

@@ -1,0 +1,305 @@
+"""`World`: what the explorer shows: runs and a store, opened once, read-only, and nothing of any one user."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msae.use.audit import Audit, Sweeper, audit
+from msae.use.audit.subjects import target_columns
+from msae.concepts.names import ConceptNames, names_of
+from msae.data.embedder import Embedder
+from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
+from msae.measure.evaluate import Evaluation, evaluate, kept_evaluations
+from msae.web.explorer.catalogue import Catalogue
+from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
+from msae.data.images import read_picture
+from msae.web.report.facts import read_trained
+from msae.web.report.pictures import as_jpeg, thumbnail
+from msae.use.search import Searcher
+from msae.sae.model import SAE, check_fit, weights_hash
+from msae.concepts.samples import TopSamples
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store, find_picture
+from msae.data.store.rows import PATH_COLUMNS
+
+KEPT_SAMPLES = 48
+"""Of each latent and modality: four pages of twelve."""
+KEPT_TEXTS = 256
+KEPT_PICTURES = 4096
+"""Thumbnails held in memory, some 10 kB each."""
+
+NO_ENCODER = (
+    "Neither the store nor the run says which encoder made the embeddings, so words and pictures cannot be searched "
+    "for; rows can. A store made by msae embed says it."
+)
+
+
+class LoadedRun:
+    """One run with what was learnt of it on the store; made when first asked for, then kept."""
+
+    def __init__(self, folder: Path, label: str, store: EmbeddingStore | None) -> None:
+        self.folder, self.label, self.store = folder, label, store
+        self.sae = SAE.load(folder)
+        self.names: ConceptNames | None = names_of(folder, self.sae.d_sae)
+        if store is not None:
+            check_fit(self.sae, store, run=folder)
+        self.slow, self.preparing = threading.RLock(), threading.RLock()
+        self._searchers: dict[Modality, Searcher] = {}
+        self._audits: dict[str, Audit] = {}
+        self._sweepers: dict[str, Sweeper] = {}
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return self.store.modalities if self.store is not None else ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's config.json; empty for an SAE that was imported."""
+        return read_trained(self.folder)
+
+    @cached_property
+    def samples(self) -> dict[Modality, TopSamples]:
+        """The strongest samples of every latent; read from the run folder where they were mined before."""
+        with self.slow:
+            if self.store is None:
+                return {}
+            return {m: top_samples(self.folder, self.store, modality=m, n=KEPT_SAMPLES) for m in self.modalities}
+
+    @cached_property
+    def weights(self) -> str:
+        """Tells these weights from any others."""
+        return weights_hash(self.sae)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.of(self.sae, self.names, self.samples)
+
+    @cached_property
+    def tree(self) -> ConceptTree | None:
+        """How the latents nest on the store; takes seconds for a wide SAE."""
+        with self.slow:
+            return None if self.store is None else concept_tree(self.folder, self.store)
+
+    @cached_property
+    def unit_rows(self) -> torch.Tensor:
+        """The decoder's rows at length one."""
+        return torch.nn.functional.normalize(self.sae.W_dec.detach(), dim=1)
+
+    def searcher(self, modality: Modality) -> Searcher:
+        """What searches the rows of `modality`; prepared when first asked for."""
+        assert self.store is not None
+        with self.preparing:
+            if modality not in self._searchers:
+                self._searchers[modality] = Searcher(self.sae, self.store, modality, self.names, remember=True)
+            return self._searchers[modality]
+
+    def audit(self, target: str) -> Audit:
+        """The audit of a column of the store, made once; raises what `msae.audit` raises."""
+        assert self.store is not None
+        with self.slow:
+            if target not in self._audits:
+                self._audits[target] = audit(self.folder, self.store, target, modality=self.modalities[0])
+            return self._audits[target]
+
+    def sweeper(self, target: str) -> Sweeper:
+        """What sweeps samples under the classifier of that audit."""
+        assert self.store is not None
+        with self.slow:
+            if target not in self._sweepers:
+                self._sweepers[target] = Sweeper(self.sae, self.store, target, modality=self.modalities[0])
+            return self._sweepers[target]
+
+    def name(self, latent: int) -> str:
+        """The name of a latent, or its number."""
+        return (self.names.name_of(latent) if self.names else None) or f"#{latent}"
+
+
+class World:
+    """The runs, in their order, and the store that all of them are shown on."""
+
+    def __init__(self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None) -> None:
+        self.runs = {run.label: run for run in runs}
+        self.store = store
+        self.note = note
+        """Why there is no store, where there is none."""
+        self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
+        self._warmed = False
+        self._encoder_lock, self._evaluating = threading.Lock(), threading.Lock()
+        self._embed_text = lru_cache(KEPT_TEXTS)(lambda text: self.embedder().embed_texts([text])[0])
+
+    @property
+    def first(self) -> LoadedRun:
+        return next(iter(self.runs.values()))
+
+    def prepare(self) -> None:
+        """Do what the first page and the first search would wait for: top samples, catalogue, index, metadata."""
+        if self.store is None:
+            return
+        _ = self.first.catalogue
+        _ = self.store.metadata
+        for modality in self.store.modalities:
+            _ = self.first.searcher(modality).index
+
+    @cached_property
+    def has_pictures(self) -> bool:
+        return self.store is not None and any(name in self.store.columns for name in PATH_COLUMNS)
+
+    @cached_property
+    def targets(self) -> dict[str, int]:
+        """Columns that can be audited, with their numbers of classes."""
+        return {} if self.store is None else target_columns(self.store)
+
+    def evaluations(self) -> list[Evaluation]:
+        """What `msae evaluate` left in the run folders of their present weights, as far as it can be compared.
+
+        That is on one store, with one modality and inference: those of most runs, then this store's, then any with
+        recovery.
+
+        Raises:
+            RunError: A record is damaged.
+        """
+        by_subject: dict[tuple[str, ...], dict[str, Evaluation]] = {}
+        for label, run in self.runs.items():
+            for kept in kept_evaluations(run.folder):
+                if kept.sae == run.weights:
+                    by_subject.setdefault(kept.subject, {})[label] = replace(kept.evaluation, run=label)
+        shown = self.store.fingerprint if self.store else None
+
+        def worth(subject: tuple[str, ...]) -> tuple[int, bool, bool]:
+            found = by_subject[subject]
+            return len(found), subject[0] == shown, any(one.recovery for one in found.values())
+
+        return list(by_subject[max(by_subject, key=worth)].values()) if by_subject else []
+
+    def evaluate_now(self) -> list[Evaluation]:
+        """All runs on the store with recovery; raises what `msae.evaluate` raises."""
+        assert self.store is not None
+        with self._evaluating:
+            folders = [run.folder for run in self.runs.values()]
+            found = evaluate(folders, self.store, modality=self.store.modalities[0], recovery=True)
+        return [replace(one, run=label) for label, one in zip(self.runs, found, strict=True)]
+
+    @cached_property
+    def version(self) -> str:
+        """Changes with the store: a browser must not show another store's pictures out of its cache."""
+        known = "" if self.store is None else f"{self.store.path.resolve()} {self.store.fingerprint}"
+        return hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
+
+    def is_picture(self, path: str | None) -> bool:
+        """Whether the picture that a row lists is there."""
+        return self.store is not None and find_picture(path, self.store.picture_roots) is not None
+
+    def _picture(self, row: int, side: int) -> bytes | None:
+        """The JPEG of a row's picture, its longer side at most `side` pixels; None where there is none."""
+        if self.store is None or not self.has_pictures or not 0 <= row < len(self.store):
+            return None
+        picture = thumbnail(self.store.describe_rows([row])[0].path, self.store.picture_roots, side)
+        return None if picture is None else as_jpeg(picture)
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """The embedding of some words; raises what `embedder` raises."""
+        found: NDArray[np.float32] = self._embed_text(text)
+        return found
+
+    def embed_picture(self, data: bytes) -> NDArray[np.float32]:
+        """The embedding of a picture file's bytes.
+
+        Raises:
+            MsaeError: What `embedder` raises, or the bytes are no picture.
+        """
+        try:
+            picture = read_picture(data).image
+        except SourceError as err:
+            raise SourceError(f"this file cannot be searched for: {err}; drop another picture") from err
+        found: NDArray[np.float32] = self.embedder().embed_images([picture])[0]
+        return found
+
+    def why_no_encoder(self) -> str | None:
+        """Why words and pictures cannot be searched for; None where the encoder is known."""
+        known = (self.store.encoder if self.store else None) or self.first.sae.config.encoder
+        return None if known else NO_ENCODER
+
+    def warm(self) -> None:
+        """Begin to load the encoder, for whoever opens the search page is about to type words."""
+        if not self._warmed and self.store is not None and self.why_no_encoder() is None:
+            self._warmed = True
+            threading.Thread(target=self._load_quietly, name="encoder", daemon=True).start()
+
+    def _load_quietly(self) -> None:
+        with contextlib.suppress(MsaeError):  # said when it is asked for
+            self.embedder()
+
+    def embedder(self) -> Embedder:
+        """The model that made the store's embeddings, from this machine's disk alone.
+
+        Raises:
+            MsaeError: Neither store nor SAE says which it is, or it is not here.
+        """
+        with self._encoder_lock:
+            return self._embedder
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        encoder = (self.store.encoder if self.store else None) or self.first.sae.config.encoder
+        if encoder is None:
+            raise ConfigError(NO_ENCODER)
+        return Embedder.load(encoder)
+
+
+def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:
+    """The runs and the store, checked against each other.
+
+    Args:
+        on: Without it, the store that the first run was trained on, where it is still there.
+
+    Raises:
+        ConfigError: No runs.
+        RunError: A run is missing or damaged.
+        StoreError: The store is missing or damaged, or does not fit a run.
+    """
+    if not runs:
+        raise ConfigError("there is nothing to explore; give at least one run: msae explore RUN --on STORE")
+    folders = list(dict.fromkeys(Path(run) for run in runs))
+    note = None
+    store = None if on is None else as_store(on)
+    if store is None:
+        store, note = _training_store(folders)
+    short = Counter(folder.resolve().name for folder in folders)
+    labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
+    loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
+    return World(loaded, store, note)
+
+
+def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:
+    """The store that the first run was trained on, if all runs can be shown on it, or why not."""
+    try:
+        trained = LoadedRun(folders[0], "", None).config
+        store = as_store(trained["store"], trained.get("modality") if Path(trained["store"]).is_file() else None)
+    except KeyError:
+        return None, "The run does not say what it was trained on."
+    except RunError:
+        raise
+    except MsaeError as err:
+        return None, f"The store that the run was trained on cannot be opened ({err})."
+    return store, None
+
+
+def offline() -> None:
+    """No library that is loaded from here on asks another machine for anything."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -1,0 +1,215 @@
+"""The audit as HTML: the ranked table, and for the strongest concepts density, boxes, groups and sweep.
+
+`section` is what a larger report includes; `write_html` makes a page of it that opens offline.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msae.use.audit import Audit, ConceptAudit
+from msae.web.report import page
+from msae.web.report.figures import COLOURS, as_svg, legend, new_figure, plain
+from msae.web.report.page import shorten
+
+N_PLOTTED = 8
+HEAD = (
+    "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
+    "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors",
+    "worst group", "once levelled", "overall", "once levelled",
+)  # fmt: skip
+BRIEF = (0, 2, 3, 4, 6, 7, 9, 12)
+"""Columns of a table that fits a page."""
+WORDS = {
+    "effect": "by how much the probability of the class moves when the concept is taken away, or set to a typical "
+    "strength",
+    "remove, set to p99": "the change in each case, with its 95% interval; p99 is as strong as it gets in one row of a "
+    "hundred",
+    "controls to": "the largest effect among random latents that fire as often: below it, an effect says nothing",
+    "flips": "share of the rows with the concept whose answer changes without it",
+    "levelled": "with the concept at its mean in every row: where accuracy falls then, the classifier leaned on it",
+}
+"""What a first look needs to read it."""
+MAX_CLASSES = len(COLOURS)
+"""More classes than these are left out of the plots; the table and the JSON have them."""
+STYLE = """
+.audit tbody th { font-weight: 400; } .audit .reported th { font-weight: 700; } .audit h3 { margin-top: 1.4rem; }
+"""
+
+
+def write_html(audit: Audit, path: str | Path) -> None:
+    """Write the audit as one page without scripts or links to anywhere.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    values = {"audit": audit, "section": section(audit), "style": STYLE}
+    page.write_page(page.render("audit.html", **values), Path(path))
+
+
+def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = None, brief: bool = False) -> str:
+    """The audit as a piece of HTML; its style is `STYLE`.
+
+    Args:
+        n_plotted: Concepts that are drawn.
+        n_rows: Concepts in the table; None has all.
+        brief: Only the columns that a first look needs, and what they mean.
+    """
+    plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
+    pieces = [_head(audit), _table(audit, n_rows, brief=brief)]
+    if audit.sample is not None:
+        pieces += [_concept(audit, concept) for concept in plotted]
+    if brief:
+        words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS.items())
+        pieces.append(f'<dl class="words">{words}</dl>')
+    return f'<section class="audit">{"".join(pieces)}</section>'
+
+
+def _head(audit: Audit) -> str:
+    classifier = audit.classifier
+    facts = [] if audit.target is None else [f"target: the column {audit.target}"]
+    facts += [
+        f"{audit.n:,} rows of {Path(audit.on).name}",
+        f"classes {', '.join(audit.classes)}",
+        f"classifier: {str(classifier['source']).replace(audit.on, Path(audit.on).name)}",
+    ]
+    if classifier.get("accuracy") is not None:
+        facts.append(f"accuracy {classifier['accuracy']:.3f}")
+    if audit.n_left_out:
+        facts.append(f"{audit.n_left_out:,} rows without a known label left out")
+    notes = "".join(f'<p class="pale">{html.escape(note)}</p>' for note in audit.notes)
+    return f"<p>{html.escape('; '.join(map(shorten, facts)))}.</p>{notes}"
+
+
+def _table(audit: Audit, n_rows: int | None, *, brief: bool) -> str:
+    chosen = BRIEF if brief else range(len(HEAD))
+    rows = []
+    for concept in audit.concepts[:n_rows]:
+        main = concept.main
+        kind = ' class="reported"' if main is not None and main.q < 0.05 else ""
+        name, *cells = (_cells(concept)[i] for i in chosen)
+        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr{kind}><th scope="row">{html.escape(shorten(name, 60))}</th>{values}</tr>')
+    titles = "".join(f'<th scope="col">{html.escape(HEAD[i])}</th>' for i in chosen)
+    table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    more = len(audit.concepts) - len(rows)
+    note = f'<p class="pale">{more:,} more concepts have smaller effects.</p>' if more else ""
+    return f'<div class="scroll" role="region" aria-label="concepts by effect" tabindex="0">{table}</div>{note}'
+
+
+def _cells(concept: ConceptAudit) -> list[str]:
+    main, control, groups = concept.main, concept.control, concept.debiasing
+    latents = ", ".join(f"#{latent}" for latent in concept.latents[:3]) + (" …" if len(concept.latents) > 3 else "")
+    edits = [
+        "-" if edit is None else f"{edit.change:+.3f} [{edit.low:+.3f}, {edit.high:+.3f}]"
+        for edit in (concept.remove, concept.set_p50, concept.set_p99)
+    ]
+    accuracies = [None] * 4 if groups is None else [
+        groups.worst, groups.worst_levelled, groups.overall, groups.overall_levelled
+    ]  # fmt: skip
+    return [
+        concept.name + (" (target)" if concept.is_target else ""),
+        latents,
+        concept.class_ or "-",
+        _number(concept.effect),
+        *edits,
+        _number(None if control is None else control.largest),
+        "-" if control is None else f"{control.beaten:.0%}",
+        _number(None if concept.remove is None else concept.remove.flip_rate),
+        "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
+        "-" if main is None else f"{main.p:.2g}",
+        "-" if main is None else f"{main.q:.2g}",
+        "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
+        *(_number(share) for share in accuracies),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _concept(audit: Audit, concept: ConceptAudit) -> str:
+    note = f'<p class="pale">{html.escape(concept.note)}</p>' if concept.note else ""
+    drawings = "".join(f"<figure>{svg}</figure>" for svg in concept_svgs(audit, concept))
+    return f'<h3>{html.escape(concept.name)}</h3>{note}<div class="drawings">{drawings}</div>'
+
+
+def concept_svgs(audit: Audit, concept: ConceptAudit) -> list[str]:
+    """Density and boxes of the concept's strength by class, accuracy by group, and the sweep of one sample, as SVG."""
+    assert audit.sample is not None
+    strengths = audit.sample.strengths[:, audit.concepts.index(concept)]
+    classes = audit.classes[:MAX_CLASSES]
+    by_predicted = [strengths[audit.sample.predicted == k] for k in range(len(classes))]
+    truth = audit.sample.truth
+    by_true = None if truth is None else [strengths[truth == k] for k in range(len(classes))]
+    drawings: list[tuple[str, Callable[[Any], None]]] = [
+        ("Density by predicted class", lambda axes: _draw_density(axes, by_predicted, classes)),
+        ("Boxes by class", lambda axes: _draw_boxes(axes, by_predicted, by_true, classes)),
+        ("Accuracy by group", lambda axes: _draw_groups(axes, concept)),
+    ]
+    if concept.sweep is not None:
+        drawings.append(("Sweep of one sample", lambda axes: _draw_sweep(axes, concept)))
+    made = []
+    for words, draw in drawings:
+        figure = new_figure()
+        draw(figure.subplots())
+        made.append(as_svg(figure, f"{words}: {concept.name}"))
+    return made
+
+
+def _draw_density(axes: Any, by_class: Sequence[np.ndarray], classes: Sequence[str]) -> None:
+    top = max((float(values.max(initial=0)) for values in by_class), default=0.0) or 1.0
+    edges = np.linspace(0, top, 31)
+    for values, name, colour in zip(by_class, classes, COLOURS, strict=False):
+        firing = values[values > 0]
+        share = len(firing) / max(len(values), 1)
+        if len(firing):
+            axes.hist(firing, edges, density=True, histtype="stepfilled", alpha=0.35, color=colour)
+            axes.hist(firing, edges, density=True, histtype="step", color=colour, label=f"{name}: fires in {share:.0%}")
+        else:
+            axes.plot([], color=colour, label=f"{name}: never fires")
+    axes.set(title="density where it fires, by predicted class", xlabel="strength")
+    legend(axes)
+
+
+def _draw_boxes(
+    axes: Any, by_predicted: Sequence[np.ndarray], by_true: Sequence[np.ndarray] | None, classes: Sequence[str]
+) -> None:
+    for shift, by_class in ((-0.2, by_predicted), (0.2, by_true)):
+        for place, values in enumerate(by_class or ()):
+            if len(values):
+                axes.boxplot(
+                    values, positions=[place + shift], widths=0.3, showfliers=False, patch_artist=True,
+                    whis=(5, 95), medianprops={"color": "black"},
+                    boxprops={"facecolor": COLOURS[place] if shift < 0 else "none", "edgecolor": COLOURS[place]},
+                )  # fmt: skip
+    axes.set(title="strength by predicted (filled) and true class", xlim=(-0.6, len(classes) - 0.4))
+    axes.set_xticks(range(len(classes)), [plain(name) for name in classes])
+
+
+def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
+    axes.set(title="accuracy, and (red) once levelled", ylim=(0, 1.02))
+    known = [group for group in (concept.debiasing.groups if concept.debiasing else ()) if group.accuracy is not None]
+    for place, group in enumerate(known):
+        axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
+        axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
+    labels = [plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
+    axes.set_xticks(range(len(known)), labels, fontsize=7)
+    if not known:
+        axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
+
+
+def _draw_sweep(axes: Any, concept: ConceptAudit) -> None:
+    sweep = concept.sweep
+    assert sweep is not None
+    axes.plot(sweep.strengths, sweep.probabilities, color="#000000")
+    axes.axvspan(0, sweep.natural_p99, color="#228833", alpha=0.12, label="natural, up to p99")
+    axes.axvline(sweep.own, color="#ee6677", linestyle=":", label="the sample's own")
+    title = plain(f"P({concept.class_}) of sample {sweep.id}")
+    axes.set(title=title, xlabel="strength", ylim=(-0.02, 1.02))
+    legend(axes)

@@ -1,0 +1,357 @@
+"""`report`: everything that is known about a run in one HTML file that opens offline, and its model card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msae import __version__
+from msae.use.audit import Audit
+from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.measure.evaluate import Cell, Kept, table_rows
+from msae.measure.evaluate.table import COLUMNS, meanings_of
+from msae.concepts.gallery.mining import SAMPLES_FOLDER
+from msae.web.report import audit as audit_page
+from msae.web.report import figures, page
+from msae.web.report import search as search_page
+from msae.web.report.card import write_card
+from msae.web.report.facts import Facts, facts_of
+from msae.web.report.pictures import Album
+from msae.web.report.views import (
+    N_CONCEPTS,
+    SIDE,
+    ConceptView,
+    Looked,
+    command,
+    example_search,
+    nodes_of,
+    reliable,
+    strongest,
+    tree_of,
+)
+from msae.sae.model import check_fit, weights_hash
+from msae.concepts.samples import TopSamples
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore, as_store
+
+FILE = "report.html"
+LIMIT = 10_000_000
+"""Bytes that no report reaches."""
+MAX_BESIDE = 31
+MAX_TABLES = 6
+MAX_NAMES = 400
+
+
+class Missing(NamedTuple):
+    """What a report does not show, why, and what to type to change that."""
+
+    section: str
+    why: str
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` wrote."""
+
+    path: Path
+    card: Path | None
+    """The model card; None where a person wrote or edited the README.md of the run."""
+    size: int
+    """Bytes of the page."""
+    missing: tuple[Missing, ...]
+
+    def to_text(self) -> str:
+        lines = [f"{self.path}: {self.size / 1e6:.2f} MB, opens in any browser, offline"]
+        if self.card is None:
+            lines.append("README.md of the run was written or edited by hand and is left as it is")
+        else:
+            lines.append(f"{self.card}: the model card")
+        for section, why, line in self.missing:
+            lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "report": str(self.path),
+            "card": self.card and str(self.card),
+            "bytes": self.size,
+            "missing": [missing._asdict() for missing in self.missing],
+        }
+
+
+def report(
+    run: str | Path,
+    on: EmbeddingStore | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    beside: Sequence[str | Path] = (),
+    audit: Audit | str | Path | None = None,
+) -> Report:
+    """Write a page about a run that opens offline anywhere, under 10 MB, and the model card, README.md in the run.
+
+    What the run folder has is shown: figures, curves, names. What it lacks is named with the command that makes it.
+
+    Args:
+        run: A run folder.
+        on: A store for samples, magnitudes, hierarchy and a search. Without it, that of an earlier gallery or report.
+        out: The page; without it, report.html in the run folder.
+        beside: Other run folders to set beside this one in the tables and curves.
+        audit: An audit to include, or the file that `msae audit --json` wrote.
+
+    Raises:
+        RunError: A run is missing or damaged.
+        StoreError: The store is missing, damaged, or does not fit the run.
+        ConfigError: `out` is no place for a page, `audit` no audit, or there are too many runs.
+        MissingDependencyError: jinja2, matplotlib or pillow is not installed.
+    """
+    folder = Path(run)
+    facts = facts_of(folder)
+    path = _place(Path(out) if out is not None else folder / FILE)
+    others = [facts_of(Path(one)) for one in beside if Path(one).resolve() != folder.resolve()]
+    if len(others) > MAX_BESIDE:
+        raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
+    given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
+    figures.new_figure()  # a missing matplotlib is said before the work, not after it
+    looked = _look(facts, on)
+    text, missing = _fitting(partial(_Draft, facts, others, looked, given))
+    page.write_page(text, path)
+    return Report(path, write_card(facts), len(text.encode()), tuple(missing))
+
+
+def read_audit(file: Path) -> Audit:
+    """The audit in a file that `msae audit --json` wrote.
+
+    Raises:
+        ConfigError: It is missing, or no audit.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{file} cannot be read ({err}); make it with msae audit --json {file}") from err
+    return Audit.from_json(text, where=str(file))
+
+
+def _place(path: Path) -> Path:
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise ConfigError(f"{path} is no place for a report; give --out a file name that ends in .html")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{parent} is a file, so {path} cannot be made; give another --out")
+    return path
+
+
+def _look(facts: Facts, on: EmbeddingStore | str | Path | None) -> Looked | None:
+    """The store that was given, or that of samples that were mined before, while it is what it was."""
+    if on is not None:
+        store = as_store(on)
+        check_fit(facts.sae, store, run=facts.folder)
+        return Looked.at(facts, store)
+    weights = weights_hash(facts.sae)
+    known: dict[str, tuple[EmbeddingStore, dict[Modality, TopSamples]]] = {}
+    for file in sorted((facts.folder / SAMPLES_FOLDER).glob("[!.]*.json")):
+        try:
+            samples = TopSamples.load(file)
+            origin = samples.origin
+            if origin.sae != weights or origin.inference != "trained":
+                continue
+            store = as_store(origin.store, origin.modality)
+        except (RunError, StoreError):
+            continue  # a cache may be damaged, and a store may have moved: the report says what is missing
+        if store.fingerprint == origin.fingerprint:
+            known.setdefault(origin.fingerprint, (store, {}))[1][origin.modality] = samples
+    return Looked(*next(iter(known.values()))) if known else None
+
+
+def _fitting(draft: Any) -> tuple[str, list[Missing]]:
+    """The page with as many concepts as fit below the limit."""
+    for n_concepts, room in ((N_CONCEPTS, 5_000_000), (6, 1_000_000), (2, 100_000)):
+        made = draft(n_concepts, room)
+        text = made.page()
+        if len(text.encode()) < LIMIT:
+            break
+    return text, made.missing
+
+
+class Table(NamedTuple):
+    """The poster's table on one store."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[bool, list[Cell]]]
+    """Whether it is the report's own run, and its cells."""
+    labels: str | None
+
+
+class _Draft:
+    """One page in the making, and what it had to leave out."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        others: list[Facts],
+        looked: Looked | None,
+        audit: Audit | None,
+        n_concepts: int,
+        room: int,
+    ) -> None:
+        self.facts, self.looked, self.audit = facts, looked, audit
+        self.runs = dict(zip(_names([facts, *others]), [facts, *others], strict=True))
+        self.n_concepts = n_concepts
+        self.album = Album(looked.store.picture_roots if looked else (), SIDE, room=room)
+        self.missing: list[Missing] = []
+        self.store_word = str(looked.store.path) if looked else "STORE"
+
+    def page(self) -> str:
+        facts, tables = self.facts, self._tables()
+        return page.render(
+            "report.html",
+            facts=facts,
+            version=__version__,
+            store=self.looked and self.looked.store,
+            tables=tables,
+            meanings=meanings_of(tables[0].columns) if tables else {},
+            recovery=self._recovery(),
+            training=self._training(),
+            concepts=self._concepts(),
+            all_names=self._all_names(),
+            magnitudes=self._magnitudes(),
+            tree=self._tree(),
+            search=self._search(),
+            audit=self._audit(),
+            audit_style=audit_page.STYLE,
+            missing={one.section: one for one in self.missing},
+            album=self.album,
+        )
+
+    def _lacks(self, section: str, why: str, *words: str | Path) -> None:
+        self.missing.append(Missing(section, why, command("msae", *words) if words else None))
+
+    def _tables(self) -> list[Table]:
+        tables = []
+        for kept in self.facts.evaluations[:MAX_TABLES]:
+            compared = self._of_subject(kept.subject)
+            rows = table_rows([replace(one.evaluation, run=name) for name, one in compared.items()])
+            arrows = {column.title: {"up": " ↑", "down": " ↓"}[column.better] for column in COLUMNS}
+            titles = [title + arrows.get(title, "") for title in rows[0]]
+            e = kept.evaluation
+            mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
+                e.inference, f"the {e.k} strongest latents kept"
+            )
+            title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
+            ours = [self.runs[name] is self.facts for name in compared]
+            cells = [list(row.values()) for row in rows]
+            tables.append(Table(title, titles, list(zip(ours, cells, strict=True)), kept.labels))
+        if not tables:
+            self._lacks(
+                "quality", "this run has not been evaluated", "evaluate", self.facts.folder, "--on", self.store_word
+            )
+        return tables
+
+    def _of_subject(self, subject: tuple[str, ...]) -> dict[str, Kept]:
+        """The evaluations that may be compared, by the name of their run."""
+        return {
+            name: kept for name, facts in self.runs.items() for kept in facts.evaluations if kept.subject == subject
+        }
+
+    def _recovery(self) -> list[str]:
+        known = next((kept for kept in self.facts.evaluations if kept.evaluation.recovery), None)
+        if known is None:
+            on = self.facts.evaluations[0].evaluation.on if self.facts.evaluations else self.store_word
+            self._lacks(
+                "recovery",
+                "what few latents recover has not been measured",
+                "evaluate",
+                self.facts.folder,
+                "--on",
+                on,
+                "--recovery",
+            )
+            return []
+        curves = {
+            name: [asdict(point) for point in one.evaluation.recovery]
+            for name, one in self._of_subject(known.subject).items()
+            if one.evaluation.recovery
+        }
+        measures: list[figures.RecoveryMeasure] = ["fvu", "cknna"]
+        return [figures.recovery_curves(curves, measure) for measure in measures]
+
+    def _training(self) -> list[str]:
+        if not self.facts.metrics:
+            self._lacks("training", "this run has no metrics.jsonl, so it was not trained here")
+            return []
+        by_run = {name: facts.metrics for name, facts in self.runs.items() if facts.metrics}
+        measures: list[figures.TrainingMeasure] = ["fvu", "l0"]
+        return [figures.training_curves(by_run, measure) for measure in measures]
+
+    def _concepts(self) -> list[ConceptView]:
+        facts = self.facts
+        if facts.names is None:
+            on = ("--on", self.store_word)
+            self._lacks(
+                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
+            )
+        if self.looked is None:
+            self._lacks(
+                "samples",
+                "pictures, texts and strengths need a store of embeddings, such as msae embed makes",
+                "report",
+                facts.folder,
+                "--on",
+                "STORE",
+            )
+            return []
+        if facts.names is not None and len(facts.names):
+            named = reliable(facts.names)[: self.n_concepts]
+            return [self.looked.concept(concept.latent, concept, self.album) for concept in named]
+        return [
+            self.looked.concept(latent, None, self.album) for latent in strongest(self.looked.first)[: self.n_concepts]
+        ]
+
+    def _all_names(self) -> tuple[list[str], int]:
+        names = sorted({concept.name for concept in self.facts.names or ()})
+        return names[:MAX_NAMES], len(names)
+
+    def _magnitudes(self) -> str | None:
+        return None if self.looked is None else figures.magnitude_histograms(self.looked.magnitudes())
+
+    def _tree(self) -> dict[str, Any] | None:
+        if self.looked is None:
+            return None
+        tree = tree_of(self.facts, self.looked.store)
+        roots = nodes_of(tree)
+        n_left_out = len(tree.hierarchy.roots) - len(roots)
+        n, rows = len(tree.hierarchy.parent), tree.hierarchy.n_rows
+        return {"k": tree.k, "roots": roots, "n_left_out": n_left_out, "n": n, "rows": rows}
+
+    def _search(self) -> dict[str, Any] | None:
+        if self.looked is None:
+            return None
+        try:
+            result = example_search(self.facts, self.looked)
+        except MissingDependencyError as err:
+            self._lacks("search", str(err))
+            return None
+        if result is None:
+            if self.facts.names is not None:
+                why = "no named latent fires in these rows" if len(self.facts.names) else "no latent has earned a name"
+                self._lacks("search", why)
+            return None
+        return {"result": result, **search_page.parts(result, self.album)}
+
+    def _audit(self) -> str | None:
+        if self.audit is None:
+            audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
+            self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
+            return None
+        return audit_page.section(self.audit, n_plotted=3, n_rows=12, brief=True)
+
+
+def _names(runs: list[Facts]) -> list[str]:
+    """The name of each run's folder, or its path where two share one."""
+    count = Counter(facts.name for facts in runs)
+    return [str(facts.folder) if count[facts.name] > 1 else facts.name for facts in runs]

@@ -1,0 +1,177 @@
+"""What a run folder says about its SAE: the one source of the report and of the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msae.concepts.names import ConceptNames, names_of
+from msae.base.errors import RunError
+from msae.measure.evaluate import Kept, kept_evaluations
+from msae.measure.evaluate.subject import RUN_SCHEMA_VERSION
+from msae.base.files import read_json
+from msae.sae.model import SAE, SAEConfig, weights_hash
+
+KINDS: Mapping[str, str] = {
+    "matryoshka": "Matryoshka SAE",
+    "topk": "TopK SAE",
+    "batchtopk": "BatchTopK SAE",
+    "jumprelu": "JumpReLU SAE",
+    "relu": "ReLU SAE with an L1 penalty",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """One run: its SAE, how it was trained, and what was found about it so far."""
+
+    folder: Path
+    sae: SAE
+    trained: Mapping[str, Any]
+    """The run's config.json; empty for an SAE that was imported."""
+    metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+    evaluations: tuple[Kept, ...]
+    """Of the weights that are in the folder now."""
+    names: ConceptNames | None
+    dataset: str | None
+    """Of the hub, where the training store was made from one."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name or "run"
+
+    @property
+    def config(self) -> SAEConfig:
+        return self.sae.config
+
+    @property
+    def encoder(self) -> str | None:
+        """The model whose embeddings it reads, in words."""
+        return "the demo's own CLIP" if self.config.encoder == "demo" else self.config.encoder
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How it was trained; empty where that is not known."""
+        known: Mapping[str, Any] = self.trained.get("train", {})
+        return known
+
+    @property
+    def modality(self) -> str | None:
+        """What it was trained on."""
+        return self.trained.get("modality")
+
+    @property
+    def kind(self) -> str:
+        """In words, with what tells it from others of its kind."""
+        settings, config = self.settings, self.config
+        more = {
+            "matryoshka": f", {settings['weighting']} weighting" if settings.get("weighting") else "",
+            "relu": f", {settings['l1']:g}" if settings.get("l1") else "",
+        }.get(config.kind, f", k = {config.k}" if config.k else "")
+        return KINDS.get(config.kind, config.kind) + more
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The facts as pairs of a word and what it is, for people; what is not known is left out."""
+        config, settings = self.config, self.settings
+        revision = f", revision {config.encoder_revision}" if config.encoder_revision else ""
+        lines = [
+            ("model", self.kind),
+            ("embeddings of", f"{self.encoder}{revision}" if config.encoder else ""),
+            ("size", f"{config.d_in:,} dimensions, {config.d_sae:,} latents ({config.d_sae / config.d_in:g} times)"),
+            ("levels", ", ".join(f"{level:,}" for level in config.levels or ())),
+            ("standardises", " and ".join(self.sae.standardizer.statistics)),
+            ("trained on", self._trained_on()),
+        ]
+        if settings:
+            how = [
+                f"{settings['epochs']} epoch{'s' if settings['epochs'] != 1 else ''}",
+                f"batches of {settings['batch_size']:,}",
+            ]
+            how += [f"learning rate {settings['lr']:g}", f"seed {settings['seed']}", f"recipe {settings['recipe']}"]
+            lines.append(("training", ", ".join(how)))
+        if self.names is not None:
+            share = len(self.names) / self.names.d_sae
+            lines.append(("named latents", f"{len(self.names):,} of {self.names.d_sae:,} ({share:.0%})"))
+        return [(word, value) for word, value in lines if value]
+
+    def _trained_on(self) -> str:
+        if not self.trained:
+            return ""
+        source = self.dataset or Path(str(self.trained.get("store", ""))).name
+        return f"{self.trained['n_rows']:,} {self.modality} rows of {source}"
+
+
+def facts_of(folder: Path) -> Facts:
+    """The facts of a run folder.
+
+    Raises:
+        RunError: It is no run folder, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder} is no run folder; give one that msae train made, such as runs/photos")
+    sae = SAE.load(folder)
+    trained = read_trained(folder)
+    weights = weights_hash(sae)
+    return Facts(
+        folder=folder,
+        sae=sae,
+        trained=trained,
+        metrics=read_metrics(folder),
+        evaluations=tuple(kept for kept in kept_evaluations(folder) if kept.sae == weights),
+        names=names_of(folder, sae.d_sae),
+        dataset=_dataset(trained),
+    )
+
+
+def read_trained(folder: Path) -> dict[str, Any]:
+    """A run's config.json; empty for an SAE that was imported.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    trained = read_json(file, schema_version=RUN_SCHEMA_VERSION, error=RunError)
+    lacks = {"n_rows", "modality", "train"} - set(trained)
+    settings = trained.get("train")
+    if not isinstance(settings, dict):
+        lacks.add("train")
+    else:
+        lacks |= {"epochs", "batch_size", "lr", "seed", "recipe"} - set(settings)
+    if lacks:
+        raise RunError(f"{file} lacks {', '.join(sorted(lacks))}; restore it, or delete it if this SAE was imported")
+    return trained
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where it was not trained here.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise RunError(f"{file} is damaged ({err}); delete it to go without the training curves") from err
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise RunError(f"{file} has a line that is no step of training; delete it to go without the training curves")
+    return rows
+
+
+def _dataset(trained: Mapping[str, Any]) -> str | None:
+    """The hub's name of what the training store was made from, while that store is still there to say so."""
+    file = Path(str(trained.get("store", ""))) / "store.json"
+    try:
+        source = json.loads(file.read_text(encoding="utf-8")).get("source")
+    except (OSError, ValueError, AttributeError):
+        return None  # moved, or not one of ours: then it is not known
+    is_hub = isinstance(source, str) and source.startswith("hf://") and not source.startswith("hf:///")
+    return source.removeprefix("hf://").split("?")[0] if is_hub else None

@@ -1,0 +1,182 @@
+"""What a report shows of a run on a store: concepts with samples and evidence, the tree, a search before and after."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from msae.concepts.names import Concept, ConceptNames
+from msae.concepts.gallery import ConceptTree, Magnitudes, concept_tree, magnitudes, top_samples
+from msae.web.report import figures
+from msae.web.report.facts import Facts
+from msae.web.report.pictures import Album
+from msae.use.search import SearchResult, search
+from msae.concepts.samples import TopSamples
+from msae.sae.standardize import Modality
+from msae.data.store import EmbeddingStore
+
+N_CONCEPTS = 12
+N_PICTURES = 8
+N_TEXTS = 5
+N_HITS = 6
+ENOUGH_CHILDREN = 8
+"""Of a tree; one with fewer is tried again at the next level."""
+MAX_NODES, MAX_UNDER_ROOT, MAX_DEPTH = 120, 16, 4
+"""Of a tree that is shown."""
+SIDE = 144
+"""Pixels of a thumbnail's longer side."""
+
+
+class Shown(NamedTuple):
+    """One sample of a concept."""
+
+    activation: float
+    words: str
+    """Its caption, or else its id."""
+    picture: str | None
+
+
+class ConceptView(NamedTuple):
+    """One latent as a report shows it."""
+
+    latent: int
+    concept: Concept | None
+    images: list[Shown]
+    texts: list[Shown]
+    histogram: str
+
+    @property
+    def name(self) -> str:
+        return self.concept.name if self.concept else "unnamed"
+
+
+@dataclass
+class Node:
+    """A latent of the tree."""
+
+    latent: int
+    name: str | None
+    firing_rate: float
+    share: float | None
+    """Of its rows, in which its parent fires too."""
+    children: list[Node] = field(default_factory=list)
+    n_hidden: int = 0
+    """Of a root: latents under it that are not shown."""
+    n_shown: int = 1
+    """Of a root: itself and what is shown under it."""
+    has_name: bool = False
+    """Of a root: whether any latent of its tree has a name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """A store seen through the SAE, once for each of its modalities."""
+
+    store: EmbeddingStore
+    samples: Mapping[Modality, TopSamples]
+
+    @classmethod
+    def at(cls, facts: Facts, store: EmbeddingStore) -> Looked:
+        found = {modality: top_samples(facts.folder, store, modality=modality) for modality in store.modalities}
+        return cls(store, found)
+
+    @property
+    def first(self) -> TopSamples:
+        """Of images, where there are any."""
+        return next(iter(self.samples.values()))
+
+    def magnitudes(self) -> dict[str, Magnitudes]:
+        return {modality: magnitudes(found) for modality, found in self.samples.items()}
+
+    def concept(self, latent: int, concept: Concept | None, album: Album) -> ConceptView:
+        shown = {m: self._shown(m, latent, album) for m in self.samples}
+        histogram = figures.activation_histogram(self.first, latent)
+        return ConceptView(latent, concept, shown.get("image", []), shown.get("text", []), histogram)
+
+    def _shown(self, modality: Modality, latent: int, album: Album) -> list[Shown]:
+        top = self.samples[modality].top(latent, N_PICTURES if modality == "image" else N_TEXTS)
+        rows = self.store.describe_rows([sample.row for sample in top])
+        return [
+            Shown(
+                sample.activation,
+                row.words,
+                album.uri(row.path) if modality == "image" else None,
+            )
+            for sample, row in zip(top, rows, strict=True)
+        ]
+
+
+def reliable(names: ConceptNames) -> list[Concept]:
+    """One concept for each name, those first whose name the captions or labels confirm most surely."""
+
+    def key(concept: Concept) -> tuple[float, float, int]:
+        confirmed = concept.agreement.low if concept.agreement else 0.0
+        return -confirmed, -concept.cosine, concept.latent
+
+    best: dict[str, Concept] = {}
+    for concept in sorted(names, key=key):
+        best.setdefault(concept.name, concept)
+    return list(best.values())
+
+
+def strongest(samples: TopSamples) -> list[int]:
+    """Latents that tell rows apart, the strongest first: those that fire, but in less than half of the rows."""
+    rate = samples.firing_rate
+    order = np.argsort(-samples.maximum, kind="stable")
+    return [int(latent) for latent in order if 0 < rate[latent] < 0.5]
+
+
+def tree_of(facts: Facts, store: EmbeddingStore) -> ConceptTree:
+    """How latents nest, at the smallest level at which more than a few do."""
+    levels = (facts.config.levels or ())[:4]
+    best = concept_tree(facts.folder, store)
+    for level in levels[1:]:
+        if len(best.hierarchy.parent) >= ENOUGH_CHILDREN:
+            break
+        best = max(best, concept_tree(facts.folder, store, k=level), key=lambda tree: len(tree.hierarchy.parent))
+    return best
+
+
+def nodes_of(tree: ConceptTree) -> list[Node]:
+    """Roots, those first that have names under them, cut where they are deep, wide or many."""
+    found = tree.hierarchy
+    roots: list[Node] = []
+    path: list[Node] = []
+    for depth, latent in found.walk():
+        edge = found.parent.get(latent)
+        rate = float(found.fired[latent] / found.n_rows)
+        node = Node(latent, tree.names.get(latent), rate, None if edge is None else edge.share)
+        path[depth:] = [node]
+        root = path[0]
+        root.has_name |= node.name is not None
+        if depth == 0:
+            roots.append(node)
+        elif depth > MAX_DEPTH or root.n_shown >= MAX_UNDER_ROOT:
+            root.n_hidden += 1
+        else:
+            path[depth - 1].children.append(node)
+            root.n_shown += 1
+    roots.sort(key=lambda root: not root.has_name)
+    so_far = itertools.accumulate(root.n_shown for root in roots)
+    return [root for root, n in zip(roots, so_far, strict=True) if n <= MAX_NODES]
+
+
+def example_search(facts: Facts, looked: Looked) -> SearchResult | None:
+    """The strongest sample of the most reliable concept, searched for as it is and without the concept."""
+    samples = looked.first
+    fires = [concept for concept in reliable(facts.names) if samples.fired[concept.latent]] if facts.names else []
+    if not fires or samples.origin.standardized_by != "run":
+        return None
+    row = samples.top(fires[0].latent, 1)[0]
+    return search(facts.folder, looked.store, like=row.id, set={fires[0].name: 0.0}, n=N_HITS)
+
+
+def command(*words: str | Path) -> str:
+    """A line to type, with whatever a shell would take apart in quotes."""
+    return shlex.join(str(word) for word in words)
