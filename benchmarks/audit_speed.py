@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from msae.use.audit import audit
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.use.audit import audit
 from results import write_section
 
 

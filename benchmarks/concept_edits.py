@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from msae.concepts.names import ConceptNames
-from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
-from msae.use.edits import Edit, apply, parse_change
 from msae.base.errors import ConfigError
+from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
-from msae.use.search.handles import Handles
-from msae.sae.model import SAE
 from msae.data.store import EmbeddingStore
+from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
+from msae.sae.model import SAE
+from msae.use.edits import Edit, apply, parse_change
+from msae.use.search.handles import Handles
 from results import write_section
 
 TOP = 20
@@ -116,8 +116,8 @@ def main() -> None:
 def make_demo(arguments: argparse.Namespace) -> None:
     """Scenes through the CLIP that ships with the package, the words of its captions, and an SAE of each seed."""
     from concept_recovery import DISTRACTORS
-    from msae.demo.chain import write_scenes
     from msae.data.embed import embed
+    from msae.demo.chain import write_scenes
     from msae.sae.train import train
 
     folder, first = arguments.demo, arguments.first_scene

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from msae.concepts import evidence
-from msae.concepts.names import ConceptNames
-from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from msae.concepts.hierarchy import wilson
+from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
-from msae.sae.model import SAE
 from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
+from msae.sae.model import SAE
 from msae.sae.train import train
 from results import FIGURES, write_section
 
@@ -96,8 +96,8 @@ def open_world(folder: Path, first_scene: int = FIRST_SCENE) -> World:
 
 
 def make_world(folder: Path, words: list[str], first: int) -> None:
-    from msae.demo.chain import write_scenes
     from msae.data.embed import embed
+    from msae.demo.chain import write_scenes
 
     for key, n in SCENES.items():
         write_scenes(folder / key, range(first, first + n))

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from msae.concepts.gallery import activations, top_samples
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore
 
 
 def main() -> None:

@@ -22,17 +22,17 @@ import pyarrow as pa
 import torch
 
 from msae import train
-from msae.use.audit import Audit, ConceptAudit, audit
-from msae.use.classifier import LinearClassifier
+from msae.base.statistics import cliffs_delta, net_wins
+from msae.concepts.hierarchy import wilson
 from msae.concepts.names import ConceptNames
+from msae.concepts.naming import name
+from msae.data.embedder import Embedder
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.demo.drawing import render
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
-from msae.base.statistics import cliffs_delta, net_wins
-from msae.data.embedder import Embedder
-from msae.concepts.hierarchy import wilson
-from msae.concepts.naming import name
 from msae.sae.model import SAE
-from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.use.audit import Audit, ConceptAudit, audit
+from msae.use.classifier import LinearClassifier
 from results import write_section
 
 SHAPES = ("square", "cross")

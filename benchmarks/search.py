@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.use.search.spaces import open_index
 from msae.data.store import EmbeddingStore
+from msae.use.search.spaces import open_index
 from results import write_section
 
 N = 20

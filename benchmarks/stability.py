@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from msae.concepts.stability import Stability, match, stability, unit_rows
-from msae.sae.model import SAE, SAEConfig
 from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, SAEConfig
 from msae.sae.train import train
 from results import write_section
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 import msae
+from msae.concepts.gallery import gallery
 from msae.demo.chain import write_scenes
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
-from msae.concepts.gallery import gallery
 from msae.web.report.sheet import PAPER, draw_sheet
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}

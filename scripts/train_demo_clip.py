@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
+from msae.base.files import atomic_folder
 from msae.demo.drawing import draw
 from msae.demo.scenes import (
     ATTRIBUTES,
@@ -49,7 +50,6 @@ from msae.demo.scenes import (
     sample_scene,
 )
 from msae.demo.yardstick import Scores, measure
-from msae.base.files import atomic_folder
 
 CARD = Path(__file__).with_name("demo_clip_card.md")
 PIXELS = 64

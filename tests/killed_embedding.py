@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from msae.data.embed import Embedder, embed
 from msae.base.errors import StoreError
+from msae.data.embed import Embedder, embed
 from msae.data.store import EmbeddingStore
 
 torch.set_num_threads(1)

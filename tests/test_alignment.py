@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from msae.concepts.stability import match, stability, unit_rows
+from msae.base.errors import ConfigError, RunError
 from msae.cli import main
 from msae.concepts.names import Concept, ConceptNames
-from msae.base.errors import ConfigError, RunError
+from msae.concepts.stability import match, stability, unit_rows
 from msae.sae.model import SAE, SAEConfig
 
 

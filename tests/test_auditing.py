@@ -11,15 +11,15 @@ import scipy.stats
 import torch
 from safetensors.numpy import save_file
 
+from msae.base.errors import ConfigError, RunError, StoreError
+from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use.audit import audit
 from msae.use.audit.association import associate, taught
 from msae.use.audit.controls import matched_groups, profile_of
 from msae.use.audit.subjects import target_columns
 from msae.use.classifier import LinearClassifier
-from msae.base.errors import ConfigError, RunError, StoreError
-from msae.sae.model import SAE, SAEConfig
-from msae.sae.standardize import Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore, StorePart, write_store
 from tests.oracles import audits as oracle
 from tests.oracles import effects as effects_oracle
 

@@ -4,10 +4,10 @@ import csv
 
 import pytest
 
+from msae.base.errors import ConfigError
 from msae.cli import main
 from msae.demo import chain
 from msae.demo.scenes import attributes, sample_scene
-from msae.base.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from msae.base.errors import ConfigError
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use.edits import (
     Edit,
     activations_of,
@@ -16,9 +19,6 @@ from msae.use.edits import (
     warn,
     with_companions,
 )
-from msae.base.errors import ConfigError
-from msae.sae.model import SAE, SAEConfig
-from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import edits as oracle
 
 X = torch.randn(600, 12, generator=torch.Generator().manual_seed(0)) + 2

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from msae.data.embedder import Embedder
-from msae.data.embed import embed
 from msae.base.errors import ConfigError, EmbedderError, Interrupted, MsaeError, SourceError, StoreError
+from msae.data.embed import embed
+from msae.data.embedder import Embedder
 from msae.data.images import read_picture
 from msae.data.sources import Source, SourceItem
 from msae.data.store import EmbeddingStore

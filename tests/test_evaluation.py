@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from msae.measure import metrics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
-from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
 from msae.base.files import write_json
+from msae.data.store import EmbeddingStore
+from msae.measure import metrics
+from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore
 from tests.oracles import metrics as oracle
 
 D_IN, D_SAE = 12, 40

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from msae import search
-from msae.use.audit import Audit
-from msae.cli import main
 from msae.base.errors import ConfigError, RunError
+from msae.cli import main
+from msae.use.audit import Audit
 from tests.explorer_world import HOSTILE, make_world, served
 
 if importlib.util.find_spec("gradio") is None:

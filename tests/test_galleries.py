@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from msae.cli import main
-from msae.concepts.names import Concept, ConceptNames
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
+from msae.cli import main
 from msae.concepts.gallery import activations, gallery, magnitudes, top_samples
-from msae.sae.model import SAE, SAEConfig
+from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.samples import Origin, SampleMiner, TopSamples, bin_edges
-from msae.sae.standardize import Standardizer, Statistics, fit_statistics
 from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, Statistics, fit_statistics
 from tests.oracles import galleries as oracle
 
 ORIGIN = Origin("somewhere", "f" * 32, "a" * 32, "image", "trained", "run")
@@ -176,7 +176,9 @@ def test_gallery_equals_encoding_the_store_and_sorting(store, kind):
 def test_second_gallery_is_read_from_the_run_and_a_retrained_sae_is_mined_again(store, run, monkeypatch):
     first = gallery(run, store, latent=3, n=6)
     mined = []
-    monkeypatch.setattr("msae.concepts.gallery.mining.SampleMiner", lambda *a, **k: (mined.append(1), SampleMiner(*a, **k))[1])
+    monkeypatch.setattr(
+        "msae.concepts.gallery.mining.SampleMiner", lambda *a, **k: (mined.append(1), SampleMiner(*a, **k))[1]
+    )
     assert gallery(run, store, latent=3, n=6) == first
     assert gallery(run, store, latent=3, n=2).images == first.images[:2]
     assert not mined

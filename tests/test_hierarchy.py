@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
-from msae.cli import main
-from msae.concepts.names import Concept, ConceptNames
 from msae.base.errors import ConfigError
+from msae.cli import main
 from msae.concepts.gallery import concept_tree
 from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
-from msae.sae.model import SAE, SAEConfig
+from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, SAEConfig
 from tests.oracles import galleries as oracle
 
 

@@ -15,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from msae.sae import activations
-from msae.sae import kernels
-from msae.sae import losses
 from msae.base.errors import ConfigError, TrainingError
+from msae.sae import activations, kernels, losses
 from msae.sae.kernels import Selection, adamw_step_, sae_loss
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from msae.sae import activations
-from msae.sae import losses
 from msae.base.errors import ConfigError
+from msae.sae import activations, losses
 from tests.oracles import losses as oracle
 
 N, D_IN, D_SAE = 24, 10, 48

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msae.measure import metrics
 from msae.base.errors import ConfigError
+from msae.measure import metrics
 from tests.oracles import metrics as oracle
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from msae.base.config import from_mapping
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, Statistics
 from msae.web.report import report
 from msae.web.report.card import MARK, card, is_ours, write_card
 from msae.web.report.facts import facts_of
-from msae.sae.model import SAE, SAEConfig
-from msae.sae.standardize import Standardizer, Statistics
 from tests.test_reporting_report import EVIL, made, world  # noqa: F401  # fixtures
 
 pytest.importorskip("jinja2")

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import ConceptNames, as_names
-from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts.naming import name
-from msae.sae.model import SAE, SAEConfig
-from msae.sae.standardize import Standardizer, fit_statistics
 from msae.data.store import StorePart
 from msae.data.store import write_store as write_embeddings
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import naming as oracle
 
 D_IN, N_WORDS, N_PLANTED, D_SAE = 48, 60, 30, 200

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from msae.use.audit import audit
 from msae.cli import main
 from msae.cli.look import audit_verb
+from msae.use.audit import audit
 from msae.web.report.audit import concept_svgs, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 

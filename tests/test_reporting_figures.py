@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from msae.concepts.gallery import magnitudes
-from msae.web.report import figures
 from msae.concepts.samples import Origin, SampleMiner
+from msae.web.report import figures
 
 pytest.importorskip("matplotlib")
 EVIL = "<script>alert('$x_$ & \"y\"')</script> fill: #000000\x00\x1b \U00020000"

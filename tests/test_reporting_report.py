@@ -12,17 +12,17 @@ import pyarrow as pa
 import pytest
 
 import msae
-from msae.use.audit import Audit, audit
-from msae.cli import main
-from msae.concepts.names import Agreement, Concept, ConceptNames
 from msae.base.errors import ConfigError, RunError
-from msae.measure.evaluate import evaluate
+from msae.cli import main
 from msae.concepts.gallery import ConceptTree
 from msae.concepts.hierarchy import Edge, Hierarchy
+from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.data.store import StorePart, write_store
+from msae.measure.evaluate import evaluate
+from msae.sae.train import train
+from msae.use.audit import Audit, audit
 from msae.web.report import document, report
 from msae.web.report.views import nodes_of
-from msae.data.store import StorePart, write_store
-from msae.sae.train import train
 from tests.test_bad_input import snapshot
 
 pytest.importorskip("jinja2")

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from msae.web.report.search import render, write_page
 from msae.use.search import AppliedEdit, Hit, SearchResult, Shared
+from msae.web.report.search import render, write_page
 
 pytest.importorskip("jinja2")
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=y>"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from msae import search
+from msae.base.errors import ConfigError, EmbedderError, RunError, SourceError, StoreError
 from msae.cli import main
 from msae.concepts.names import Concept, ConceptNames
 from msae.data.embedder import Embedder
-from msae.base.errors import ConfigError, EmbedderError, RunError, SourceError, StoreError
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore, StorePart, write_store
 from tests.oracles import edits as edits_oracle
 from tests.oracles import neighbours as oracle
 from tests.tiny_clip import make_encoder

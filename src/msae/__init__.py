@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msae.concepts.stability import Stability, stability
-    from msae.use.audit import Audit, audit
-    from msae.concepts.names import ConceptNames
-    from msae.data.embed import Embedder, embed
-    from msae.measure.evaluate import Evaluation, evaluate, poster_table
-    from msae.web.explorer import explore
     from msae.concepts.gallery import Gallery, concept_tree, gallery, top_samples
+    from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
-    from msae.web.report import Report, report
-    from msae.use.search import SearchResult, search
-    from msae.sae.model import SAE, SAEConfig
     from msae.concepts.samples import TopSamples
+    from msae.concepts.stability import Stability, stability
+    from msae.data.embed import Embedder, embed
     from msae.data.store import EmbeddingStore
+    from msae.measure.evaluate import Evaluation, evaluate, poster_table
+    from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
+    from msae.use.audit import Audit, audit
+    from msae.use.search import SearchResult, search
+    from msae.web.explorer import explore
+    from msae.web.report import Report, report
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Slow and obvious versions of what names rest on. Sources: docs/naming.md and the docstrings of msae.concepts.evidence."""
+"""Slow and obvious versions of what names rest on. Sources: docs/naming.md and the docstrings of `evidence`."""
 
 import itertools
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from msae import __version__
+from msae.base.errors import Interrupted, MsaeError, nearest
 from msae.cli.output import say
 from msae.cli.verbs import VERBS
-from msae.base.errors import Interrupted, MsaeError, nearest
 
 OVERVIEW = """\
 usage: msae VERB [options]        msae VERB --help explains one verb

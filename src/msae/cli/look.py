@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msae.cli.output import check_target, report
 from msae.base.errors import ConfigError
+from msae.cli.output import check_target, report
 
 Modality = Literal["image", "text"]
 
@@ -157,8 +157,8 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
 def search_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.web.report.search import write_page
     from msae.use.search import search
+    from msae.web.report.search import write_page
 
     def run(
         run: str,

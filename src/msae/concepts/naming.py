@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from msae.concepts import evidence
-from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, StoreError
+from msae.concepts import evidence
+from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, Rule
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, as_sae, check_fit
 from msae.sae.standardize import Modality, Statistics, fit_statistics
-from msae.data.store import EmbeddingStore, as_store
 
 Centre = Literal["vocabulary", "sae", "none"]
 Untested = Literal["unnamed", "named"]

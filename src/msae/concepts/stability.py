@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy.typing import NDArray
 
-from msae.concepts.names import names_of
 from msae.base.errors import ConfigError, RunError
 from msae.base.progress import progress
+from msae.concepts.names import names_of
 from msae.sae.model import SAE, as_sae, run_folder
 
 CANDIDATES = 24

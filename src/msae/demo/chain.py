@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msae.base.errors import ConfigError
+from msae.base.files import atomic_folder, atomic_path
+from msae.base.progress import progress
 from msae.concepts.names import ConceptNames
+from msae.concepts.naming import name
+from msae.data.embed import embed
 from msae.demo.drawing import render
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
-from msae.data.embed import embed
-from msae.base.errors import ConfigError
 from msae.measure.evaluate import Evaluation, evaluate, poster_table
-from msae.base.files import atomic_folder, atomic_path
-from msae.concepts.naming import name
-from msae.base.progress import progress
 from msae.sae.train import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}

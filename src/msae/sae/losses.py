@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from msae.sae import activations
 from msae.base.errors import ConfigError
+from msae.sae import activations
 
 Weighting = Literal["uniform", "reverse"]
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msae.sae import activations
 from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]

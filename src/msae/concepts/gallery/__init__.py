@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msae.concepts.names import names_of
 from msae.base.errors import ConfigError
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
 from msae.concepts.gallery.mining import activations, check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.concepts.names import names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
-from msae.sae.standardize import Modality
 from msae.data.store import EmbeddingStore, as_store
+from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.sae.standardize import Modality
 
 __all__ = [
     "AllMagnitudes",

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msae.concepts.gallery.mining import top_samples
-from msae.sae.model import SAE, Inference
 from msae.concepts.samples import BINS_PER_OCTAVE, N_BINS, TopSamples, bin_edges, histogram_quantiles
-from msae.sae.standardize import Modality
 from msae.data.store import EmbeddingStore, as_store
+from msae.sae.model import SAE, Inference
+from msae.sae.standardize import Modality
 
 _SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.sae.losses import default_levels
 from msae.base.progress import progress
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder, weights_hash
 from msae.concepts.samples import Origin, SampleMiner, TopSamples, block_rows
-from msae.sae.standardize import Modality, Standardizer, fit_statistics
 from msae.data.store import EmbeddingStore, as_store
+from msae.sae.losses import default_levels
+from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder, weights_hash
+from msae.sae.standardize import Modality, Standardizer, fit_statistics
 
 SAMPLES_FOLDER = "samples"
 """Inside a run folder: what was mined, to be used again."""

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from msae.concepts.names import ConceptNames, names_of
 from msae.base.errors import ConfigError
+from msae.base.progress import progress
 from msae.concepts.gallery.mining import activations, top_samples
 from msae.concepts.hierarchy import Activity, Hierarchy, PairScore, find_hierarchy, score_pairs
-from msae.base.progress import progress
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import level_shares
-from msae.sae.standardize import Modality
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.tables import TABLE_SUFFIXES, read_table
+from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.sae.standardize import Modality
 
 HIERARCHY_ROWS = 20_000
 """Rows that a hierarchy is read from; more make its intervals narrower, at d_sae^2 operations each."""

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msae.data.arrays import first_bad_row
-from msae.data.embedder import DEMO, Embedder, Precision, revision_of
-from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
 from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
 from msae.base.files import read_json, remove_leftovers, write_json
-from msae.data.images import quiet_about_size, read_picture
 from msae.base.progress import progress
+from msae.data.arrays import first_bad_row
+from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
+from msae.data.embedder import DEMO, Embedder, Precision, revision_of
+from msae.data.images import quiet_about_size, read_picture
 from msae.data.sources import Source, SourceItem, open_source
 from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
 from msae.data.store.files import Modality

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from msae.data.arrays import open_safetensors
 from msae.base.errors import StoreError
 from msae.base.files import atomic_path
+from msae.data.arrays import open_safetensors
 from msae.data.store.files import MODALITIES, Modality
 from msae.data.tables import first_line
 

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.data.arrays import ShardedRows, fingerprint, first_bad_row
 from msae.base.errors import StoreError, nearest
 from msae.base.files import atomic_path, read_json, write_json
+from msae.data.arrays import ShardedRows, fingerprint, first_bad_row
 from msae.data.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
 from msae.data.store.rows import Row, find_picture
 from msae.data.tables import Metadata, conform, unique_ids

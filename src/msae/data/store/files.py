@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from msae.data.arrays import Rows, ShardedRows, open_npy, open_safetensors, same_width
 from msae.base.errors import StoreError
+from msae.data.arrays import Rows, ShardedRows, open_npy, open_safetensors, same_width
 from msae.data.tables import CAPTION_COLUMNS, Metadata, read_table
 
 Modality = Literal["image", "text"]

@@ -8,18 +8,18 @@ from typing import Any, overload
 
 import torch
 
-from msae.measure import metrics
 from msae.base.devices import as_device
+from msae.base.progress import progress
+from msae.data.store import EmbeddingStore, as_store
+from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, keep, kept_evaluations
 from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
 from msae.measure.evaluate.probes import Probes, targets_of
 from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
 from msae.measure.evaluate.subject import Options, SAELike, StoreLike, Subject, batches_of, open_subject
 from msae.measure.evaluate.table import Cell, poster_table, table_rows
-from msae.base.progress import progress
 from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 __all__ = ["Cell", "Evaluation", "Kept", "RecoveryPoint", "evaluate", "kept_evaluations", "poster_table", "table_rows"]
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError
+from msae.base.files import read_json, write_json
+from msae.data.store import EmbeddingStore
 from msae.measure.evaluate.record import Evaluation, RecoveryPoint
 from msae.measure.evaluate.subject import Options, SAELike
-from msae.base.files import read_json, write_json
 from msae.sae.model import SAE, weights_hash
-from msae.data.store import EmbeddingStore
 
 SCHEMA_VERSION = 1
 FOLDER = "eval"

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from msae.sae import activations
-from msae.measure import metrics
 from msae.base.errors import RunError
+from msae.base.progress import progress
+from msae.data.store import EmbeddingStore, as_store
+from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, StoreLike, Subject, batches_of, training_store
 from msae.measure.probe import Probe
-from msae.base.progress import progress
+from msae.sae import activations
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 CKNNA_ROWS = 10_000
 """Rows of one CKNNA batch, as in the paper: the value depends on it."""

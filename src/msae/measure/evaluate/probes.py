@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msae.base.errors import ConfigError, StoreError
+from msae.data.store import EmbeddingStore
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, Subject, training_store
 from msae.measure.probe import Probe, fit_probe
 from msae.sae.model import check_fit
-from msae.data.store import EmbeddingStore
 
 
 class Probes:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.files import read_json
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, check_fit
 from msae.sae.standardize import Modality, fit_statistics
-from msae.data.store import EmbeddingStore, as_store
 
 RUN_SCHEMA_VERSION = 1
 """Of a run's config.json, which training writes."""

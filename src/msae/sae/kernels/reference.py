@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from msae.sae import activations
-from msae.sae import losses
+from msae.sae import activations, losses
 from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 

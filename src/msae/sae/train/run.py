@@ -26,9 +26,9 @@ from msae.base.errors import Interrupted, RunError, TrainingError
 from msae.base.files import atomic_folder, read_json, remove_leftovers, write_json
 from msae.base.loggers import Loggers, check_installed
 from msae.base.progress import progress
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
-from msae.data.store import EmbeddingStore
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, shuffled_batches, train_step
 

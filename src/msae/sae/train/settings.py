@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from msae.sae import losses
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError
 from msae.base.loggers import LoggerName
+from msae.data.store import EmbeddingStore
+from msae.sae import losses
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
 
 Recipe = Literal["default", "poster"]
 LEARNING_RATES: Mapping[Recipe, Mapping[Kind, float]] = {

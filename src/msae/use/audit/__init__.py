@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from msae.base.errors import ConfigError, RunError
+from msae.concepts.names import ConceptNames, as_names
+from msae.data.store import EmbeddingStore, as_store
+from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.sae.standardize import Modality
 from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
 from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
 from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
-from msae.concepts.names import ConceptNames, as_names
-from msae.base.errors import ConfigError, RunError
-from msae.sae.model import SAE, Inference, as_sae, check_fit
-from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 __all__ = [
     "Association",

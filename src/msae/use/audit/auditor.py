@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from msae.base.progress import progress
 from msae.use.audit.association import associate, taught, with_q
 from msae.use.audit.controls import Sizes, control_sizes
 from msae.use.audit.measure import Bench, Measured, Tally, measure_edits, quantiles
 from msae.use.audit.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
 from msae.use.audit.sweeping import sweep_row
 from msae.use.interventions import Concepts
-from msae.base.progress import progress
 
 N_RESAMPLES = 1000
 N_CONTROLS = 20

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.use.audit.subjects import Subject
-from msae.use.interventions import Concepts, Push, edited_logits, make_concepts
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
+from msae.use.audit.subjects import Subject
+from msae.use.interventions import Concepts, Push, edited_logits, make_concepts
 
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
 BATCH_ENTRIES = 1 << 23

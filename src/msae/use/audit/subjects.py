@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from msae.use.classifier import LinearClassifier
 from msae.base.errors import ConfigError, nearest
+from msae.data.store import EmbeddingStore, as_store
+from msae.data.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
 from msae.measure.probe import Probe, fit_probe
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
-from msae.data.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
+from msae.use.classifier import LinearClassifier
 
 MAX_CLASSES = 50
 """More are no classes but, say, ages; each costs a column of every table."""

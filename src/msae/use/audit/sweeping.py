@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from msae.base.errors import ConfigError
+from msae.data.store import EmbeddingStore, as_store
+from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.sae.standardize import Modality
 from msae.use.audit.measure import Bench, probabilities
 from msae.use.audit.results import ConceptAudit, Sweep
 from msae.use.audit.subjects import make_subject
-from msae.base.errors import ConfigError
 from msae.use.interventions import Concepts
-from msae.sae.model import SAE, Inference, as_sae, check_fit
-from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 SWEEP_POINTS = 33
 

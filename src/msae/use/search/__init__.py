@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from msae.concepts.names import ConceptNames
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE
+from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_change, parse_edit
 from msae.use.filters import Filter
 from msae.use.search.query import Ask
 from msae.use.search.results import AppliedEdit, Hit, SearchResult, Shared, Space
 from msae.use.search.searcher import How, Searcher
-from msae.sae.model import SAE
-from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from msae.data.embedder import Embedder

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msae.concepts.names import ConceptNames
-from msae.use.edits import Edit, Handle, activations_of, latents_of, make_handle, parse_change, with_companions
 from msae.base.errors import ConfigError
-from msae.use.rivals import excluded_by, is_present
+from msae.concepts.names import ConceptNames
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
+from msae.use.edits import Edit, Handle, activations_of, latents_of, make_handle, parse_change, with_companions
+from msae.use.rivals import excluded_by, is_present
 
 SAMPLE = 10_000
 """Rows, evenly spread over the store, that tell how strong a concept naturally is and what moves with it."""

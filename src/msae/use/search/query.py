@@ -11,9 +11,9 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, is_other_encoder, told_encoder
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from msae.data.embedder import Embedder

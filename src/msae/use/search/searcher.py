@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.use.edits import Change, Edit
 from msae.base.errors import ConfigError
+from msae.concepts.names import ConceptNames, as_names, names_of
+from msae.data.store import EmbeddingStore, as_store
+from msae.sae.model import SAE, as_sae, check_fit, run_folder
+from msae.sae.standardize import Modality
+from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import NeighbourIndex
 from msae.use.search.handles import Handles
@@ -23,9 +26,6 @@ from msae.use.search.query import Ask, Query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 from msae.use.search.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
 from msae.use.search.turning import turn
-from msae.sae.model import SAE, as_sae, check_fit, run_folder
-from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 SHARED = 5
 """Concepts that are named with a hit."""

@@ -11,12 +11,12 @@ from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.use.neighbours import NeighbourIndex, Neighbours
 from msae.base.progress import progress
-from msae.use.search.turning import Turned
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore
+from msae.use.neighbours import NeighbourIndex, Neighbours
+from msae.use.search.turning import Turned
 
 BUILD_ROWS = 8192
 """Rows read at once while an index is built."""

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from msae.use.edits import Edit, apply, edit_activations, target, warn
 from msae.base.errors import ConfigError
+from msae.sae.model import SAE
+from msae.use.edits import Edit, apply, edit_activations, target, warn
 from msae.use.search.handles import Handles
 from msae.use.search.query import Query
 from msae.use.search.results import AppliedEdit
-from msae.sae.model import SAE
 
 
 class Turned(NamedTuple):

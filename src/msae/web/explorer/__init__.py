@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msae.base.errors import MissingDependencyError
-from msae.web.explorer.session import offline, open_world
 from msae.data.store import EmbeddingStore
+from msae.web.explorer.session import offline, open_world
 
 __all__ = ["explore"]
 

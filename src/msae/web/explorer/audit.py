@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from msae.base.errors import ConfigError, MissingDependencyError, MsaeError
 from msae.use.audit import Audit, ConceptAudit, Sweep
 from msae.use.audit.subjects import MAX_CLASSES
-from msae.base.errors import ConfigError, MissingDependencyError, MsaeError
 from msae.web.explorer.address import Address
 from msae.web.explorer.html import empty, fill, join, no_names, no_store, note, problem
 from msae.web.explorer.session import LoadedRun, World

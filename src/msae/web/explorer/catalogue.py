@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msae.concepts.names import ConceptNames
-from msae.sae.model import SAE
 from msae.concepts.samples import TopSamples
+from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 
 COARSE = 16

@@ -6,6 +6,8 @@ import torch
 from markupsafe import Markup
 
 from msae.base.errors import MissingDependencyError
+from msae.concepts.hierarchy import Edge
+from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.concepts import pager
 from msae.web.explorer.html import (
@@ -25,9 +27,7 @@ from msae.web.explorer.html import (
     table,
 )
 from msae.web.explorer.session import LoadedRun, World
-from msae.concepts.hierarchy import Edge
 from msae.web.report import figures
-from msae.sae.standardize import Modality
 
 SHOWN = 12
 """Samples of a modality at once."""

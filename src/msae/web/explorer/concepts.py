@@ -6,7 +6,19 @@ from markupsafe import Markup
 
 from msae.web.explorer.address import Address
 from msae.web.explorer.catalogue import CHOICES, Catalogue
-from msae.web.explorer.html import SMALL, empty, fill, join, latent_link, no_names, no_store, note, number, picture, share
+from msae.web.explorer.html import (
+    SMALL,
+    empty,
+    fill,
+    join,
+    latent_link,
+    no_names,
+    no_store,
+    note,
+    number,
+    picture,
+    share,
+)
 from msae.web.explorer.session import LoadedRun, World
 
 ROWS = 40

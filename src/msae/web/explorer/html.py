@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from msae.data.store import Row
 from msae.web.explorer.address import Address
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report.page import shorten
-from msae.data.store import Row
 
 SMALL, LARGE = 96, 320
 """Pixels of the two sizes in which pictures are served."""

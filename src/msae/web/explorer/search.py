@@ -13,15 +13,15 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from msae.use.edits import Change, Handle, parse_edit
 from msae.base.errors import ConfigError, MsaeError
+from msae.data.store import Row
+from msae.sae.standardize import Modality
+from msae.use.edits import Change, Handle, parse_edit
+from msae.use.search import Ask, Hit, How, SearchResult
+from msae.use.search.query import Query, read_query
 from msae.web.explorer.address import Address
 from msae.web.explorer.html import LARGE, described, empty, fill, join, no_store, note, number, picture, problem
 from msae.web.explorer.session import LoadedRun, World
-from msae.use.search import Ask, Hit, How, SearchResult
-from msae.use.search.query import Query, read_query
-from msae.sae.standardize import Modality
-from msae.data.store import Row
 
 SLIDERS = 8
 HITS = 12

@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msae.use.audit import Audit, Sweeper, audit
-from msae.use.audit.subjects import target_columns
-from msae.concepts.names import ConceptNames, names_of
-from msae.data.embedder import Embedder
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
-from msae.measure.evaluate import Evaluation, evaluate, kept_evaluations
-from msae.web.explorer.catalogue import Catalogue
 from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
-from msae.data.images import read_picture
-from msae.web.report.facts import read_trained
-from msae.web.report.pictures import as_jpeg, thumbnail
-from msae.use.search import Searcher
-from msae.sae.model import SAE, check_fit, weights_hash
+from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples
-from msae.sae.standardize import Modality
+from msae.data.embedder import Embedder
+from msae.data.images import read_picture
 from msae.data.store import EmbeddingStore, as_store, find_picture
 from msae.data.store.rows import PATH_COLUMNS
+from msae.measure.evaluate import Evaluation, evaluate, kept_evaluations
+from msae.sae.model import SAE, check_fit, weights_hash
+from msae.sae.standardize import Modality
+from msae.use.audit import Audit, Sweeper, audit
+from msae.use.audit.subjects import target_columns
+from msae.use.search import Searcher
+from msae.web.explorer.catalogue import Catalogue
+from msae.web.report.facts import read_trained
+from msae.web.report.pictures import as_jpeg, thumbnail
 
 KEPT_SAMPLES = 48
 """Of each latent and modality: four pages of twelve."""

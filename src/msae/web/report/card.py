@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import RunError
-from msae.measure.evaluate import Evaluation, Kept
 from msae.base.files import atomic_path
+from msae.measure.evaluate import Evaluation, Kept
 from msae.web.report.facts import Facts
 from msae.web.report.page import shorten
 

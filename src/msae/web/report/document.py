@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msae import __version__
-from msae.use.audit import Audit
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.concepts.gallery.mining import SAMPLES_FOLDER
+from msae.concepts.samples import TopSamples
+from msae.data.store import EmbeddingStore, as_store
 from msae.measure.evaluate import Cell, Kept, table_rows
 from msae.measure.evaluate.table import COLUMNS, meanings_of
-from msae.concepts.gallery.mining import SAMPLES_FOLDER
+from msae.sae.model import check_fit, weights_hash
+from msae.sae.standardize import Modality
+from msae.use.audit import Audit
 from msae.web.report import audit as audit_page
 from msae.web.report import figures, page
 from msae.web.report import search as search_page
@@ -33,10 +37,6 @@ from msae.web.report.views import (
     strongest,
     tree_of,
 )
-from msae.sae.model import check_fit, weights_hash
-from msae.concepts.samples import TopSamples
-from msae.sae.standardize import Modality
-from msae.data.store import EmbeddingStore, as_store
 
 FILE = "report.html"
 LIMIT = 10_000_000

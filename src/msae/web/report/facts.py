@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.concepts.names import ConceptNames, names_of
 from msae.base.errors import RunError
+from msae.base.files import read_json
+from msae.concepts.names import ConceptNames, names_of
 from msae.measure.evaluate import Kept, kept_evaluations
 from msae.measure.evaluate.subject import RUN_SCHEMA_VERSION
-from msae.base.files import read_json
 from msae.sae.model import SAE, SAEConfig, weights_hash
 
 KINDS: Mapping[str, str] = {
