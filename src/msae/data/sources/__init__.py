@@ -221,7 +221,7 @@ def _why_not_picture(name: str) -> str:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in TABLE_SUFFIXES and suffix != ".json":
         return "a table, not an image; to embed its rows, give it as the source"
-    return "not an image, and of no image's name"
+    return f"no image has the name of this {suffix} file"
 
 
 def _state(path: Path) -> str:
