@@ -77,7 +77,7 @@ NAMES = st.sampled_from(["id", "image_path", "file_name", "caption", "text", " T
 @FUZZ
 @given(
     names=st.lists(NAMES, min_size=1, max_size=5, unique=True),
-    cells=st.lists(st.lists(CELL, min_size=5, max_size=5), max_size=6),
+    cells=st.lists(st.lists(CELL, min_size=6, max_size=6), max_size=6),
     separator=st.sampled_from(",;\t|"),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
@@ -91,12 +91,14 @@ def test_every_row_of_a_csv_is_a_sample_with_its_text(names, cells, separator, e
             writer.writerows(rows)
         items = read(path / "t.csv")
     if items is None:  # no rows, or pictures that are on the web, or two columns of pictures
-        assert not rows or any(".png" in cell for row in rows for cell in row[1:])
+        assert not rows or any(".png" in cell.lower() for row in rows for cell in row[1:])
         return
     assert [item.caption for item in items] == [row[0] for row in rows]
     for name in ("label", "price"):
         if name in names:
             written = [row[names.index(name)] for row in rows]
+            if any(cell.lower().endswith(".png") for cell in written) and name not in items[0].columns:
+                continue  # the column of pictures
             for value, text in zip([item.columns[name] for item in items], written, strict=True):
                 assert str(value) == text or (value is None and text in ("", "NA"))
 

@@ -480,7 +480,8 @@ def _by_content(schema: pa.Schema, name: str, head: pa.Table | None) -> str | No
     """The only column of pictures, or the only one in which at least half of the first values name image files."""
     found = [column for column in schema.names if _is_bytes(schema, column, whole=True)]
     if not found and head is not None:
-        found = [column for column in schema.names if _is_text(schema, column) and _names_images(head, column)]
+        others = [column for column in schema.names if plain_key(column) not in _CAPTIONS]
+        found = [column for column in others if _is_text(schema, column) and _names_images(head, column)]
     if len(found) > 1:
         raise SourceError(f"{name} has several columns of images: {', '.join(found)}; name one of them image_path")
     return found[0] if found else None
@@ -584,7 +585,7 @@ def _item(row: Mapping[str, Any], columns: _Columns, others: dict[str, Any], fol
         if "captions" not in row:
             others["captions"] = captions
     given = row[columns.id] if columns.id else None
-    id = str(given) if given is not None else path or str(number)
+    id = str(given) if given not in (None, "") else path or str(number)
     return SourceItem(id, image, caption, others, damage)
 
 
