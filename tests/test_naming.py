@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import ConceptNames, as_names
@@ -79,58 +80,6 @@ def world(tmp_path_factory):
 
 
 # --- The statistics
-
-
-def test_aurocs_count_pairs_and_ties_as_half():
-    rng = np.random.default_rng(1)
-    z = rng.integers(0, 4, (40, 5)).astype(np.float32)  # few values: many ties
-    rows = [[0], [3, 4, 5], list(range(0, 40, 2))]
-    found = evidence.aurocs(z, rows)
-    for latent, word in np.ndindex(found.shape):
-        assert found[latent, word] == pytest.approx(oracle.auroc(z[:, latent], rows[word]), abs=1e-12)
-
-
-@pytest.mark.parametrize("value", [0.2, 0.5, 0.7, 0.97])
-@pytest.mark.parametrize(("n_with", "n_without"), [(5, 40), (200, 3000)])
-def test_auroc_interval_solves_newcombes_equation(value, n_with, n_without):
-    low, high = evidence.auroc_interval(np.array([value]), np.array([n_with]), np.array([n_without]))
-    assert (low[0], high[0]) == pytest.approx(oracle.newcombe_interval(value, n_with, n_without), abs=1e-9)
-
-
-def test_auroc_interval_has_a_width_at_one_and_stays_inside():
-    low, high = evidence.auroc_interval(np.array([1.0, 0.0]), np.array([8, 8]), np.array([50, 50]))
-    assert 0.5 < low[0] < 0.99 and high[0] == 1.0
-    assert low[1] == 0.0 and 0.01 < high[1] < 0.5
-
-
-def test_auroc_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    n_with, n_without, repeats = 30, 300, 400
-    values = np.array(
-        [
-            oracle_free_auroc(rng.normal(1.0, 1, n_with), rng.normal(0, 1, n_without))  # true AUROC .7602
-            for _ in range(repeats)
-        ]
-    )
-    low, high = evidence.auroc_interval(values, np.full(repeats, n_with), np.full(repeats, n_without))
-    covered = np.mean((low <= 0.7602) & (high >= 0.7602))
-    assert 0.92 <= covered <= 0.985  # .95, three standard errors of 400 repeats either side
-
-
-def oracle_free_auroc(a, b):
-    return (a[:, None] > b[None, :]).mean()
-
-
-def test_q_values_are_benjamini_hochbergs():
-    p = np.random.default_rng(3).random(30) ** 3
-    assert evidence.q_values(p) == pytest.approx(oracle.benjamini_hochberg(list(p)))
-    assert len(evidence.q_values(np.array([]))) == 0
-
-
-def test_tail_p_values_count_the_null_and_are_never_zero():
-    rng = np.random.default_rng(4)
-    null, values = rng.integers(0, 9, 50).astype(np.float32), np.arange(12, dtype=np.float32)
-    assert evidence.tail_p_values(values, null) == pytest.approx([(1 + sum(null >= v)) / 51 for v in values])
 
 
 def test_nearest_words_do_not_depend_on_the_blocks(monkeypatch):
@@ -218,7 +167,7 @@ def test_p_values_of_random_directions_are_uniform():
     rng = np.random.default_rng(9)
     rows, words = unit(rng.standard_normal((500, 16)) * np.linspace(0.2, 2, 16)), unit(rng.standard_normal((80, 16)))
     null = evidence.best_cosines(evidence.random_like(rows, 20_000, rng), words)
-    p = evidence.tail_p_values(evidence.best_cosines(evidence.random_like(rows, 4000, rng), words), null)
+    p = statistics.tail_p_values(evidence.best_cosines(evidence.random_like(rows, 4000, rng), words), null)
     for share in (0.01, 0.05, 0.5):
         assert np.mean(p <= share) == pytest.approx(share, abs=4 * np.sqrt(share / 4000) + 0.002)
 

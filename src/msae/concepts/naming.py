@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from msae.base import statistics
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
@@ -246,8 +247,8 @@ def _by_evidence(
     rng = np.random.default_rng(settings.seed)
     null = evidence.random_like(directions, max(20_000, 2 * sae.d_sae), rng)
     null_cosines = evidence.best_cosines(null, words.directions)
-    p = evidence.tail_p_values(found.cosines[:, 0], null_cosines)
-    q = evidence.q_values(p)
+    p = statistics.tail_p_values(found.cosines[:, 0], null_cosines)
+    q = statistics.q_values(p)
     latents = np.flatnonzero(q <= settings.false_names)
     counts = {"latents": sae.d_sae, "beyond_chance": len(latents)}
     ranks = _text_ranks(sae, words, latents, found.words[latents, 0])
@@ -372,11 +373,11 @@ class _Witness:
         return result
 
     def _agreements(self, z: Float32[np.ndarray, "n c"], places: Int64[np.ndarray, " c"]) -> Iterable[Agreement]:
-        values = evidence.aurocs(z, self.rows_with)
+        values = statistics.aurocs(z, self.rows_with)
         own = values[np.arange(len(places)), places]
         ranks = 1 + (values > own[:, None]).sum(1)
         n_with = np.array([len(self.rows_with[place]) for place in places])
-        low, high = evidence.auroc_interval(own, n_with, self.n_rows - n_with)
+        low, high = statistics.auroc_interval(own, n_with, self.n_rows - n_with)
         for i, place in enumerate(places):
             fires = z[:, i] > 0
             with_word = int(fires[self.rows_with[place]].sum())
