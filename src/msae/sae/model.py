@@ -286,11 +286,13 @@ def told_encoder(encoder: EncoderId) -> str:
 
 
 def weights_hash(sae: SAE) -> str:
-    """A hash of the weights and of the statistics that standardise."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of all that activations depend on: weights, statistics that standardise, activation function."""
+    known = sae.config
+    digest = hashlib.blake2b(repr((known.kind, known.k, known.levels, known.soft_cap)).encode(), digest_size=16)
     tensors = dict(sae.state_dict())
-    for modality, known in sae.standardizer.statistics.items():
-        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for modality, statistics in sae.standardizer.statistics.items():
+        scale = torch.tensor([statistics.scale]).double()
+        tensors[f"standardizer.{modality}"] = torch.cat([statistics.mean.cpu().double(), scale])
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())

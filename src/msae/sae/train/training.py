@@ -1,4 +1,4 @@
-"""A run folder while it is being trained: the loop, its checkpoints, and what may go on in it."""
+"""The training of one run folder: the loop, its checkpoints, and what may go on in it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _State:
     step: int = 0
 
 
-class Run:
+class Training:
     """A run folder while it is being trained."""
 
     def __init__(self, folder: Path, store: EmbeddingStore, settings: TrainSettings) -> None:
