@@ -285,7 +285,7 @@ def test_the_table_has_six_columns_and_says_what_each_means(found):
     assert "towards b" in line and f"{planted.effect:.3f} ({planted.control.largest:.3f})" in line
     assert f"{planted.debiasing.worst:.3f} > {planted.debiasing.worst_levelled:.3f} levelled" in line
     assert f"{round(planted.firing_rate * N)}" in line and f"{planted.train_shift.q:.2g}" in line
-    assert "(train_shift)" in text and "random latents" in text
+    assert "(test train_shift)" in text and "random latents" in text
     silent = next(line for line in text.splitlines() if line.startswith("silent"))
     assert silent.split() == ["silent", "-", "-", "-", "0", "-"]
 

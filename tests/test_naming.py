@@ -1,6 +1,7 @@
 """Naming: the statistics against their oracles, what is random stays unnamed, what is planted is found."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import torch
 from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
-from msae.concepts.names import ConceptNames, as_names
-from msae.concepts.naming import name
+from msae.concepts.names import Agreement, ConceptNames, as_names
+from msae.concepts.naming import _agrees, name
 from msae.data.store import StorePart
 from msae.data.store import write_store as write_embeddings
 from msae.sae.model import SAE, SAEConfig
@@ -65,7 +66,7 @@ class World:
 
     def sae_of(self, decoder, **config):
         statistics = fit_statistics(lambda: [torch.from_numpy(self.images.astype(np.float32))])
-        settings = SAEConfig(D_IN, len(decoder), kind="relu", **config)
+        settings = SAEConfig(D_IN, len(decoder), **({"kind": "relu"} | config))
         sae = SAE(settings, Standardizer().with_statistics("image", statistics))
         with torch.no_grad():
             sae.W_dec.copy_(torch.from_numpy(decoder))
@@ -131,6 +132,13 @@ def test_synonyms_of_separate_clusters_are_the_clusters():
     assert np.array_equal(groups[:, None] == groups[None, :], truth[:, None] == truth[None, :])
 
 
+IRREGULAR = [
+    ("women", "woman"), ("wolves", "wolf"), ("children", "child"), ("mice", "mouse"), ("feet", "foot"),
+    ("teeth", "tooth"), ("leaves", "leaf"), ("knives", "knife"), ("men", "man"), ("firemen", "fireman"),
+    ("people", "person"), ("geese", "goose"), ("oxen", "ox"), ("gloves", "glove"), ("shelves", "shelf"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("caption", "word", "is_in"),
     [
@@ -148,6 +156,25 @@ def test_synonyms_of_separate_clusters_are_the_clusters():
         ("grass", "gras", False),
         ("the dog's ball", "dog", True),
         ("Ägypten", "ägypten", True),
+        ("A\u0308gypten", "ägypten", True),  # an accent of its own
+        *((f"two {many} here", one, True) for many, one in IRREGULAR),
+        *((f"one {one} here", many, True) for many, one in IRREGULAR),
+        ("an omen", "man", False),
+        ("a womanly figure", "women", False),
+        ("an animation", "animal", False),
+        ("clothing", "cloth", False),
+        ("一只黑色的猫在草地上", "猫", True),
+        ("一只黑色的猫在草地上", "草地", True),
+        ("一只黑色的猫在草地上", "草上", False),
+        ("黒い猫とオレンジ", "オレンジ", True),
+        ("黒い猫とオレンジ", "黒い猫", True),
+        ("แมวดำนั่งบนหญ้า", "แมว", True),
+        ("แมวดำนั่งบนหญ้า", "หญ้า", True),
+        ("แมวดำนั่งบนหญ้า", "หมา", False),
+        ("a 猫photo", "photo", True),
+        ("\uff43\uff41\uff54", "cat", True),  # wide letters
+        ("बिल्ली घास पर", "बिल्ली", True),  # vowel signs are no letters, and part no words
+        ("बिल्ली घास पर", "बिल", False),
     ],
 )
 def test_a_caption_contains_whole_words_singular_or_plural(caption, word, is_in):
@@ -214,6 +241,68 @@ def test_agreement_is_the_auroc_of_the_encoded_rows(world):
         # float32 rows read from the file and encoded in blocks may swap a pair or two
         assert concept.agreement.auroc == pytest.approx(oracle.auroc(z[:, concept.latent], rows), abs=1e-4)
         assert concept.agreement.n_with == len(rows)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "topk", "k": 3}, {"kind": "relu"}], ids=str)
+def test_agreement_and_galleries_are_of_the_same_activations(world, kind):
+    sae = world.sae_of(world.decoder, **kind)
+    names = name(sae, world.vocabulary, on=world.on)
+    z = sae.encode(torch.from_numpy(world.images.astype(np.float32))).numpy()  # trained, as in a gallery
+    with world.on.with_suffix(".csv").open() as file:
+        captions = [line["caption"].split() for line in csv.DictReader(file)]
+    assert names.record["inference"] == "trained" and len(names) > 5
+    for concept in names:
+        rows = np.array([concept.name in caption for caption in captions])
+        fires = z[:, concept.latent] > 0
+        assert concept.agreement.fires_with == pytest.approx(fires[rows].mean(), abs=2e-3)
+        assert concept.agreement.fires_without == pytest.approx(fires[~rows].mean(), abs=2e-3)
+
+
+def test_a_text_that_does_not_fire_the_latent_as_trained_gives_no_name(world):
+    one = world.sae_of(world.decoder, kind="topk", k=1)  # a text fires its strongest latent alone
+    texts = world.word_rows - world.word_rows.mean(0)
+    strongest = (texts @ world.decoder.T).argmax(1)
+    for concept in name(one, world.vocabulary):
+        assert strongest[WORDS.index(concept.name)] == concept.latent
+
+
+@pytest.mark.parametrize(
+    ("n_words", "rank", "is_named"), [(19, 1, False), (20, 1, True), (39, 2, False), (40, 2, True)]
+)
+def test_a_name_at_random_is_confirmed_in_at_most_one_case_of_twenty(n_words, rank, is_named):
+    found = Agreement(0.9, 0.8, 1.0, 50, 50, rank, n_words, 0.9, 0.1)
+    assert _agrees(found, "unnamed") is is_named
+    chance = sum(_agrees(dataclasses.replace(found, rank=r), "unnamed") for r in range(1, n_words + 1)) / n_words
+    assert chance <= 0.05
+    assert _agrees(found, "named") is (is_named or rank == 1)
+
+
+def test_rows_that_mention_few_words_confirm_no_name(world, tmp_path):
+    with world.on.with_suffix(".csv").open() as file:
+        captions = [line["caption"] for line in csv.DictReader(file)]
+    few = [" ".join(word for word in caption.split() if word in WORDS[:12]) or "nothing" for caption in captions]
+    paths = [f"{i}.png" for i in range(len(few))]
+    on = write_store(tmp_path / "few.npy", world.images, image_path=paths, caption=few)
+    names = name(world.sae, world.vocabulary, on=on)
+    assert len(names) == names.counts["tested"] == 0
+    assert "they mention 12 of the words, and 20 are needed to confirm a name" in names.to_text()
+    assert {c.name for c in name(world.sae, world.vocabulary, on=on, untested="named")} >= set(WORDS[:8])
+
+
+def test_the_text_says_what_false_names_controls(world):
+    text = name(world.sae, world.vocabulary, false_names=0.01).to_text()
+    assert "at most 1% of them, on average, are chance" in text and "that is not how many names are wrong" in text
+
+
+def test_names_are_a_table_and_are_found_by_name(world):
+    pandas = pytest.importorskip("pandas")
+    names = name(world.sae, world.vocabulary, on=world.on)
+    frame = names.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and list(frame.latent) == [c.latent for c in names]
+    assert frame.auroc[0] == names.concepts[0].agreement.auroc
+    assert names[WORDS[0].title()] == names.latents_of(WORDS[0])
+    assert repr(names) == names.to_text() and json.loads(names.to_json())["d_sae"] == D_SAE
+    assert "<pre>" in names._repr_html_()
 
 
 def test_untested_names_stand_only_where_asked(world, tmp_path):

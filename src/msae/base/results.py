@@ -51,6 +51,11 @@ class Result:
         return f"<pre>{html.escape(self.to_text())}</pre>"
 
 
+def shorten(text: str, length: int = 40) -> str:
+    """A cell of a table: the text, or its beginning."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
     """The lines of a table for a terminal: columns as wide as their widest cell, those in `right` set to the right."""
     cells = [list(head), *(list(row) for row in rows)]

@@ -1,12 +1,14 @@
-"""Evidence for names, as pure statistics: nearest words, nulls, p-values, synonym groups, AUROC with an interval.
+"""Evidence for names: nearest words, random directions, synonym groups, words in captions.
 
 docs/naming.md tells how the rule uses them, and what each choice was measured to do.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -153,10 +155,21 @@ def _similar_pairs(words: Float32[np.ndarray, "m d"], threshold: float) -> Int64
 # --- Words in captions
 
 
+IRREGULAR_PLURALS = {
+    "children": "child", "dice": "die", "feet": "foot", "geese": "goose", "lice": "louse", "mice": "mouse",
+    "oxen": "ox", "people": "person", "teeth": "tooth",
+}  # fmt: skip
+"""English plurals that no rule of `_singulars` finds."""
+UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""How the Unicode names of characters begin whose scripts put no spaces between words."""
+
+
 def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[int]]:
     """For each word, the numbers of the captions that contain it, as whole words, singular or plural.
 
-    Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together.
+    Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together. In scripts
+    without spaces between words it may stand anywhere. Plurals are English ones. A stemmer does not serve: Snowball's
+    takes *animal* and *animation* for one word, and *woman* and *women* for two.
     """
     wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, word in enumerate(words):
@@ -173,8 +186,21 @@ def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[
 
 
 def _tokens(text: str) -> tuple[str, ...]:
-    letters = "".join(c if c.isalnum() else "" if c in "'\u2019" else " " for c in text.casefold())
-    return tuple(letters.split())
+    """The words of a text; in scripts without spaces between words, its characters."""
+    # NFKC: an accent of its own and one letter with it are the same, and so are wide and narrow letters.
+    return tuple("".join(map(_spelled, unicodedata.normalize("NFKC", text.casefold()))).split())
+
+
+@cache
+def _spelled(character: str) -> str:
+    """A character as it counts in a word: itself, nothing for an apostrophe, a space for what parts words."""
+    if character in "'\u2019":
+        return ""
+    if not character.isalnum() and not unicodedata.category(character).startswith(
+        "M"
+    ):  # marks are vowels in many scripts
+        return " "
+    return f" {character} " if unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS) else character
 
 
 def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -182,11 +208,21 @@ def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
     if not phrase:
         return set()
     *rest, last = phrase
-    forms = {last}
-    if last.endswith("s") and not last.endswith("ss") and len(last) > 3:
-        forms.add(last[:-1])
-        if last.endswith("es"):
-            forms.add(last[:-2])
-        if last.endswith("ies"):
-            forms.add(last[:-3] + "y")
-    return {(*rest, form) for form in forms if len(form) > 2 or form == last}
+    return {(*rest, form) for form in (last, *_singulars(last))}
+
+
+@lru_cache(maxsize=1 << 16)
+def _singulars(word: str) -> set[str]:
+    """What an English word may be the plural of."""
+    found = {IRREGULAR_PLURALS[word]} if word in IRREGULAR_PLURALS else set()
+    if word.endswith("men"):  # men, women, firemen
+        found.add(word[:-2] + "an")
+    if word.endswith("s") and not word.endswith("ss") and len(word) > 3:
+        found.add(word[:-1])
+        if word.endswith("es"):
+            found.add(word[:-2])
+        if word.endswith("ies"):
+            found.add(word[:-3] + "y")
+        if word.endswith("ves"):  # wolves, knives
+            found |= {word[:-3] + "f", word[:-3] + "fe"}
+    return {form for form in found if len(form) > 2 or word in IRREGULAR_PLURALS}

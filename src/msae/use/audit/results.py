@@ -13,16 +13,16 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from msae.base.errors import ConfigError, nearest
-from msae.base.results import Result, text_table
+from msae.base.results import Result, shorten, text_table
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
 TESTS = {
-    "train_shift": "the class in the training rows more than in the audited rows",
-    "given_true": "predictions among rows of one true class",
-    "by_predicted": "predictions",
+    "train_shift": "goes with the class in the training rows more than in the audited rows",
+    "given_true": "goes with the predictions among rows of one true class",
+    "by_predicted": "goes with the predictions",
 }
-"""The tests of which one is chosen for an audit, the first that its rows allow, and what each compares."""
+"""The tests of which one is chosen for an audit, the first that its rows allow, and what each says of a concept."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,9 @@ class Audit(Result):
             "rows: in how many rows the concept fires",
         ]
         if test is not None:
-            lines.insert(2, f"q: false discovery rate at which the concept goes with {TESTS[test]} ({test})")
+            lines.insert(
+                2, f"q: the smallest false discovery rate at which one may say: it {TESTS[test]} (test {test})"
+            )
         if any(concept.debiasing for concept in self.concepts):
             lines.append(
                 "worst group: accuracy of the worst group now, and with the concept removed or levelled (at its mean)"
@@ -338,7 +340,7 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
     main, control = concept.main, concept.control
     largest = f" ({control.largest:.3f})" if control and control.largest is not None else ""
     return [
-        concept.name + (" (class)" if concept.is_target else ""),
+        shorten(concept.name) + (" (class)" if concept.is_target else ""),
         concept.towards or "-",
         f"{concept.effect:.3f}{largest}" if concept.remove or concept.set_p50 else "-",
         "-" if main is None else f"{main.q:.2g}",
