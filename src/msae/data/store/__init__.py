@@ -20,6 +20,7 @@ from msae.base.errors import StoreError, nearest
 from msae.base.files import atomic_path, read_json, write_json
 from msae.data.arrays import ShardedRows, fingerprint, first_bad_row
 from msae.data.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.data.store.labels import class_names
 from msae.data.store.rows import Row, find_picture
 from msae.data.tables import Metadata, conform, unique_ids
 
@@ -210,6 +211,19 @@ class EmbeddingStore:
             hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
             raise StoreError(f"{self.path} has no column {name!r}{hint}")
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
+
+    def labels(self, name: str) -> list[str | None]:
+        """The classes in one metadata column, as text; None for rows without a label.
+
+        Raises:
+            StoreError: There is no such column, or it holds lists and not one value per row.
+        """
+        import pyarrow as pa
+
+        values = self.column(name)
+        if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
+            raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
+        return class_names(values)
 
     def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
         """What a person sees of `rows`, in their order."""
