@@ -16,7 +16,8 @@ from jaxtyping import Int64
 from msae.base.errors import ConfigError, nearest
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.store.labels import class_names
-from msae.data.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
+from msae.data.store.rows import PATH_COLUMNS
+from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe
 from msae.sae.model import SAE, check_fit
