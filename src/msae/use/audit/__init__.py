@@ -65,7 +65,7 @@ def audit(
         classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
         class_texts: For each class a text: CLIP's zero-shot classifier.
         train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
-            half of `on`, and the other half is audited.
+            half of `on`, and the other half is audited. Embeddings that are in both stores are divided likewise.
         positive: The class whose probability is watched; without it the second of two, or all of more.
         names: Names of latents, or where they were saved; without it, those in the run folder.
         n_permutations: At most; None takes 40 per concept, so that one alone can be reported, and at least 2,000.
@@ -80,7 +80,7 @@ def audit(
     check_fit(model, store, run=sae)
     subject = make_subject(
         model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
-        seed=seed,
+        seed=seed, run=sae,
     )  # fmt: skip
     groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
     bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
@@ -94,7 +94,7 @@ def audit(
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
             "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*notes, *auditor.notes), sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip
 
 
