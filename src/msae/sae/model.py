@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.data.embedder import is_other_encoder, told_encoder
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
 
@@ -263,26 +264,6 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
             f"{store.path} was embedded by {told_encoder(theirs)}, but {name} reads embeddings of "
             f"{told_encoder(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
         )
-
-
-EncoderId = tuple[str | None, str | None]
-"""An encoder's name and its revision, as far as they are known."""
-
-
-def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
-    """Whether two encoders are known to differ.
-
-    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
-    encoder's name agree. What a file does not say is not compared.
-    """
-    compared = 1 if one[1] and other[1] else 0
-    return bool(one[compared] and other[compared] and one[compared] != other[compared])
-
-
-def told_encoder(encoder: EncoderId) -> str:
-    """An encoder in an error message; the first twelve digits tell a revision."""
-    name, revision = encoder
-    return " at ".join(part for part in (name, revision and revision[:12]) if part)
 
 
 def weights_hash(sae: SAE) -> str:
