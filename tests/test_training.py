@@ -66,6 +66,13 @@ def test_options_train_too(extra, store, tmp_path):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_batchtopk_at_inference_keeps_as_many_latents_as_were_asked_for_with_any_soft_cap(cap, store, tmp_path):
+    sae = train(store, out=tmp_path / "run", kind="batchtopk", soft_cap=cap, **{**SMALL, "k": 8, "epochs": 40})
+    z = sae.encode(torch.from_numpy(np.load(store)).float())
+    assert float((z > 0).sum(1).float().mean()) == pytest.approx(8, rel=0.1)
+
+
 def test_auxiliary_loss_revives_dead_latents_and_reconstructs_better():
     dead, error = zip(*(_train_with_half_the_latents_asleep(auxiliary) for auxiliary in (0.0, 0.03)), strict=True)
     assert dead[0] >= 15 and dead[1] <= 5
