@@ -134,9 +134,15 @@ def test_a_member_that_is_there_twice_is_named_and_the_later_one_read(clip, tmp_
     assert skipped(store) == {"0001": "the member 0001.jpg is there twice; the later one is read"}
 
 
-def test_two_pictures_of_one_key_are_two_samples(tmp_path):
-    found = items(tar(tmp_path / "x.tar", [("a.jpg", PICTURES[0]), ("a.png", encoded(1, "PNG"))]))
-    assert [(item.id, item.image) for item in found] == [("a", PICTURES[0]), ("a.png", encoded(1, "PNG"))]
+def test_pictures_of_one_key_are_samples_of_their_own(tmp_path):
+    found = items(
+        tar(tmp_path / "x.tar", [("a.jpg", PICTURES[0]), ("a.png", encoded(1, "PNG")), ("a.JPG", PICTURES[2])])
+    )
+    assert [(item.id, item.image) for item in found] == [
+        ("a", PICTURES[0]),
+        ("a.png", encoded(1, "PNG")),
+        ("a.JPG", PICTURES[2]),
+    ]
 
 
 def test_a_cls_member_is_the_label_as_written(clip, tmp_path):

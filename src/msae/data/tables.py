@@ -125,6 +125,8 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         elif pa.types.is_string(field.type) and pa.types.is_nested(table.column(field.name).type):
             values = table.column(field.name).to_pylist()
             columns.append(pa.array([None if value is None else str(value) for value in values], pa.string()))
+        elif table.column(field.name).type == field.type:  # pyarrow's cast of a list of nulls is damaged
+            columns.append(table.column(field.name))
         else:
             columns.append(table.column(field.name).cast(field.type))
     return pa.table(columns, schema=schema)
