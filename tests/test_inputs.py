@@ -319,10 +319,11 @@ def test_a_folder_that_datasets_saved_is_that_dataset(tmp_path):
         (PICTURES[i], WORDS[i], "ab"[i % 2]) for i in range(6)
     ]
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(SourceError, match="has the splits train, test; give one, such as hf://") as told:
-        open_source(tmp_path / "splits")
-    asked = str(told.value).split("such as ")[1]
-    assert [item.caption for item in items(asked)] == WORDS  # what the message says works
+    for source in (str(tmp_path / "splits"), f"hf://{tmp_path}/splits", f"hf://{tmp_path}/splits?caption=text"):
+        with pytest.raises(SourceError, match="has the splits train, test; give one, such as hf://") as told:
+            open_source(source)
+        asked = str(told.value).split("such as ")[1]
+        assert [item.caption for item in items(asked)] == WORDS  # what the message says works
 
 
 def test_a_picture_replaced_under_its_name_is_another_source(tmp_path):
