@@ -342,12 +342,12 @@ def _text_ranks(
     x, size = torch.from_numpy(words.standardized), texts.block_rows
     mine = np.empty(len(latents), np.float32)
     for first in range(0, len(latents), size):
-        z = texts.activate(x[own[first : first + size]], latents[first : first + size])
+        z = texts.activate(x[own[first : first + size]], latents[first : first + size].tolist())
         mine[first : first + size] = z.diagonal().numpy()
     n_stronger = np.zeros(len(latents), np.int64)
     for first in range(0, len(x), size):
         is_rival = words.groups[first : first + size, None] != words.groups[own]
-        n_stronger += ((texts.activate(x[first : first + size], latents).numpy() > mine) & is_rival).sum(0)
+        n_stronger += ((texts.activate(x[first : first + size], latents.tolist()).numpy() > mine) & is_rival).sum(0)
     return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 
@@ -385,19 +385,12 @@ class _Captions:
         testable = np.array([i for i, group in enumerate(groups) if int(group) in self.place], dtype=np.int64)
         places = np.array([self.place[int(group)] for group in groups[testable]], dtype=np.int64)
         for held in _blocks(len(testable), len(self.rows), ACTIVATION_ENTRIES):
-            z = self._activations(latents[testable[held]])
+            z = self.view.table(self.rows, latents[testable[held]].tolist(), title="comparing with captions")
             for block in _blocks(z.shape[1], len(self.rows), evidence.BLOCK_ENTRIES):
                 found = self._agreements(z[:, block], places[held][block])
                 for i, agreement in zip(testable[held][block], found, strict=True):
                     result[i] = agreement
         return result
-
-    def _activations(self, latents: Int64[np.ndarray, " c"]) -> Float32[np.ndarray, "n c"]:
-        z, first = np.empty((len(self.rows), len(latents)), np.float32), 0
-        for block in self.view.activations(latents.tolist(), self.rows, title="comparing with captions"):
-            z[first : first + len(block)] = block.cpu().numpy()
-            first += len(block)
-        return z
 
     def _agreements(self, z: Float32[np.ndarray, "n c"], places: Int64[np.ndarray, " c"]) -> Iterable[Agreement]:
         values = statistics.aurocs(z, self.rows_with)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -122,6 +122,17 @@ class View:
         Of the kinds whose latents do not compete only the given `latents` are computed.
         """
         return (self.activate(x, latents) for x in self.rows(rows, title=title))
+
+    def table(
+        self, rows: NDArray[np.int64], latents: Sequence[int] | None = None, *, title: str | None = None
+    ) -> Float32[np.ndarray, "n l"]:
+        """The activations of the given `rows` as one array."""
+        z = np.empty((len(rows), self.sae.d_sae if latents is None else len(latents)), np.float32)
+        first = 0
+        for block in self.activations(latents, rows, title=title):
+            z[first : first + len(block)] = block.cpu().numpy()
+            first += len(block)
+        return z
 
     @torch.no_grad()
     def standardize(self, raw: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
