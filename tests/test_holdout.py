@@ -102,7 +102,7 @@ def test_an_audit_with_its_own_store_as_train_store_audits_the_half_that_it_woul
     assert own.n == half.n == N // 2
     assert own.classifier["accuracy"] == half.classifier["accuracy"]
     assert abs(own.classifier["accuracy"] - 0.5) < 4 * 0.035
-    assert [note for note in own.notes if "400 of the 400 rows" in note] and "200 rows" in own.table()
+    assert [note for note in own.notes if "400 of the 400 rows" in note] and "200 rows" in own.to_text()
 
 
 def test_rows_without_a_label_are_no_class_and_are_counted(tmp_path):

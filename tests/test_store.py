@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -481,9 +482,46 @@ BAD = {
 def test_a_damaged_store_is_one_line_that_says_what_was_found_and_wanted(message, tmp_path):
     path = BAD[message](tmp_path)
     with pytest.raises(StoreError) as caught:
-        EmbeddingStore.open(path)
+        assert EmbeddingStore.open(path).fingerprint
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_row_enters_the_fingerprint(tmp_path):
+    x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    before = as_store(tmp_path / "x.npy").fingerprint
+    for row in (0, 5, 1234, 2999):
+        changed = x.copy()
+        changed[row, 2] += 1
+        np.save(tmp_path / "x.npy", changed)
+        assert as_store(tmp_path / "x.npy").fingerprint != before, row
+    np.save(tmp_path / "x.npy", x)
+    assert as_store(tmp_path / "x.npy").fingerprint == before
+
+
+def test_the_fingerprint_is_the_hash_that_the_format_defines(tmp_path):
+    digest = hashlib.blake2b(b"image:25:6:float16;" + IMAGE.tobytes(), digest_size=20)
+    digest.update(b"text:25:6:float16;" + TEXT.tobytes())
+    assert as_store(own_store(tmp_path)).fingerprint == digest.hexdigest()
+
+
+def test_metadata_have_a_fingerprint_of_their_own(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGE)
+    (tmp_path / "x.csv").write_text("label\n" + "a\n" * N)
+    before = as_store(tmp_path / "x.npy")
+    found = before.fingerprint, before.metadata_fingerprint
+    (tmp_path / "x.csv").write_text("label\n" + "b\n" * N)  # as long as before
+    after = as_store(tmp_path / "x.npy")
+    assert after.fingerprint == found[0]
+    assert after.metadata_fingerprint != found[1]
+
+
+def test_a_store_with_the_fingerprint_of_256_rows_opens_and_is_hashed_anew(tmp_path):
+    path = own_store(tmp_path)
+    wanted = as_store(path).fingerprint
+    edit_json(path, fingerprint="f" * 32)
+    assert as_store(path).fingerprint == wanted
 
 
 def test_what_a_store_lacks_is_named_with_what_it_has(tmp_path):

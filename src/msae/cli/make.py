@@ -183,7 +183,6 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
 def name_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.concepts.names import names_table
     from msae.concepts.naming import NameSettings, name
 
     def run(
@@ -207,6 +206,6 @@ def name_verb(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         names = name(sae, vocabulary, on=on, out=out, settings=settings)
-        report(names_table(names), names.to_dict(), json)
+        report(names.to_text(), names.to_dict(), json)
 
     return run

@@ -21,9 +21,11 @@ from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
 from msae.base.errors import MsaeError
+from msae.base.files import remembered
+from msae.base.progress import progress
 
-FINGERPRINT_ROWS = 256
-"""Rows of each modality that enter a fingerprint; docs/store-format.md."""
+_DIGEST = 20  # bytes of a fingerprint; the one of before, of 256 rows, had 16
+_HASH_BYTES = 1 << 24  # read at once to be hashed
 
 _SAFETENSORS_DTYPES = {
     "F16": ("float16", "<f2"),
@@ -63,10 +65,10 @@ class Rows:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.array(chosen, dtype=np.float32, order="C")
 
-    def raw(self, rows: NDArray[np.int64]) -> bytes:
+    def raw(self, rows: slice) -> memoryview:
         """The chosen rows as they are stored, little-endian and row after row."""
         chosen = np.ascontiguousarray(self.values[rows])
-        return chosen.astype(chosen.dtype.newbyteorder("<"), copy=False).tobytes()
+        return chosen.astype(chosen.dtype.newbyteorder("<"), copy=False).data
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +116,6 @@ class ShardedRows:
             start, number = last, number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def raw(self, rows: Int64[np.ndarray, " n"]) -> bytes:
-        """Ascending `rows` as they are stored."""
-        cuts = np.searchsorted(rows, self.offsets)
-        return b"".join(
-            shard.raw(rows[cuts[number] : cuts[number + 1]] - self.offsets[number])
-            for number, shard in enumerate(self.shards)
-        )
-
 
 def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
     """Position of the first row that holds a NaN or an infinity, if any."""
@@ -145,15 +139,50 @@ def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
 
 
 def fingerprint(rows: Mapping[ModalityT, ShardedRows]) -> str:
-    """A hash of what is stored, the same however it is cut into files; defined in docs/store-format.md."""
-    digest = hashlib.blake2b(digest_size=16)
-    for modality in sorted(rows):
-        array = rows[modality]
-        n = len(array)
-        n_sampled = min(n, FINGERPRINT_ROWS)
-        sampled = np.arange(n_sampled, dtype=np.int64) * (n - 1) // max(n_sampled - 1, 1)
-        digest.update(f"{modality}:{n}:{array.d_in}:{array.dtype};".encode())
-        digest.update(array.raw(sampled))
+    """A hash of all rows, the same however they are cut into files; defined in docs/store-format.md.
+
+    It is computed once and remembered until a file changes its size or its time of change.
+    """
+    files = list(dict.fromkeys(shard.path for modality in sorted(rows) for shard in rows[modality].shards))
+    what = "rows " + "".join(_header(modality, rows[modality]) for modality in sorted(rows))
+    return remembered(what, files, lambda: _hash_rows(rows))
+
+
+def is_sampled_fingerprint(fingerprint: str) -> bool:
+    """Whether it was made before msae 0.2, of 256 rows only; it says nothing about the others."""
+    return len(fingerprint) < 2 * _DIGEST
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """A hash of the bytes of files in this order, remembered like a fingerprint."""
+    return remembered("bytes", files, lambda: _hash_files(files))
+
+
+def _hash_rows(rows: Mapping[ModalityT, ShardedRows]) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    with progress("hashing the rows", total=sum(map(len, rows.values())), unit="rows") as advance:
+        for modality in sorted(rows):
+            digest.update(_header(modality, rows[modality]).encode())
+            for shard in rows[modality].shards:
+                n, width = shard.shape
+                step = max(1, _HASH_BYTES // (width * shard.values.itemsize))
+                for first in range(0, n, step):
+                    digest.update(shard.raw(slice(first, first + step)))
+                    advance(min(step, n - first))
+    return digest.hexdigest()
+
+
+def _header(modality: str, array: ShardedRows) -> str:
+    return f"{modality}:{len(array)}:{array.d_in}:{array.dtype};"
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    for file in files:
+        digest.update(f"{file.stat().st_size};".encode())
+        with file.open("rb") as source:
+            while block := source.read(_HASH_BYTES):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from msae.base.errors import MissingDependencyError, StoreError, nearest
 from msae.base.files import atomic_path, read_json, write_json
 from msae.base.notices import notice
-from msae.data.arrays import ShardedRows, fingerprint, first_bad_row, zero_rows
-from msae.data.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.data.arrays import ShardedRows, fingerprint, first_bad_row, hash_files, is_sampled_fingerprint, zero_rows
+from msae.data.store.files import FOLDERS, MODALITIES, Modality, metadata_files, open_file, open_folder
 from msae.data.store.labels import class_names
 from msae.data.store.rows import Row, find_picture
 from msae.data.tables import Metadata, conform, text_column, unique_ids
@@ -75,8 +75,6 @@ class EmbeddingStore:
     path: Path
     kind: Literal["store", "clip-retrieval", "npy", "npz", "parquet", "safetensors"]
     rows: Mapping[Modality, ShardedRows] = field(repr=False)
-    fingerprint: str
-    """A hash of the content, the same for the same rows in any kind of file; docs/store-format.md."""
     _metadata: Metadata = field(repr=False)
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What store.json says; empty for files that msae did not make."""
@@ -237,6 +235,26 @@ class EmbeddingStore:
             column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
         return RowIds(self, column)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all rows, the same for the same rows in any kind of file; docs/store-format.md.
+
+        Raises:
+            StoreError: The rows are no longer those that were embedded.
+        """
+        found, promised = fingerprint(self.rows), self.record.get("fingerprint")
+        if promised is not None and not is_sampled_fingerprint(str(promised)) and promised != found:
+            raise StoreError(
+                f"{self.path} is damaged: its fingerprint is {found!r} where store.json says {promised!r}; "
+                f"copy the store again or embed again"
+            )
+        return found
+
+    @cached_property
+    def metadata_fingerprint(self) -> str:
+        """A hash of the files that hold ids, captions, labels and all other metadata."""
+        return hash_files(metadata_files(self.path))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the metadata's columns."""
@@ -310,7 +328,7 @@ class EmbeddingStore:
         if not (path / "store.json").exists():
             _check_is_clip_retrieval(path)
             opened = open_folder(path)
-            return cls(path, "clip-retrieval", opened.rows, fingerprint(opened.rows), opened.metadata)
+            return cls(path, "clip-retrieval", opened.rows, opened.metadata)
         record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError)
         opened = open_folder(path)
         found = _content(opened.rows)
@@ -320,13 +338,13 @@ class EmbeddingStore:
                     f"{path} is damaged: its {key} is {value!r} where store.json says {record.get(key)!r}; "
                     f"copy the store again or embed again"
                 )
-        return cls(path, "store", opened.rows, str(found["fingerprint"]), opened.metadata, record)
+        return cls(path, "store", opened.rows, opened.metadata, record)
 
     @classmethod
     def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
         opened = open_file(path, modality)
         kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", path.suffix.lower()[1:])
-        return cls(path, kind, opened.rows, fingerprint(opened.rows), opened.metadata)
+        return cls(path, kind, opened.rows, opened.metadata)
 
     def _of(self, modality: Modality) -> ShardedRows:
         if modality not in self.rows:
@@ -426,7 +444,8 @@ def write_store(
                 np.save(file, array, allow_pickle=False)
         with atomic_path(path / "metadata" / f"metadata_{number}.parquet") as temporary:
             _write_parquet(table, temporary)
-    found = _content(open_folder(path).rows)
+    rows = open_folder(path).rows
+    found = {**_content(rows), "fingerprint": fingerprint(rows)}
     write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
     return EmbeddingStore.open(path)
 
@@ -439,7 +458,6 @@ def _content(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
         "rows": len(first),
         "d_in": first.d_in,
         "dtype": first.dtype,
-        "fingerprint": fingerprint(rows),
     }
 
 

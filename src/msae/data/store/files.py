@@ -93,6 +93,14 @@ def open_file(path: Path, modality: Modality | None) -> Opened:
     return Opened(rows, metadata)
 
 
+def metadata_files(path: Path) -> list[Path]:
+    """The files from which the metadata of the STORE at `path` are read."""
+    if path.is_dir():
+        return list(_numbered(path / "metadata", ".parquet").values())
+    beside = [path] if path.suffix.lower() == ".parquet" else [path.with_suffix(".csv"), path.with_suffix(".parquet")]
+    return [file for file in beside if file.is_file()][:1]
+
+
 def _check_counts(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
     """Refuse modalities and metadata that are not about the same rows, shard by shard."""
     counts = {f"{modality} rows": [shard.shape[0] for shard in array.shards] for modality, array in rows.items()}
@@ -118,11 +126,10 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 
 def _beside(path: Path) -> Metadata:
     """The metadata table with the stem of `path`, if there is one."""
-    table = path.with_suffix(".csv")
-    if table.is_file():
-        return Metadata.of(read_table(table, StoreError))
-    table = path.with_suffix(".parquet")
-    return Metadata.open([table], StoreError) if table.is_file() else Metadata.none()
+    tables = metadata_files(path)
+    if tables and tables[0].suffix == ".csv":
+        return Metadata.of(read_table(tables[0], StoreError))
+    return Metadata.open(tables, StoreError) if tables else Metadata.none()
 
 
 def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:

@@ -15,7 +15,7 @@ from msae.concepts.names import ConceptNames, as_names
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, as_sae, check_fit
 from msae.sae.standardize import Modality
-from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor
 from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
@@ -92,7 +92,7 @@ def audit(
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "n_resamples": N_RESAMPLES, "seed": seed,
+            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
         concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip

@@ -244,23 +244,18 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
 
     Raises:
         ConfigError: There are fewer than two texts, or nothing says which model made the embeddings.
+        StoreError: That model has other weights now.
     """
     if len(texts) < 2:
         raise ConfigError(
             f"{len(texts)} class text; give two or more, for example --class-texts 'man=a man' 'woman=a woman'"
         )
-    encoder = store.encoder or sae.config.encoder
-    if encoder is None:
-        raise ConfigError(
-            f"{store.path} does not say which model made its embeddings, so the class texts cannot be embedded; "
-            f"embed again with msae embed, or give --classifier FILE"
-        )
-    from msae.data.embedder import Embedder
+    from msae.data.embedder import embedder_for
 
-    embedder = Embedder.load(encoder, revision=store.encoder_revision or sae.config.encoder_revision)
+    embedder = embedder_for(store, sae.config, need="--class-texts")
     weight = TEXT_LOGIT_SCALE * torch.from_numpy(embedder.embed_texts(list(texts.values())))
     nothing = torch.zeros(store.d_in)
-    source = f"zero-shot texts of {encoder}"
+    source = f"zero-shot texts of {embedder.id}"
     return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
 
 
