@@ -77,6 +77,18 @@ class View:
         self.standardized_by: Literal["run", "store"] = "run" if self.modality in sae.standardizer else "store"
         self.standardizer = self._standardizer()
 
+    def on(self, store: EmbeddingStore, modality: Modality | None = None) -> View:
+        """The rows of another store, or of another modality, in the same way and with the same statistics.
+
+        Raises:
+            StoreError: The store does not fit the SAE or lacks the modality.
+        """
+        other = copy.copy(self)
+        other.modality = modality or self.modality
+        other.store = as_store(store, other.modality)
+        self.run.check_fit(other.store)
+        return other
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.store)

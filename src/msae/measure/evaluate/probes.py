@@ -26,9 +26,9 @@ class Probes:
     def of(self, subject: Subject) -> Probe:
         options = self._options
         assert options.labels is not None
-        store = self._store_of(subject)
+        store = self.store_of(subject)
         labels = store.column(options.labels)
-        statistics = subject.sae.standardizer.statistics[options.modality]
+        statistics = subject.standardizer.statistics[options.modality]
         key = (store.path, store.fingerprint, statistics.mean.cpu().numpy().tobytes(), statistics.scale)
         if key not in self._known:
 
@@ -40,7 +40,8 @@ class Probes:
             self._known[key] = probe.to(options.device)
         return self._known[key]
 
-    def _store_of(self, subject: Subject) -> EmbeddingStore:
+    def store_of(self, subject: Subject) -> EmbeddingStore:
+        """The store that the probe of a run is trained on."""
         if self._store is not None:
             check_fit(subject.sae, self._store, run=subject.run)
             return self._store
