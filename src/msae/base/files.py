@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,57 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]:
+    """Only this process writes into `folder` during the block; `folder` is made, and taken away again if it stays empty.
+
+    There is no lock on Windows, nor on a file system that has none.
+
+    Raises:
+        MsaeError: Made by `error`: another process has the lock, or `folder` cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _lock(file)
+    except BlockingIOError:
+        raise error(f"{folder} is being written by another process; wait for it, or give another --out") from None
+    except OSError as err:
+        raise error(f"{folder} cannot be written ({err.strerror}); give another --out") from err
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+        with suppress(OSError):  # not empty: something was made
+            for path in made:
+                path.rmdir()
+
+
+def _lock(file: Path) -> int:
+    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if sys.platform == "win32":
+            return handle
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except OSError:
+            return handle  # this file system has no locks
+        # Whoever held the lock before may have deleted the file since it was opened: then it locks nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,11 @@ _SAFETENSORS_DTYPES = {
     "BF16": ("bfloat16", "<u2"),
     "U8": ("uint8", "|u1"),
 }
+_NPZ_ERRORS = (
+    OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, zipfile.BadZipFile, zlib.error,
+    NotImplementedError, RuntimeError, OverflowError,
+)  # fmt: skip
+"""What numpy and zipfile raise on damaged, encrypted and pickled archives."""
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 Error = Callable[[str], MsaeError]
@@ -119,6 +126,18 @@ def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
+def zero_rows(x: Float32[np.ndarray, "n d_in"]) -> Int64[np.ndarray, " m"]:
+    """Positions of the rows that are all zeros."""
+    candidates = np.flatnonzero(x[:, 0] == 0)
+    return candidates[~x[candidates].any(axis=1)]
+
+
+def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows of length 1; a row of zeros stays zero."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
 def fingerprint(rows: Mapping[ModalityT, ShardedRows]) -> str:
     """A hash of all rows, the same however they are cut into files; defined in docs/store-format.md.
 
@@ -198,6 +217,24 @@ def open_npy(path: Path, error: Error) -> Rows:
     return Rows(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
 
 
+def open_npz(path: Path, error: Error) -> dict[str, NDArray[Any]]:
+    """The arrays of a `.npz` file, in memory; nothing is unpickled.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: it is no archive, or an array in it is damaged or pickled.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # numpy.load would also take a pickle or a single array for one
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except MemoryError as err:
+        raise error(f"{path} holds {n_bytes:,} bytes, more than fit in memory; save its arrays as .npy") from err
+    except _NPZ_ERRORS as err:
+        raise error(f"{path} cannot be read as .npz ({_line(err)}); save it again with numpy.savez") from err
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
+
+
 def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[str, str]]:
     """The float tensors of a `.safetensors` file, memory-mapped, and the strings of its header.
 
@@ -257,8 +294,8 @@ def _check_npy_magic(path: Path, head: bytes, error: Error) -> None:
     if not head:
         raise error(f"{path} is empty (0 bytes); copy or make it again")
     if head[:1] == b"\x80" or head[:2] == b"PK":
-        kind = "a zip archive (.npz or torch.save)" if head[:2] == b"PK" else "a Python pickle"
-        raise error(f"{path} is {kind}, which msae never opens; save it with numpy.save")
+        kind = "a zip archive, as numpy.savez and torch.save make" if head[:2] == b"PK" else "a Python pickle"
+        raise error(f"{path} is {kind}, and no .npy file; save it with numpy.save, or name an archive .npz")
     shape = _shape_in_name(path)
     raise error(
         f"{path} has no NumPy header; if it is raw float32 like the paper's released files, give it one: "

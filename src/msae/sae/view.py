@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ BLOCK_ENTRIES = 2**22
 """Activations of a block, some 16 MB: memory grows neither with the rows nor with d_sae."""
 FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
+
+Latents: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 
 class View:
@@ -124,7 +126,7 @@ class View:
 
     def activations(
         self,
-        latents: Sequence[int] | None = None,
+        latents: Latents | None = None,
         rows: NDArray[np.int64] | None = None,
         *,
         title: str | None = None,
@@ -141,7 +143,7 @@ class View:
         return self.standardizer.apply(raw, self.modality)
 
     @torch.no_grad()
-    def activate(self, x: Float[Tensor, "n d_in"], latents: Sequence[int] | None = None) -> Float[Tensor, "n l"]:
+    def activate(self, x: Float[Tensor, "n d_in"], latents: Latents | None = None) -> Float[Tensor, "n l"]:
         """`z` of standardised embeddings, of all latents or of some."""
         sae = self.sae
         if latents is None:
