@@ -176,25 +176,24 @@ class TopSamples:
         return found
 
     @classmethod
-    def cached(cls, folders: Iterable[Path], origin: Origin, ids: Sequence[str], *, n: int) -> TopSamples | None:
+    def cached(cls, folders: Iterable[Path], origin: Origin, *, n: int) -> TopSamples | None:
         """What an earlier mining of the same rows left in one of `folders`, if it kept at least `n` samples.
 
-        A damaged or outdated file counts as none: it is only a cache, and will be written again. Of a store that
-        has moved or whose metadata changed, only the ids are read again.
-
-        Args:
-            ids: The id of every row.
+        A damaged or outdated file counts as none: it is only a cache, and will be written again. The store may have
+        moved, or its metadata have changed, since: `with_origin` reads the ids again.
         """
         for folder in folders:
             try:
                 found = cls.load(folder / f"{file_stem(origin)}.json")
             except RunError:
                 continue
-            if found.origin == origin and found.n >= n:
+            if found.n >= n and replace(found.origin, store=origin.store, metadata=origin.metadata) == origin:
                 return found
-            if replace(found.origin, store=origin.store, metadata=origin.metadata) == origin and found.n >= n:
-                return replace(found, origin=origin, ids={row: ids[row] for row in found.ids})
         return None
+
+    def with_origin(self, origin: Origin, ids: Sequence[str]) -> TopSamples:
+        """The same samples of rows that now have these ids."""
+        return replace(self, origin=origin, ids={row: ids[row] for row in self.ids})
 
 
 _TENSORS = ("rows", "activations", "fired", "total", "histogram", "within", "row_maxima")

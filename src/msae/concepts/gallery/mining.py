@@ -44,13 +44,16 @@ def top_samples(
     origin = Origin(
         **asdict(run.origin(store)), modality=modality, inference=inference, standardized_by=view.standardized_by
     )
-    known = TopSamples.cached(run.caches(SAMPLES_FOLDER), origin, store.ids, n=n)
-    if known is not None:
+    known = TopSamples.cached(run.caches(SAMPLES_FOLDER), origin, n=n)
+    if known is not None and known.origin == origin:
         return known
-    miner = SampleMiner(view.sae.d_sae, n=n, levels=levels_of(view.sae))
-    for z in view.activations(title=f"mining {modality} rows"):
-        miner.add(z.cpu().numpy())
-    samples = miner.finish(origin, store.ids)
+    if known is not None:
+        samples = known.with_origin(origin, store.ids)
+    else:
+        miner = SampleMiner(view.sae.d_sae, n=n, levels=levels_of(view.sae))
+        for z in view.activations(title=f"mining {modality} rows"):
+            miner.add(z.cpu().numpy())
+        samples = miner.finish(origin, store.ids)
     place = run.writable_cache(SAMPLES_FOLDER)
     if place is not None:
         try:
