@@ -16,6 +16,7 @@ from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.samples import Origin, SampleMiner, TopSamples, bin_edges
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.run import Run
 from msae.sae.standardize import Standardizer, Statistics, fit_statistics
 from msae.sae.view import View
 from tests.oracles import galleries as oracle
@@ -327,6 +328,16 @@ def test_concept_is_its_nearest_latent_and_the_others_are_told(store, named_run)
     assert (found.latent, found.name, found.alike) == (9, "dog", (5,))
     assert found.images == gallery(named_run, store, latent=9).images
     assert gallery(named_run, store, latent=0).name is None
+
+
+def test_names_of_other_weights_are_refused(store, run):
+    other = make_sae(store, "image", "text", seed=9)
+    record = {"sae": Run.open(run).weights}
+    ConceptNames("evidence", 32, (Concept(3, "poodle", 0.5, 0.1),), record=record).save(run)
+    assert gallery(run, store, latent=3).name == "poodle"
+    other.save(run)
+    with pytest.raises(RunError, match=r"names the latents of other weights .* type: msae name"):
+        gallery(run, store, latent=3)
 
 
 def test_unknown_concept_names_the_nearest(store, named_run):

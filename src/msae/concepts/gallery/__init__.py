@@ -126,7 +126,7 @@ def gallery(
     run, store = Run.open(sae), as_store(on)
     run.check_fit(store)
     d_sae, folder = run.sae.d_sae, run.folder
-    names = names_of(folder, d_sae)
+    names = names_of(run)
     alike: tuple[int, ...] = ()
     if concept is not None:
         if names is None:

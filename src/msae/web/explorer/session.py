@@ -55,7 +55,7 @@ class LoadedRun:
         self.folder, self.label, self.store = folder, label, store
         self.opened = Run.open(folder)
         self.sae = self.opened.sae
-        self.names: ConceptNames | None = names_of(folder, self.sae.d_sae)
+        self.names: ConceptNames | None = names_of(self.opened)
         if store is not None:
             self.opened.check_fit(store)
         self.slow, self.preparing = threading.RLock(), threading.RLock()

@@ -122,7 +122,7 @@ def facts_of(folder: Path) -> Facts:
         trained=trained,
         metrics=run.metrics,
         evaluations=tuple(current_evaluations(run)),
-        names=names_of(folder, run.sae.d_sae),
+        names=names_of(run),
         dataset=_dataset(trained),
     )
 
