@@ -20,7 +20,7 @@ from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.sae.model import SAE, Inference, as_sae, check_fit, weights_hash
 from msae.sae.standardize import Modality, Statistics, fit_statistics
 from msae.sae.view import View
 
@@ -162,6 +162,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     record = {
         "vocabulary": str(vocabulary.path),
         "vocabulary_fingerprint": vocabulary.fingerprint,
+        "vocabulary_metadata": vocabulary.metadata_fingerprint,
         "encoder": sae.config.encoder or vocabulary.encoder,
         "n_words": len(texts),
         "n_synonym_groups": int(groups.max()) + 1,
@@ -372,6 +373,7 @@ class _Captions:
         self.record = {
             "on": str(store.path),
             "on_fingerprint": store.fingerprint,
+            "on_metadata": store.metadata_fingerprint,
             "on_modality": self.view.modality,
             "on_rows": len(self.rows),
             "on_words": len(tested),
@@ -440,7 +442,12 @@ def _names(
         "seed": settings.seed,
     }
     return ConceptNames(
-        settings.rule, sae.d_sae, tuple(concepts), counts, near, {**words.record, **how, **(record or {})}
+        settings.rule,
+        sae.d_sae,
+        tuple(concepts),
+        counts,
+        near,
+        {"sae": weights_hash(sae), **words.record, **how, **(record or {})},
     )
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ BLOCK_ENTRIES = 2**22
 """Activations of a block, some 16 MB: memory grows neither with the rows nor with d_sae."""
 FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
+
+Latents: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 
 class View:
@@ -77,6 +79,18 @@ class View:
         self.standardized_by: Literal["run", "store"] = "run" if self.modality in sae.standardizer else "store"
         self.standardizer = self._standardizer()
 
+    def on(self, store: EmbeddingStore, modality: Modality | None = None) -> View:
+        """The rows of another store, or of another modality, in the same way and with the same statistics.
+
+        Raises:
+            StoreError: The store does not fit the SAE or lacks the modality.
+        """
+        other = copy.copy(self)
+        other.modality = modality or self.modality
+        other.store = as_store(store, other.modality)
+        self.run.check_fit(other.store)
+        return other
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.store)
@@ -112,7 +126,7 @@ class View:
 
     def activations(
         self,
-        latents: Sequence[int] | None = None,
+        latents: Latents | None = None,
         rows: NDArray[np.int64] | None = None,
         *,
         title: str | None = None,
@@ -140,7 +154,7 @@ class View:
         return self.standardizer.apply(raw, self.modality)
 
     @torch.no_grad()
-    def activate(self, x: Float[Tensor, "n d_in"], latents: Sequence[int] | None = None) -> Float[Tensor, "n l"]:
+    def activate(self, x: Float[Tensor, "n d_in"], latents: Latents | None = None) -> Float[Tensor, "n l"]:
         """`z` of standardised embeddings, of all latents or of some."""
         sae = self.sae
         if latents is None:
