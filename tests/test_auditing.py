@@ -337,7 +337,11 @@ CASES = {
     "two classifiers": ("ConfigError", {"classifier": "x.npz", "class_texts": {}}, "keep one of them"),
     "no file": ("ConfigError", {"classifier": "missing.npz"}, "missing.npz does not exist"),
     "no names": ("RunError", {"names": "nowhere"}, "or audit every latent with --all-latents"),
-    "no encoder": ("ConfigError", {"class_texts": {"a": "a", "b": "b"}}, "which --class-texts needs; a store made by msae embed says it"),
+    "no encoder": (
+        "ConfigError",
+        {"class_texts": {"a": "a", "b": "b"}},
+        "which --class-texts needs; a store made by msae embed says it",
+    ),
     "unknown sweep": ("StoreError", {"sweep_id": "row 9999"}, "has no row with the id 'row 9999'"),
 }
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
 from msae.concepts.gallery.mining import activations, check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
-from msae.concepts.names import names_of
+from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
@@ -112,7 +113,7 @@ def gallery(
         sae: A run folder, or an SAE.
         on: Any store; of both modalities, images and texts are each standardised with their own statistics.
         latent: Which latent, or
-        concept: the name of one, from the run's names.json; of several with that name the nearest to it.
+        concept: the name of one, `#12`, or several of these divided by `|`; the nearest to its name is shown.
         n: Samples of each modality.
         inference: `trained` is the activation of training, `relu` every positive latent.
 
@@ -128,13 +129,7 @@ def gallery(
     names = names_of(folder, model.d_sae)
     alike: tuple[int, ...] = ()
     if concept is not None:
-        if names is None:
-            raise ConfigError(
-                f"{folder or 'this SAE'} has no names.json, so {concept!r} is unknown; "
-                f"type msae name {folder or 'RUN'} --vocabulary STORE first, or give --latent"
-            )
-        cosine = {latent: known.cosine for latent in names.latents_of(concept) if (known := names.concept_of(latent))}
-        latent, *others = sorted(cosine, key=lambda latent: -cosine[latent])
+        latent, *others = _nearest_first(latents_of(concept, names, model.d_sae), names)
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, model.d_sae)
@@ -149,6 +144,12 @@ def gallery(
         notes=tuple(note for samples in found.values() for note in _notes(samples)),
         roots=store.picture_roots,
     )
+
+
+def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[int]:
+    """The latents by falling cosine to their names, then those without one in their order."""
+    known = {latent: names.concept_of(latent) if names is not None else None for latent in latents}
+    return sorted(latents, key=lambda latent: -(one.cosine if (one := known[latent]) else -1.0))
 
 
 def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:

@@ -16,7 +16,7 @@ from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 from msae.use.neighbours import NeighbourIndex, Neighbours
-from msae.use.search.turning import Turned
+from msae.use.search.editing import EditedQuery
 
 BUILD_ROWS = 8192
 """Rows read at once while an index is built."""
@@ -38,23 +38,23 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(index: NeighbourIndex, turned: Turned, n: int, keep: NDArray[np.bool_] | None) -> Both:
+def search_embeddings(index: NeighbourIndex, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None) -> Both:
     """The rows of the largest cosine, exact in float32."""
-    before = index.search(turned.x, n, keep=keep)
-    if not turned.is_changed:
+    before = index.search(edited.x, n, keep=keep)
+    if not edited.is_changed:
         return _unmoved(before)
-    after = index.search(turned.x_edited, n, keep=keep)
+    after = index.search(edited.x_edited, n, keep=keep)
     return Both(
-        _ranked_by(index, before, turned.x_edited, after, keep), _ranked_by(index, after, turned.x, before, keep)
+        _ranked_by(index, before, edited.x_edited, after, keep), _ranked_by(index, after, edited.x, before, keep)
     )
 
 
 def search_latents(
-    sae: SAE, store: EmbeddingStore, modality: Modality, turned: Turned, n: int, keep: NDArray[np.bool_] | None
+    sae: SAE, store: EmbeddingStore, modality: Modality, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
 ) -> Both:
     """The rows whose activations are nearest in L1, from one pass in blocks; scores are minus the distance."""
-    assert turned.z is not None and turned.z_edited is not None
-    scores = -l1_distances(sae, store, modality, torch.stack([turned.z, turned.z_edited]))
+    assert edited.z is not None and edited.z_edited is not None
+    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]))
     allowed = np.arange(len(store)) if keep is None else np.flatnonzero(keep)
     orders = [allowed[np.lexsort((allowed, -score[allowed]))] for score in scores]
     answers = []
