@@ -16,7 +16,7 @@ from msae.concepts.names import as_names
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, as_sae, check_fit
 from msae.sae.standardize import Modality
-from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor
 from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import make_subject, parse_class_texts
@@ -64,7 +64,7 @@ def audit(
         classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
         class_texts: For each class a text: CLIP's zero-shot classifier.
         train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
-            half of `on`, and the other half is audited.
+            half of `on`, and the other half is audited. Embeddings that are in both stores are divided likewise.
         positive: The class whose probability is watched; without it the second of two, or all of more.
         names: Names of latents, or where they were saved; without it, those in the run folder.
         n_permutations: At most; None takes 40 per concept, so that one alone can be reported, and at least 2,000.
@@ -79,7 +79,7 @@ def audit(
     check_fit(model, store, run=sae)
     subject = make_subject(
         model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
-        seed=seed,
+        seed=seed, run=sae,
     )  # fmt: skip
     groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
     bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
@@ -91,9 +91,9 @@ def audit(
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "n_resamples": N_RESAMPLES, "seed": seed,
+            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*notes, *auditor.notes), sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip
 
 
