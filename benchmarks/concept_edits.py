@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from msae.base.errors import ConfigError
-from msae.concepts.concept import ConceptSet
+from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.store import EmbeddingStore
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
+from msae.sae.view import View
 from msae.use.edits import Edit, apply, parse_change
 from results import write_section
 
@@ -145,7 +146,8 @@ def measure(
     concept = "|".join(word for word in target.words if knows(names, word))
     if not concept:
         return False
-    wide, strict = (ConceptSet(sae, store, "image", names, strict=is_strict) for is_strict in (False, True))
+    view = View(sae, store, "image", block_rows=BLOCK_ROWS)
+    wide, strict = (ConceptSet(view, names, strict=is_strict) for is_strict in (False, True))
     group, bare = wide[concept], strict[concept]
     x, has = space.x[queries], target.has
     p99, twice = parse_change("p99"), parse_change("2xp99")

@@ -8,6 +8,7 @@ from msae.base.errors import ConfigError
 from msae.concepts.concept import ConceptSet, excluded_by, groups_of, latents_of, quantiles_above_zero
 from msae.concepts.names import Concept, ConceptNames
 from msae.sae.model import SAE
+from msae.sae.view import View
 from tests.test_retrieval import run, store  # noqa: F401
 
 NAMES = ConceptNames(
@@ -61,7 +62,7 @@ def test_numbers_need_no_names(run, store):  # noqa: F811
 
 
 def test_the_strength_of_a_group_is_present_from_one_share_of_its_p99_on(run, store):  # noqa: F811
-    group = ConceptSet(SAE.load(run), store, "image", ConceptNames.load(run))["green"]
+    group = ConceptSet(View(run, store), ConceptNames.load(run))["green"]
     p99 = group.natural.quantile(99)
     assert group.is_present(torch.tensor([0.0, 0.59, 0.61]) * p99).tolist() == [False, False, True]
 

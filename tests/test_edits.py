@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from msae.base.errors import ConfigError
-from msae.concepts.concept import activations_of, latents_of, make_group, natural_of, with_correlated
+from msae.concepts.concept import latents_of, make_group, natural_of, with_correlated
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use.edits import Edit, apply, edit_activations, parse_change, parse_edit, target, warn
@@ -23,7 +23,7 @@ def sae():
 
 
 def learn(sae, *latents, name="beach"):
-    return make_group(name, latents, activations_of(sae, X.split(64), "image", latents), sae.W_dec)
+    return make_group(name, latents, sae.encode(X, "image")[:, list(latents)], sae.W_dec)
 
 
 def edit(sae, latents, value):
@@ -227,18 +227,6 @@ def test_concepts_are_names_numbers_and_groups():
         latents_of("bleu", names, 10)
     with pytest.raises(ConfigError, match="#0 to #9"):
         latents_of("#10", names, 10)
-
-
-@pytest.mark.parametrize(
-    "kind", [{"kind": "topk", "k": 5}, {"kind": "batchtopk", "k": 5}, {"kind": "jumprelu", "k": 5}, {}]
-)
-def test_the_activations_of_some_latents_are_those_of_encode(sae, kind):
-    config = SAEConfig(d_in=12, d_sae=48, soft_cap=3.0, **(kind or {"levels": (8, 48)}))
-    other = SAE(config, sae.standardizer, seed=2)
-    if other.threshold is not None:
-        other.threshold.fill_(0.11)
-    found = activations_of(other, X.split(64), "image", [40, 3, 17])
-    assert torch.allclose(found, other.encode(X, "image")[:, [40, 3, 17]], atol=1e-6) and found.any()
 
 
 def test_a_concept_that_never_fires_is_refused(sae):

@@ -7,7 +7,7 @@ activations, and a pattern in which the latents rise together; docs/search.md sa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError, nearest
 from msae.concepts.names import ConceptNames
-from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE
-from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 GRID = 1001
 """Points of a table of quantiles: one every tenth of a percent."""
@@ -37,7 +36,7 @@ SAMPLE = 10_000
 """Rows, evenly spread over the store, that tell how strong a concept naturally is and what is correlated with it."""
 RIVAL_SAMPLE = 8_000
 """Rows that tell which concepts exclude each other; every named concept is read on them."""
-BATCH = 1024
+BLOCK_ROWS = 1024
 REMEMBERED = 2**29
 """Bytes of activations that are kept from one concept to the next."""
 
@@ -247,24 +246,6 @@ def excluded_by(mine: Bool[Tensor, " n"], theirs: Bool[Tensor, "n c"]) -> Bool[T
     return (both < LIFT * mean) & (both < mean - SIGMAS * deviation)
 
 
-@torch.no_grad()
-def activations_of(
-    sae: SAE, batches: Iterable[Float[Tensor, "_ d_in"]], modality: Modality, latents: Sequence[int]
-) -> Float[Tensor, "n g"]:
-    """The activations of some latents on raw rows; memory grows with rows times `latents` alone."""
-    chosen = list(latents)
-    found = []
-    for x in batches:
-        if sae.config.kind == "topk":  # what fires depends on every other latent
-            found.append(sae.encode(x, modality)[:, chosen])
-            continue
-        standard = sae.standardizer.apply(x.float(), modality)
-        h = standard.new_full((len(x), sae.d_sae), -torch.inf)
-        h[:, chosen] = torch.addmm(sae.b_enc[chosen], standard - sae.b_dec, sae.W_enc[:, chosen])
-        found.append(sae.activate(h)[:, chosen])
-    return torch.cat(found)
-
-
 # --- The concepts of an SAE on a store
 
 
@@ -272,10 +253,8 @@ def activations_of(
 class ConceptSet:
     """The concepts of an SAE, learnt from the rows of a store when they are asked for."""
 
-    sae: SAE
-    store: EmbeddingStore
-    modality: Modality
-    """Of what is edited."""
+    view: View
+    """The rows; blocks of `BLOCK_ROWS` make the same bits whoever asks."""
     names: ConceptNames | None
     strict: bool = False
     """Edit only the named latents; leave correlated latents unchanged."""
@@ -299,15 +278,10 @@ class ConceptSet:
         return group
 
     def _make(self, concept: str) -> LatentGroup:
-        latents = latents_of(concept, self.names, self.sae.d_sae)
-        z = activations_of(self.sae, self._sample(SAMPLE), self.natural_modality, latents)
-        group = make_group(concept, latents, z, self.sae.W_dec)
+        latents = latents_of(concept, self.names, self.view.sae.d_sae)
+        z = torch.cat(list(self.view.activations(latents, self._sample(SAMPLE))))
+        group = make_group(concept, latents, z, self.view.sae.W_dec)
         return group if self.strict or is_numbers(concept) else with_correlated(group, self.sample_activations())
-
-    @property
-    def natural_modality(self) -> Modality:
-        """The query's where the store has it: what is natural in a caption is not what is natural in a picture."""
-        return self.modality if self.modality in self.store.modalities else self.store.modalities[0]
 
     def rivals(self, group: LatentGroup) -> list[LatentGroup]:
         """The named concepts of the same kind: where one of them is, the other is not.
@@ -337,31 +311,26 @@ class ConceptSet:
             latents = self.names.latents_of(name)
             z = self._on_sample[:, latents]
             if bool((z > 0).any()):
-                found.append(make_group(name, latents, z, self.sae.W_dec))
+                found.append(make_group(name, latents, z, self.view.sae.W_dec))
         return found
 
     @cached_property
     def _on_sample(self) -> Tensor:
         """Activations of all latents on fewer rows."""
-        return torch.cat(list(self._encoded(RIVAL_SAMPLE)))
+        return torch.cat(list(self.view.activations(rows=self._sample(RIVAL_SAMPLE))))
 
     def sample_activations(self) -> Iterable[Tensor]:
         """Activations of all latents on rows spread evenly over the store, block by block."""
-        return self._kept_activations if self._is_small else self._encoded(SAMPLE)
+        return self._kept_activations if self._is_small else self.view.activations(rows=self._sample(SAMPLE))
 
     @property
     def _is_small(self) -> bool:
-        return self.remember and 4 * self.sae.d_sae * min(SAMPLE, len(self.store)) <= REMEMBERED
+        return self.remember and 4 * self.view.sae.d_sae * min(SAMPLE, len(self.view)) <= REMEMBERED
 
     @cached_property
     def _kept_activations(self) -> list[Tensor]:
-        return list(self._encoded(SAMPLE))
+        return list(self.view.activations(rows=self._sample(SAMPLE)))
 
-    def _encoded(self, n: int) -> Iterator[Tensor]:
-        return (self.sae.encode(x, self.natural_modality) for x in self._sample(n))
-
-    def _sample(self, n: int) -> Iterator[Tensor]:
-        n = min(n, len(self.store))
-        rows = np.linspace(0, len(self.store) - 1, n).round().astype(np.int64)
-        for first in range(0, n, BATCH):
-            yield torch.from_numpy(self.store.take(rows[first : first + BATCH], self.natural_modality))
+    def _sample(self, n: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = np.linspace(0, len(self.view) - 1, min(n, len(self.view))).round().astype(np.int64)
+        return rows

@@ -58,10 +58,9 @@ def edit_query(
         everything += [*removals, edit]
         applied.append(_describe(edit, float(now), wanted, removals, warn(edit, z)))
     warnings += [edit.warning for edit in applied if edit.warning]
-    if edits and concepts.natural_modality != query.modality:
+    if edits and concepts.view.modality != query.modality:
         warnings.append(
-            f"the store has no {query.modality} rows: natural strengths are those of "
-            f"its {concepts.natural_modality} rows"
+            f"the store has no {query.modality} rows: natural strengths are those of its {concepts.view.modality} rows"
         )
     x_edited = apply(sae, x, query.modality, everything, keep_residual=keep_residual)[0].numpy()
     if not np.isfinite(x_edited).all() or not x_edited.any():

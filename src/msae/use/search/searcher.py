@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.concepts.concept import ConceptSet
+from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, as_sae, check_fit, run_folder
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import NeighbourIndex
@@ -93,12 +94,16 @@ class Searcher:
         return open_index(self.store, self.searched)
 
     def concepts(self, modality: Modality, *, strict: bool = False) -> ConceptSet:
-        """The concepts that can be edited in queries of `modality`."""
+        """The concepts that can be edited in queries of `modality`.
+
+        What is natural in a caption is not what is natural in a picture: they are learnt from rows of the query's
+        modality, where the store has them.
+        """
         key = (modality, strict)
         if key not in self._concepts:
-            self._concepts[key] = ConceptSet(
-                self.sae, self.store, modality, self.names, strict=strict, remember=self._remember
-            )
+            natural = modality if modality in self.store.modalities else self.store.modalities[0]
+            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS)
+            self._concepts[key] = ConceptSet(view, self.names, strict=strict, remember=self._remember)
         return self._concepts[key]
 
     def search(self, ask: Ask, how: How) -> SearchResult:
