@@ -367,7 +367,7 @@ def test_json_and_table_hold_the_answer(run, store):
     assert data["edits"][0]["concept"] == "green" and data["edits"][0]["value"] == "p99"
     assert [hit["rank"] for hit in data["hits"]] == list(range(1, 21))
     assert {"id", "score", "rank_before", "score_before", "path", "caption", "shared"} <= set(data["hits"][0])
-    lines = result.table().splitlines()
+    lines = result.to_text().splitlines()
     assert len(lines) == 4 + 20 and all(hit.id in line for hit, line in zip(result.hits, lines[4:], strict=True))
 
 

@@ -158,7 +158,6 @@ def search_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
     from msae.use.search import search
-    from msae.web.report.search import write_page
 
     def run(
         run: str,
@@ -210,8 +209,10 @@ def search_verb(_: list[str]) -> Callable[..., None]:
             exclusive=exclusive, strict=strict, encoder=encoder,
         )  # fmt: skip
         if html is not None:
+            from msae.web.report.search import write_page
+
             write_page(result, html)
-        report(result.table(), result.to_dict(), json)
+        report(result.to_text(), result.to_dict(), json)
 
     return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from msae.concepts.gallery.mining import activations, check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, Row, as_store
 from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
 from msae.sae.standardize import Modality
 
@@ -35,17 +35,10 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Row):
     """One sample of a gallery."""
 
-    id: str
     activation: float
-    row: int
-    path: str | None
-    """Of the picture, where the store knows it."""
-    caption: str | None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else the store's metadata says, such as labels."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,10 +148,7 @@ def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[i
 def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
     rows = store.describe_rows([sample.row for sample in top])
-    return tuple(
-        Sample(row.id, sample.activation, row.row, row.path, row.caption, row.columns)
-        for sample, row in zip(top, rows, strict=True)
-    )
+    return tuple(Sample(**vars(row), activation=sample.activation) for sample, row in zip(top, rows, strict=True))
 
 
 def _notes(samples: TopSamples) -> list[str]:

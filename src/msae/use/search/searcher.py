@@ -201,16 +201,12 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
     rows = store.describe_rows(found.rows)
     return tuple(
         Hit(
+            **vars(row),
             rank=int(after[0][i]),
-            id=row.id,
             score=float(after[1][i]),
             rank_before=int(before[0][i]),
             score_before=float(before[1][i]),
-            row=row.row,
-            path=row.path,
-            caption=row.caption,
             shared=shared,
-            columns=row.columns,
         )
         for i, (row, shared) in enumerate(zip(rows, sharing.of(found.rows), strict=True))
     )

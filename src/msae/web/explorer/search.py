@@ -15,7 +15,6 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
 from msae.concepts.concept import LatentGroup
-from msae.data.store import Row
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, Hit, How, SearchResult
@@ -284,13 +283,12 @@ def found(world: World, run: LoadedRun, address: Address) -> Markup:
 def _hits(world: World, hits: Sequence[Hit], side: str) -> Markup:
     cells = []
     for hit in hits:
-        row = Row(hit.row, hit.id, hit.path, hit.caption, hit.columns)
-        shown = picture(world, row, LARGE) if world.has_pictures else ""
+        shown = picture(world, hit, LARGE) if world.has_pictures else ""
         place, score = (hit.rank_before, hit.score_before) if side == "before" else (hit.rank, hit.score)
         cells.append(
             fill(
                 '<figure data-row="{}">{}<figcaption><b>{}.</b> {} <small>{}</small><br>{}</figcaption></figure>',
-                hit.id, shown, place, _moved(hit, side), f"{score:.3f}", described(row),
+                hit.id, shown, place, _moved(hit, side), f"{score:.3f}", described(hit),
             )
         )  # fmt: skip
     return fill('<div class="grid">{}</div>', join(cells)) if cells else note("No row is left to be found.")
