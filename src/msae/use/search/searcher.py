@@ -24,6 +24,7 @@ from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import NeighbourIndex
 from msae.use.search.editing import edit_query
+from msae.use.search.exact import ExactRows
 from msae.use.search.query import Ask, Query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 from msae.use.search.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
@@ -89,7 +90,7 @@ class Searcher:
         return cls(model, store, modality or store.modalities[0], known, remember=remember)
 
     @cached_property
-    def index(self) -> NeighbourIndex:
+    def index(self) -> NeighbourIndex | ExactRows:
         """Of the rows that are searched; built when first asked for."""
         return open_index(self.store, self.searched)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 from msae.use.neighbours import NeighbourIndex, Neighbours
 from msae.use.search.editing import EditedQuery
+from msae.use.search.exact import ExactRows
 
 BUILD_ROWS = 8192
 """Rows read at once while an index is built."""
@@ -38,7 +40,9 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(index: NeighbourIndex, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None) -> Both:
+def search_embeddings(
+    index: NeighbourIndex | ExactRows, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
+) -> Both:
     """The rows of the largest cosine, exact in float32."""
     before = index.search(edited.x, n, keep=keep)
     if not edited.is_changed:
@@ -76,13 +80,14 @@ def check_modality(sae: SAE, *modalities: Modality) -> None:
         sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
 
 
-def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex:
-    """The index of a store, built beside it when first asked for.
+def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | ExactRows:
+    """The index of a store, built beside it when first asked for; without faiss, the rows themselves.
 
     Raises:
-        MissingDependencyError: faiss is not installed.
         StoreError: The store has no rows of `modality`, or they hold NaN.
     """
+    if importlib.util.find_spec("faiss") is None:
+        return ExactRows(store, modality)
     place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
     return NeighbourIndex.open(
         place,
@@ -130,7 +135,7 @@ def _unmoved(found: Neighbours) -> Both:
 
 
 def _ranked_by(
-    index: NeighbourIndex,
+    index: NeighbourIndex | ExactRows,
     found: Neighbours,
     other: NDArray[np.float32],
     other_found: Neighbours,
