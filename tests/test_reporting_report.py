@@ -294,7 +294,7 @@ def test_bad_input_is_one_line_and_changes_nothing(command, message, world, monk
         shutil.copytree("run", name)
     Path("torn/metrics.jsonl").write_text("{")
     Path("odd/metrics.jsonl").write_text('{"epoch": 3}\n')
-    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 1}')
+    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 2}')
     ConceptNames("evidence", 7, ()).save("other")
     before = snapshot(world)
     with pytest.raises(SystemExit) as left:

@@ -11,12 +11,13 @@ from typing import Any
 from msae.base.errors import ConfigError
 from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.concepts.gallery.mining import activations, check_n, top_samples
+from msae.concepts.gallery.mining import check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
 from msae.data.store import EmbeddingStore, Row, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "Gallery",
     "Magnitudes",
     "Sample",
-    "activations",
     "all_magnitudes",
     "concept_tree",
     "gallery",
@@ -90,7 +90,7 @@ class Gallery:
 
 
 def gallery(
-    sae: SAE | str | Path,
+    sae: RunLike,
     on: EmbeddingStore | str | Path,
     *,
     latent: int | None = None,
@@ -117,16 +117,17 @@ def gallery(
     if (latent is None) == (concept is None):
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
-    folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
-    check_fit(model, store, run=sae)
-    names = names_of(folder, model.d_sae)
+    run, store = Run.open(sae), as_store(on)
+    run.check_fit(store)
+    d_sae = run.sae.d_sae
+    names = names_of(run)
     alike: tuple[int, ...] = ()
     if concept is not None:
-        latent, *others = _nearest_first(latents_of(concept, names, model.d_sae), names)
+        latent, *others = _nearest_first(latents_of(concept, names, d_sae), names)
         alike = tuple(others)
     assert latent is not None
-    check_latent(latent, model.d_sae)
-    found = {m: top_samples(sae, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    check_latent(latent, d_sae)
+    found = {m: top_samples(run, store, modality=m, n=n, inference=inference) for m in store.modalities}
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),

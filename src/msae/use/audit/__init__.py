@@ -13,11 +13,11 @@ import numpy as np
 from msae.base.errors import ConfigError, RunError
 from msae.concepts.concept import Names, groups_of, is_numbers
 from msae.concepts.names import as_names
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor
-from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import make_subject, parse_class_texts
 from msae.use.audit.sweeping import Sweeper
@@ -75,19 +75,17 @@ def audit(
         RunError: The run is missing or damaged.
         StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
-    model, store = as_sae(sae), as_store(on, modality)
-    check_fit(model, store, run=sae)
+    view = View(sae, on, modality, inference=inference)
     subject = make_subject(
-        model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
-        seed=seed, run=sae,
+        view, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store, seed=seed,
+        positive=positive,
     )  # fmt: skip
-    groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
-    bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
+    groups, notes = _groups(sae, view.sae, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))
-    auditor = Auditor(bench, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
     concepts, sample = auditor.run()
     return Audit(
-        target, str(store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
@@ -126,11 +124,3 @@ def _groups(
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
     return groups, []
-
-
-def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
-    if name is None:
-        return 1 if len(classifier.classes) == 2 else None
-    if name not in classifier.classes:
-        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
-    return classifier.classes.index(name)
