@@ -122,14 +122,23 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, field.type))
-        elif pa.types.is_string(field.type) and pa.types.is_nested(table.column(field.name).type):
-            values = table.column(field.name).to_pylist()
-            columns.append(pa.array([None if value is None else str(value) for value in values], pa.string()))
         elif table.column(field.name).type == field.type:  # pyarrow's cast of a list of nulls is damaged
             columns.append(table.column(field.name))
+        elif pa.types.is_string(field.type):
+            columns.append(text_column(table.column(field.name)))
         else:
             columns.append(table.column(field.name).cast(field.type))
     return pa.table(columns, schema=schema)
+
+
+def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values as text: as Arrow writes them, and as Python does where Arrow cannot."""
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
 def unique_ids(ids: Iterable[str]) -> Iterator[str]:
@@ -332,7 +341,7 @@ class Metadata:
         try:
             footers = [pq.read_metadata(path) for path in paths]
             schemas = [footer.schema.to_arrow_schema() for footer in footers]
-        except (pa.ArrowException, OSError) as err:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
             raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
         schema = common_schema(schemas)
         schema = pa.schema([column for column in schema if column.name not in without])
@@ -340,12 +349,18 @@ class Metadata:
         def read(names: list[str] | None) -> pa.Table:
             wanted = schema if names is None else pa.schema([schema.field(name) for name in names])
             tables = []
-            for path, own in zip(paths, schemas, strict=True):
+            for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
                 try:
                     table = pq.ParquetFile(path).read(columns=present)
-                except (pa.ArrowException, OSError) as err:
+                    table.validate(full=True)  # a changed byte may leave text that is not UTF-8
+                except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
                     raise error(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
+                if present and (table.num_rows != footer.num_rows or table.column_names != present):
+                    raise error(
+                        f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
+                        f"{footer.num_rows:,} rows are promised; copy or make it again"
+                    )
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 
@@ -369,6 +384,6 @@ def _unreadable(paths: Sequence[Path]) -> Path:
     for path in paths:
         try:
             pq.read_metadata(path)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             return path
     return paths[0]
