@@ -15,7 +15,7 @@ from jaxtyping import Int64
 
 from msae.base.errors import ConfigError, nearest
 from msae.data.store import EmbeddingStore, as_store
-from msae.data.store.labels import class_names
+from msae.data.store.labels import class_names, labelled_rows
 from msae.data.store.rows import PATH_COLUMNS
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
@@ -147,7 +147,7 @@ def make_subject(
     other = store if train_store is None else as_store(train_store, modality)
     check_fit(sae, other, run=run)
     theirs = labels if other is store else labels_of(other, target)
-    held = hold_out(other, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
+    held = hold_out(other, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed)
     source = f"half of {store.path}" if train_store is None else str(other.path)
     fitted = _fit(sae, other, modality, [theirs[row] for row in held.train], held.train, source, seed)
     subject = _with_given(store, labels, fitted, rows=held.on, n_train=len(held.train))
@@ -155,10 +155,6 @@ def make_subject(
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
     return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
-
-
-def _labelled(labels: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
-    return np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
 
 
 def _training(
