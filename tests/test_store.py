@@ -577,3 +577,11 @@ def test_a_picture_is_found_in_the_first_folder_that_has_it_and_never_above(tmp_
     assert find_picture(str(inside / "a.png"), roots) == inside / "a.png"
     for path in (None, "b.png", "../secret.png", "x/../../secret.png", "."):
         assert find_picture(path, roots) is None
+
+
+def test_an_error_is_one_line_whatever_the_names_in_a_file(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGE)
+    pq.write_table(pa.table({"a\nb": ["x"] * N}), tmp_path / "x.parquet")
+    with pytest.raises(StoreError) as caught:
+        as_store(tmp_path / "x.npy").column("label")
+    assert str(caught.value).endswith("it has a b")
