@@ -457,7 +457,7 @@ BAD = {
     "is empty: an array of shape (0, 6)": file("e.npy", lambda p: np.save(p, IMAGE[:0])),
     "cannot be read as .npy": file("f.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x20\x00garbage")),
     "25 image rows but 2 metadata rows": file("g.npy", with_csv("id\na\nb\n")),
-    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xff\xfe\n" * N)),
+    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xea\xee\xf2\n" * N)),
     "cannot be read as csv": file("i.npy", with_csv("a,b\n1\n")),
     "the file is empty": file("j.npy", with_csv("")),
     "two columns of one name": file("k.npy", with_csv("a,a\n" + "1,2\n" * N)),
@@ -583,5 +583,5 @@ def test_an_error_is_one_line_whatever_the_names_in_a_file(tmp_path):
     np.save(tmp_path / "x.npy", IMAGE)
     pq.write_table(pa.table({"a\nb": ["x"] * N}), tmp_path / "x.parquet")
     with pytest.raises(StoreError) as caught:
-        as_store(tmp_path / "x.npy").column("label")
-    assert str(caught.value).endswith("it has a b")
+        as_store(tmp_path / "x.npy").column("zzzzzz")
+    assert "it has a b" in str(caught.value)

@@ -81,8 +81,10 @@ def embed_verb(_: list[str]) -> Callable[..., None]:
         store = embed(
             source, encoder=encoder, out=out, batch_size=batch_size, device=device, dtype=dtype, revision=revision
         )
-        skipped = f", {len(store.skipped)} inputs skipped (listed in store.json)" if store.skipped else ""
+        n_skipped = store.record["counts"]["skipped"]
+        skipped = f", {n_skipped:,} inputs skipped (listed in store.json)" if n_skipped else ""
         text = f"{out}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
+        text = "\n  ".join([text, *store.record.get("notes", ())])
         report(text, store.describe(), json)
 
     return run
