@@ -35,9 +35,11 @@ class SAEConfig:
     d_sae: int
     kind: Kind = "matryoshka"
     k: int | None = None
-    """Active latents of `topk`, mean active latents of `batchtopk` and `jumprelu`; None for the others."""
+    """Active latents of `topk`, mean active latents of `batchtopk`, `jumprelu` and `widths`; None for the others."""
     levels: tuple[int, ...] | None = None
     """Sparsity levels of `matryoshka`; None for the others."""
+    widths: tuple[int, ...] | None = None
+    """Nested prefixes of the dictionary, instead of levels: the other Matryoshka SAE, by BatchTopK."""
     soft_cap: float | None = None
     """Largest activation, by `c * tanh(z / c)`."""
     encoder: str | None = None
@@ -47,16 +49,22 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise ConfigError(f"d_in {self.d_in} and d_sae {self.d_sae} must be at least 1; check the sizes given")
-        if self.kind in ("topk", "batchtopk", "jumprelu"):
+        if self.kind in ("topk", "batchtopk", "jumprelu") or self.widths:
             if self.k is None:
-                raise ConfigError(f"kind {self.kind} needs the number of active latents; give --k, for example --k 64")
+                what = "an SAE of widths" if self.widths else f"kind {self.kind}"
+                raise ConfigError(f"{what} needs the number of active latents; give --k, for example --k 64")
             if not 1 <= self.k <= self.d_sae:
                 raise ConfigError(f"k {self.k} is not between 1 and d_sae {self.d_sae}; give a smaller --k")
-        if self.kind == "matryoshka":
+        if self.kind == "matryoshka" and not self.widths:
             if not self.levels:
                 raise ConfigError("kind matryoshka needs levels; give --levels, for example --levels 64 128 256")
             if self.levels[-1] > self.d_sae:
                 raise ConfigError(f"level {self.levels[-1]} is above d_sae {self.d_sae}; give smaller --levels")
+        if self.widths and (self.kind != "matryoshka" or self.levels or self.widths[-1] > self.d_sae):
+            raise ConfigError(
+                f"widths {list(self.widths)} do not fit kind {self.kind}, d_sae {self.d_sae} and levels {self.levels}; "
+                "give them to matryoshka, without levels and none above d_sae"
+            )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
 
@@ -77,7 +85,7 @@ class SAE(nn.Module):
     log_threshold: Float[Tensor, " d_sae"] | None
     """JumpReLU's learnt thresholds."""
     threshold: Float[Tensor, ""] | None
-    """BatchTopK's running threshold, which makes inference independent of the batch; 0 before training."""
+    """Running threshold of BatchTopK and of widths: makes inference independent of the batch; 0 before training."""
 
     def __init__(self, config: SAEConfig, standardizer: Standardizer | None = None, *, seed: int = 0) -> None:
         """Initial weights: biases 0, encoder the transposed decoder with rows of norm 0.1, decoder rows of norm 1."""
@@ -96,7 +104,8 @@ class SAE(nn.Module):
         self.log_threshold = None
         if config.kind == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if config.kind == "batchtopk" else None)
+        has_threshold = config.kind == "batchtopk" or config.widths
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if has_threshold else None)
 
     @property
     def d_in(self) -> int:
@@ -118,7 +127,7 @@ class SAE(nn.Module):
         Args:
             inference: `relu` keeps every positive latent, as in the poster's tables, for every kind. `trained` is the
                 activation of training: ReLU for matryoshka and relu, the k largest for topk, the thresholds for
-                batchtopk and jumprelu. `topk` keeps the `k` largest.
+                batchtopk, jumprelu and a matryoshka of widths. `topk` keeps the `k` largest.
             k: For `topk`.
         """
         z = self._uncapped(h, inference, k)
