@@ -15,10 +15,13 @@ import torch
 
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
+from msae.cli import main
 from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.train import TrainOptions, TrainSettings, learning_rate, shuffled_batches, train, train_step
 from msae.sae.train.training import Training
+from msae.web.report.facts import read_metrics
+from msae.web.report.figures import training_curves
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
 KINDS = {
@@ -432,6 +435,45 @@ def test_nested_widths_make_each_prefix_of_the_dictionary_a_good_sae(store, tmp_
             errors.append(float((sae.reconstruct(z) - x).square().mean()))
     assert errors[0] < 0.8 * errors[1]
     assert SAE.load(tmp_path / "nested").config.widths == (8, 16, 64)
+
+
+def test_the_figures_are_json_even_where_one_is_not_a_number(tmp_path, capsys):
+    """A batch of one row has no variance, so its FVU is unknown."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32))
+    options = {"d_sae": 16, "batch_size": 1, "epochs": 2, "log_every": 1, "device": "cpu"}
+    train(tmp_path / "x.npy", out=tmp_path / "run", **options)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=refuse) for line in written]
+    assert [line["fvu"] for line in lines] == [None] * 12 and all(line["loss"] > 0 for line in lines)
+    assert read_metrics(tmp_path / "run") == lines
+    assert "</svg>" in training_curves({"run": lines}, "fvu")
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "again"), "--d-sae", "16", "--batch-size", "1"])
+    assert left.value.code == 0 and "FVU unknown" in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_figures_is_one_line_at_resume(store, tmp_path):
+    stop = _interrupt_when(lambda: (tmp_path / "run/checkpoints/step-000007").exists())
+    with pytest.raises(Interrupted):
+        train(store, out=tmp_path / "run", checkpoint_every=7, **SMALL)
+    stop()
+    file = tmp_path / "run/metrics.jsonl"
+    file.write_text("odd\n" + file.read_text())
+    with pytest.raises(RunError, match=r"metrics\.jsonl has a line that is no step of training \('odd'\)"):
+        train(store, out=tmp_path / "run", checkpoint_every=7, resume=True, **SMALL)
+
+
+def test_a_store_of_another_width_is_one_line_at_resume(store, tmp_path):
+    train(store, out=tmp_path / "run", **SMALL)
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(100, 17)).astype(np.float32))
+    with pytest.raises(
+        RunError, match=r"run was trained on 16-dim embeddings \(.*x\.npy\), but .*wide\.npy holds 17-dim"
+    ):
+        train(tmp_path / "wide.npy", out=tmp_path / "run", resume=True, **SMALL)
 
 
 def test_settings_file_and_options_meet(store, tmp_path):

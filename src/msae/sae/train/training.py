@@ -296,6 +296,11 @@ class Training:
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("d_in") != mine["d_in"]:
+        raise RunError(
+            f"{folder} was trained on {theirs.get('d_in')}-dim embeddings ({theirs.get('store')}), but {mine['store']} "
+            f"holds {mine['d_in']}-dim ones; give that store, or another --out"
+        )
     if theirs.get("store_fingerprint") != mine["store_fingerprint"]:
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
