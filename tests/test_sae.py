@@ -105,7 +105,6 @@ def test_an_array_or_a_store_gives_the_activations_of_the_tensor_as_an_array(kin
     for given in (
         X.numpy(),
         X.double().numpy(),
-        X.tolist(),
         tmp_path / "x.npy",
         EmbeddingStore.open(tmp_path / "x.npy"),
     ):

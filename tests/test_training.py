@@ -18,9 +18,9 @@ from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, R
 from msae.cli import main
 from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.run import Run
 from msae.sae.train import TrainOptions, TrainSettings, learning_rate, shuffled_batches, train, train_step
 from msae.sae.train.training import Training
-from msae.web.report.facts import read_metrics
 from msae.web.report.figures import training_curves
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
@@ -356,6 +356,13 @@ def test_another_run_in_the_way_is_refused_and_left_alone(store, tmp_path):
     np.save(other, np.random.default_rng(1).normal(size=(100, 16)).astype(np.float32))
     with pytest.raises(RunError, match="trained on another store"):
         train(other, out=tmp_path / "run", resume=True, **SMALL)
+    config = tmp_path / "run" / "config.json"
+    whole = config.read_text()
+    fingerprint = json.loads(whole)["store_fingerprint"]
+    config.write_text(whole.replace(fingerprint, fingerprint[:32]))
+    with pytest.raises(RunError, match=r"begun by an earlier msae, which did not record all rows .* another --out"):
+        train(store, out=tmp_path / "run", resume=True, **SMALL)
+    config.write_text(whole)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/dog.jpg").write_bytes(b"")
     with pytest.raises(RunError, match="is not empty and holds no run"):
@@ -449,7 +456,7 @@ def test_the_figures_are_json_even_where_one_is_not_a_number(tmp_path, capsys):
     written = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line, parse_constant=refuse) for line in written]
     assert [line["fvu"] for line in lines] == [None] * 12 and all(line["loss"] > 0 for line in lines)
-    assert read_metrics(tmp_path / "run") == lines
+    assert Run.open(tmp_path / "run").metrics == lines
     assert "</svg>" in training_curves({"run": lines}, "fvu")
     with pytest.raises(SystemExit) as left:
         main(["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "again"), "--d-sae", "16", "--batch-size", "1"])

@@ -1,16 +1,19 @@
-"""Atomic writes and JSON with a schema: nothing half-written is ever seen under its final name."""
+"""Atomic writes, JSON with a schema, whether files changed, and where caches may be written."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msae.base.errors import MsaeError
 
@@ -124,8 +127,13 @@ def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int) -> N
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeError]) -> dict[str, Any]:
+def read_json(
+    path: Path, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
     """Read what `write_json` wrote.
+
+    Args:
+        schema_version: The one that can be read, or several, the newest last.
 
     Raises:
         MsaeError: Of the kind made by `error`, when the file is missing, is not a JSON object, or has
@@ -140,11 +148,88 @@ def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeErr
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
     found = data.get("schema_version")
-    if found != schema_version:
+    readable = schema_version if isinstance(schema_version, tuple) else (schema_version,)
+    if found not in readable:
         raise error(
-            f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae"
+            f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
+
+
+class FileState(NamedTuple):
+    """What changes when a file is written: two equal states mean the same content."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Time of the last change."""
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The state of a file; raises `OSError` where there is none."""
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+SETTLED = 2.0
+"""Seconds after which a file's time of change is trusted: within the clock's step a second write does not show."""
+
+
+def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, or what it gave before, as long as no file changed in size or time of change.
+
+    Values are kept in the user's cache folder; where that cannot be written they are computed each time.
+
+    Args:
+        what: Tells this value from others of the same files.
+        files: All that the value depends on.
+    """
+    paths = [str(file.resolve()) for file in files]
+    before = _states(files)
+    key = hashlib.blake2b(json.dumps([what, paths]).encode(), digest_size=12).hexdigest()
+    place = user_cache() / "hashes" / f"{key}.json"
+    known = {"what": what, "files": [[path, *state] for path, state in zip(paths, before, strict=True)]}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(place.read_text(encoding="utf-8"))
+        if found["schema_version"] == 1 and all(found[name] == value for name, value in known.items()):
+            return str(found["value"])
+    value = compute()
+    newest = max((state.mtime_ns for state in before), default=0) / 1e9
+    if newest < time.time() - SETTLED and _states(files) == before:
+        with contextlib.suppress(OSError):
+            write_json(place, {**known, "value": value}, schema_version=1)
+    return value
+
+
+def _states(files: Sequence[Path]) -> list[FileState]:
+    return [FileState.of(file) for file in files]
+
+
+def user_cache() -> Path:
+    """The folder of msae in the user's cache folder; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msae"
+
+
+def cache_folders(place: Path) -> tuple[Path, Path]:
+    """Where files that belong into the folder `place` may lie: there, or in the user's cache folder."""
+    resolved = place.resolve()
+    own = hashlib.blake2b(str(resolved).encode(), digest_size=12).hexdigest()
+    return place, user_cache() / resolved.name.lstrip(".") / own
+
+
+def writable_cache(place: Path) -> Path:
+    """The first of `cache_folders(place)` that can be written, made where it is missing; `place` where none can."""
+    own, spare = cache_folders(place)
+    return own if _is_writable(own) or not _is_writable(spare) else spare
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _flush(path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
@@ -363,32 +364,14 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
         )
 
 
-EncoderId = tuple[str | None, str | None]
-"""An encoder's name and its revision, as far as they are known."""
-
-
-def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
-    """Whether two encoders are known to differ.
-
-    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
-    encoder's name agree. What a file does not say is not compared.
-    """
-    compared = 1 if one[1] and other[1] else 0
-    return bool(one[compared] and other[compared] and one[compared] != other[compared])
-
-
-def told_encoder(encoder: EncoderId) -> str:
-    """An encoder in an error message; the first twelve digits tell a revision."""
-    name, revision = encoder
-    return " at ".join(part for part in (name, revision and revision[:12]) if part)
-
-
 def weights_hash(sae: SAE) -> str:
-    """A hash of the weights and of the statistics that standardise."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of all that activations depend on: weights, statistics that standardise, activation function."""
+    known = sae.config
+    digest = hashlib.blake2b(repr((known.kind, known.k, known.levels, known.soft_cap)).encode(), digest_size=16)
     tensors = dict(sae.state_dict())
-    for modality, known in sae.standardizer.statistics.items():
-        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for modality, statistics in sae.standardizer.statistics.items():
+        scale = torch.tensor([statistics.scale]).double()
+        tensors[f"standardizer.{modality}"] = torch.cat([statistics.mean.cpu().double(), scale])
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
