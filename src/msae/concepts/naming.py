@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float32, Int64
 
 from msae.base import statistics
-from msae.base.config import from_mapping
+from msae.base.config import settings_from
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
@@ -105,9 +105,10 @@ def name(
 
     Raises:
         StoreError: A store is of another encoder or width, or has no words or no captions.
-        ConfigError: A setting is out of range, or the SAE has no statistics for what is asked.
+        ConfigError: A setting is unknown or out of range, `settings` are given beside `options`, or the SAE has no
+            statistics for what is asked.
     """
-    settings = settings or from_mapping(NameSettings, options, where="name")
+    settings = settings_from(NameSettings, settings, options, where="name")
     folder = Path(sae) if not isinstance(sae, SAE) else None
     sae = as_sae(sae)
     store = as_store(vocabulary, "text")
