@@ -16,7 +16,8 @@ from msae.data.embedder import Embedder, embedder_for, revision_of
 from msae.data.store import StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.web.explorer.session import LoadedRun, World, offline
+from msae.web.explorer import offline
+from msae.web.explorer.session import LoadedRun, World
 from tests.tiny_clip import make_encoder
 
 WORDS = ["a red cat", "two blue dog", "photo of the green dog"]
