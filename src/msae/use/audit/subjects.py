@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from msae.base.errors import ConfigError, nearest
+from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore
 from msae.data.store.labels import class_names
 from msae.data.store.rows import PATH_COLUMNS
@@ -291,33 +291,3 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
     nothing = torch.zeros(store.d_in)
     source = f"zero-shot texts of {embedder.id}"
     return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
-
-
-def concept_groups(
-    asked: Sequence[str], names: Mapping[str, Sequence[int]] | None, d_sae: int
-) -> dict[str, tuple[int, ...]]:
-    """The latents of every concept to audit: those asked for, by name or as `#123`, else all that have a name.
-
-    Raises:
-        ConfigError: A name is unknown (the nearest is suggested) or a latent is out of range.
-    """
-    known = {name: tuple(latents) for name, latents in (names or {}).items()}
-    outside = next((latent for latents in known.values() for latent in latents if not 0 <= latent < d_sae), None)
-    if outside is not None:
-        raise ConfigError(f"the names speak of latent {outside}, this SAE has {d_sae}; name its own latents again")
-    if not asked:
-        return known
-    by_case = {name.casefold(): name for name in known}
-    found: dict[str, tuple[int, ...]] = {}
-    for concept in asked:
-        if concept.startswith("#") and concept[1:].isdigit():
-            if int(concept[1:]) >= d_sae:
-                raise ConfigError(f"there is no latent {concept}; this SAE has #0 to #{d_sae - 1}")
-            found[concept] = (int(concept[1:]),)
-        elif concept.casefold().strip() in by_case:
-            name = by_case[concept.casefold().strip()]
-            found[name] = known[name]
-        else:
-            hint = nearest(concept.casefold(), by_case) or f"; {len(known)} names are known"
-            raise ConfigError(f"no latent is named {concept!r}{hint}; #123 is latent 123")
-    return found

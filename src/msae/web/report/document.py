@@ -15,6 +15,7 @@ from msae.base.files import is_writable
 from msae.concepts.gallery.mining import SAMPLES_FOLDER
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore, as_store
+from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.table import COLUMNS, meanings_of
 from msae.sae.model import check_fit
@@ -25,7 +26,6 @@ from msae.web.report import figures, page
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
 from msae.web.report.facts import Facts, facts_of
-from msae.web.report.pictures import Album
 from msae.web.report.views import (
     N_CONCEPTS,
     SIDE,
