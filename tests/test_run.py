@@ -70,13 +70,13 @@ def test_what_is_derived_holds_until_any_of_its_inputs_changes(folder, store):
     assert run.holds(origin) and run.holds(origin, as_store(store))
 
     table = store.with_suffix(".csv").read_text()
-    store.with_suffix(".csv").write_text(table.replace("row 1234\n", "row 9999\n"))
+    store.with_suffix(".csv").write_text(table.replace("row 1230\n", "row 9999\n"))
     assert not run.holds(origin) and not run.holds(origin, as_store(store)) and run.holds(origin, metadata=False)
     store.with_suffix(".csv").write_text(table)
     assert run.holds(origin)
 
     changed = X.copy()
-    changed[1234] += 1
+    changed[1230] += 1
     np.save(store, changed)
     assert not run.holds(origin) and not run.holds(origin, metadata=False)
     np.save(store, X)
