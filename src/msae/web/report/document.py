@@ -113,7 +113,7 @@ def report(
     """
     folder = Path(run)
     facts = facts_of(folder)
-    path = _place(Path(out) if out is not None else folder / FILE)
+    path = _place(Path(out or facts.run.report_file or FILE))
     others = [facts_of(Path(one)) for one in beside if Path(one).resolve() != folder.resolve()]
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
