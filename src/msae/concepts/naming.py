@@ -21,7 +21,8 @@ from msae.concepts import evidence
 from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit, weights_hash
+from msae.sae.model import SAE, Inference, check_fit, weights_hash
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality, Statistics, fit_statistics
 from msae.sae.view import View
 
@@ -84,7 +85,7 @@ class NameSettings:
 
 
 def name(
-    sae: SAE | str | Path,
+    sae: RunLike,
     vocabulary: EmbeddingStore | str | Path,
     *,
     on: EmbeddingStore | str | Path | None = None,
@@ -109,15 +110,15 @@ def name(
             statistics for what is asked.
     """
     settings = settings_from(NameSettings, settings, options, where="name")
-    folder = Path(sae) if not isinstance(sae, SAE) else None
-    sae = as_sae(sae)
+    run = Run.open(sae)
+    sae = run.sae
     store = as_store(vocabulary, "text")
     words = read_words(sae, store, settings)
     if settings.rule == "poster":
         names = _by_poster(sae, words, settings)
     else:
-        names = _by_evidence(View(sae, store, "text", inference=INFERENCE), words, on, settings)
-    target = out or (folder if folder is not None and folder.is_dir() else None)
+        names = _by_evidence(View(run, store, "text", inference=INFERENCE), words, on, settings)
+    target = out or run.names_file
     if target is not None:
         names.save(target)
     return names
