@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.progress import progress
-from msae.concepts.evidence import unit_rows
 from msae.concepts.names import names_of
+from msae.data.arrays import unit_rows
 from msae.sae.model import SAE, as_sae, run_folder
 
 CANDIDATES = 24
