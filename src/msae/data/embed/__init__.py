@@ -31,8 +31,7 @@ from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, w
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
 from msae.data.sources import Source, SourceItem, open_source
-from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
-from msae.data.store.files import Modality
+from msae.data.store import PARTIAL, EmbeddingStore, Modality, Skipped, StorePart, write_store
 from msae.data.tables import array_of, common_schema, conform, unique_ids
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from msae.base.errors import StoreError
 from msae.base.files import atomic_path
 from msae.data.arrays import open_safetensors
-from msae.data.store.files import MODALITIES, Modality
+from msae.data.store import MODALITIES, Modality
 from msae.data.tables import first_line
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msae.base.errors import ConfigError, StoreError
-from msae.data.store import EmbeddingStore
-from msae.data.store.labels import labelled_rows
+from msae.data.store import EmbeddingStore, labelled_rows
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, Subject, training_store
 from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe

@@ -15,9 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.data.store import EmbeddingStore
-from msae.data.store.labels import class_names, labelled_rows
-from msae.data.store.rows import PATH_COLUMNS
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, class_names, labelled_rows
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe

@@ -24,8 +24,7 @@ from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import EmbeddingStore, as_store, find_picture
-from msae.data.store.rows import PATH_COLUMNS
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, as_store, find_picture
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
