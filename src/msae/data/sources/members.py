@@ -1,4 +1,4 @@
-"""A sample made of files that share a name: a picture, its caption in .txt or .json, its class in .cls."""
+"""`SourceItem`: one sample; and samples of files that share a name: a picture, a caption in .txt, a class in .cls."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ SUFFIXES = frozenset({*IMAGE_SUFFIXES, *TEXTS, *LABELS, ".json"})
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The files of one key."""
+class SourceItem:
+    """One sample, not yet decoded."""
 
-    key: str
+    id: str
+    """Not necessarily unique: `embed` numbers repeated ones."""
     image: Path | bytes | None = None
     caption: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known about it."""
     damage: str | None = None
+    """Why the sample cannot be used at all, where reading it has already failed."""
 
 
-def described(sample: Sample, files: Mapping[str, bytes]) -> Sample:
+def described(sample: SourceItem, files: Mapping[str, bytes]) -> SourceItem:
     """`sample` with the caption, the label and the other columns that its files, by their suffix, hold.
 
     Of several captions the first is the caption and all are the column `captions`.
