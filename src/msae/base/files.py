@@ -61,7 +61,7 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]:
-    """Only this process writes into `folder` during the block; `folder` is made, and taken away again if it stays empty.
+    """Only this process writes into `folder` during the block; made if need be, and deleted again if it stays empty.
 
     There is no lock on Windows, nor on a file system that has none.
 

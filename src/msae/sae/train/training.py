@@ -62,8 +62,9 @@ class Training:
             d_in=store.d_in,
             d_sae=settings.d_sae,
             kind=settings.kind,
-            k=settings.k if settings.kind in ("topk", "batchtopk", "jumprelu") else None,
+            k=settings.k,
             levels=settings.levels,
+            widths=settings.widths,
             soft_cap=settings.soft_cap,
             encoder=store.encoder,
             encoder_revision=store.encoder_revision,
@@ -161,7 +162,7 @@ class Training:
         }
 
     def _step(self, state: _State, x: Tensor) -> StepResult:
-        """One step. Its loss also tells whether the weights before it, of which there may be a checkpoint, are sound."""
+        """One step. Its loss tells whether the weights before it, which may be in a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
             result = train_step(state.sae, x, state.optimizer, self.settings, dead)
@@ -297,6 +298,11 @@ class Training:
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("d_in") != mine["d_in"]:
+        raise RunError(
+            f"{folder} was trained on {theirs.get('d_in')}-dim embeddings ({theirs.get('store')}), but {mine['store']} "
+            f"holds {mine['d_in']}-dim ones; give that store, or another --out"
+        )
     promised = theirs.get("store_fingerprint")
     if promised != mine["store_fingerprint"]:
         if is_sampled_fingerprint(str(promised)):
@@ -307,14 +313,17 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )
-    before = theirs.get("train", {})
+    before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is computed.
         if name in ("device", "loggers", "log_every", "checkpoint_every"):
             continue
-        if before.get(name) != value:
+        if value is None and name in ("k", "l1"):  # not used by this kind; earlier versions recorded their defaults
+            continue
+        theirs_value = before.get(name, defaults.get(name))  # a setting that did not exist yet had its default
+        if theirs_value != value:
             raise RunError(
-                f"{folder} was started with {name} {before.get(name)}, not {value}; give the same, or another --out"
+                f"{folder} was started with {name} {theirs_value}, not {value}; give the same, or another --out"
             )
 
 
