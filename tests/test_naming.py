@@ -502,10 +502,11 @@ import resource
 import numpy as np
 import torch
 from msae.concepts import evidence
+from msae.data.arrays import unit_rows
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
-words = evidence.unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))
-rows = evidence.unit_rows(rng.standard_normal((40_000, 8), dtype=np.float32))
+words = unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))
+rows = unit_rows(rng.standard_normal((40_000, 8), dtype=np.float32))
 groups = np.arange(len(words))
 evidence.nearest_words(rows[:2000], words, groups, top=5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

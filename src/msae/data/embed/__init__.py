@@ -181,14 +181,17 @@ class _Asked:
         found: dict[str, object] = {"encoder": self.encoder, "shard_rows": self.shard_rows}
         if self.encoder_revision is not None:
             known = record.get("encoder_revision")
-            earlier = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
-            found["encoder_revision"] = earlier or self.encoder_revision
+            same_kind = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
+            found["encoder_revision"] = same_kind or self.encoder_revision
         elif self.asked_revision != record.get("encoder_revision"):  # a branch or tag, or none
             found["asked_revision"] = self.asked_revision
         if self.precision != "auto":
             found["precision"] = self.precision
+        recorded = dict(record)
+        if isinstance(record.get("encoder"), str):  # earlier versions recorded a folder as it was typed
+            recorded["encoder"] = full_name(record["encoder"])
         for key, value in found.items():
-            if record.get(key) != value:
+            if recorded.get(key) != value:
                 return f"{key.replace('_', ' ')} {record.get(key)}"
         return None
 

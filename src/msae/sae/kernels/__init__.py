@@ -92,6 +92,8 @@ def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, object
     """The loss by an implementation that brings its gradients; None where it fails to compile or to launch."""
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
     constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
+    loss: SAELoss
+    gradients: Parameters | None
     try:
         loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
     except (MsaeError, MemoryError, torch.OutOfMemoryError):
@@ -102,7 +104,7 @@ def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, object
     if gradients is None:
         return loss
     total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
-    return loss._replace(total=total)  # type: ignore[no-any-return]
+    return loss._replace(total=total)
 
 
 class _WithGradients(torch.autograd.Function):
