@@ -95,12 +95,12 @@ class DemoResult:
 
 
 def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], object] = lambda _: None) -> DemoResult:
-    """Render scenes, embed them, train the poster's eight SAEs, evaluate them on unseen scenes, name latents.
+    """Run the whole chain offline on drawn pictures: embed, train eight SAEs, evaluate, name, write a report.
 
     Args:
-        out: Folder for everything. What a finished or interrupted demo left there is gone on with.
-        seed: Of the scenes and of the training.
-        say: Is told what is being done, line by line.
+        out: Folder for everything that is made. Steps that an earlier demo finished there are not done again.
+        seed: Random seed of the pictures and of the training.
+        say: Is called with each line about what is being done.
 
     Raises:
         ConfigError: `out` holds something that is no demo.

@@ -28,46 +28,55 @@ class TrainSettings:
     """What to train and how. A None is filled in by the recipe when training starts."""
 
     kind: Kind = "matryoshka"
+    """What the SAE is trained to be. `matryoshka` reconstructs at several sparsity levels at once."""
     weighting: Weighting = "uniform"
-    """Of a Matryoshka SAE's levels: `reverse` makes the smallest level weigh most."""
+    """Weights of the levels of a matryoshka SAE; with `reverse` the smallest level weighs most."""
     levels: tuple[int, ...] | None = None
-    """Latents kept at each level; None doubles from 64 up to d_sae."""
+    """Of a matryoshka SAE: latents kept at each level. Without it, 64, 128, 256 and so on up to all latents."""
     weights: tuple[float, ...] | None = None
-    """One weight per level, instead of `weighting`."""
+    """One weight for each of `levels`, instead of `weighting`."""
     k: int = 64
-    """Active latents of topk; mean active latents of batchtopk and jumprelu."""
+    """Active latents of each row for topk; their mean for batchtopk and jumprelu."""
     l1: float = 0.003
-    """Weight of the L1 penalty of kind relu."""
+    """Weight of the L1 penalty on activations, for relu alone."""
     expansion: float = 8
-    """d_sae over d_in."""
+    """Number of latents, in multiples of the width of the embeddings."""
     d_sae: int | None = None
     """Number of latents, instead of `expansion`."""
     epochs: int | None = None
+    """Passes over the store. Without it, the recipe's: 30 (poster: 20 from an `expansion` of 32 on)."""
     batch_size: int | None = None
+    """Rows in one step. Without it, the recipe's: some 200 steps an epoch, between 64 and 4096 (poster: 4096)."""
     lr: float | None = None
+    """Learning rate. Without it, the recipe's: 5e-4 (poster: 1e-4 for matryoshka, 5e-5 for relu, else 5e-4)."""
     seed: int = 0
+    """Random seed of the initial weights and of the order of rows."""
     modality: Modality = "image"
+    """Which embeddings of the store."""
     recipe: Recipe = "default"
-    """`poster` is the paper's recipe to the letter."""
+    """What fills in the settings that are not given; `poster` is that of the paper, Zaigrajew et al. 2025."""
     warmup: float | None = None
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises from 0. Without it, the recipe's: 0.05 (poster: 0)."""
     decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
     max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this norm."""
     soft_cap: float | None = None
+    """Soft upper limit c of an activation z, by c * tanh(z / c). Without it there is no limit."""
     auxiliary: float = 0.0
     """Weight of the loss that revives dead latents; 1/32 is usual, 0 is off."""
     dead_after: int = 100_000
-    """A latent is dead once it has not fired for this many rows; the auxiliary loss acts on those."""
+    """A latent is dead once it has not been active for this many rows; `auxiliary` acts on those."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products inside the step; weights, sums and the optimiser stay float32. bfloat16 is not exact."""
+    """Number format of the matrix products in a step. bfloat16 is faster and less exact."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints; None makes one every minute."""
+    """Steps between two checkpoints. Without it, one checkpoint every minute."""
     loggers: tuple[LoggerName, ...] = ()
-    """Beside metrics.jsonl."""
+    """Where training figures also go, besides metrics.jsonl."""
     device: str = "auto"
+    """Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
         positive = ("expansion", "d_sae", "epochs", "batch_size", "lr", "k", "max_grad_norm", "log_every", "dead_after")
