@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -167,3 +168,23 @@ def test_rows_are_never_held_all_at_once(tmp_path):
     index = open_index(tmp_path, x, rows=lambda rows: sizes.append(len(rows)) or x[rows])
     index.search(X[0], 5)
     assert max(sizes) == neighbours.BLOCK
+
+
+def test_without_faiss_the_answers_are_the_same_and_nothing_is_written(tmp_path, monkeypatch):
+    x = np.concatenate([X, X[:40]])  # some rows are there twice
+    keep = RANDOM.random(len(x)) < 0.3
+    indexed = open_index(tmp_path / "with", x)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    plain = open_index(tmp_path / "without", x)
+    assert not (tmp_path / "without").exists()
+    for query in QUERIES:
+        for kept in (None, keep, np.zeros(len(x), bool)):
+            rows, scores = oracle.nearest(x, query, 20, kept)
+            found = plain.search(query, 20, keep=kept)
+            assert found.rows.tolist() == rows.tolist()
+            np.testing.assert_allclose(found.scores, scores, atol=1e-6)  # as in brute force above
+        every = oracle.nearest(x, query, len(x))[1].astype(np.float32)
+        # Rows that are there twice share a place; float32 may order the nearest of the others the other way round.
+        assert np.abs(plain.ranks(query, every[[0, 50, 500]]) - np.array([1, 51, 501])).max() <= 1
+    monkeypatch.undo()
+    assert indexed.search(QUERIES[0], 20).rows.tolist() == plain.search(QUERIES[0], 20).rows.tolist()

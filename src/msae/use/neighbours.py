@@ -1,5 +1,7 @@
 """`NeighbourIndex`: the rows of a store by cosine, in a memory-mapped faiss file that is built once and beside it.
 
+Without faiss every search reads all rows: the answers are the same, and a small store is answered as fast.
+
 The index holds unit rows in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more
 candidates than are wanted, scores those in float32 from the store, and asks for more still until no row that was
 left out can belong to the answer: what comes back is what a float32 search of every row would have found.
@@ -8,6 +10,7 @@ left out can belong to the answer: what comes back is what a float32 search of e
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import struct
@@ -21,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import MissingDependencyError, StoreError
+from msae.base.errors import StoreError
 from msae.base.files import atomic_path, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -74,6 +77,8 @@ class NeighbourIndex:
     ) -> NeighbourIndex:
         """The index `name` in the folder `place`, built first where it is missing, damaged or of other rows.
 
+        Without faiss nothing is built and nothing is written.
+
         Args:
             place: Where nothing can be written, a folder in the user's cache is used instead.
             fingerprint: Of the rows; an index with another one is rebuilt.
@@ -81,10 +86,12 @@ class NeighbourIndex:
             batches: Gives all raw rows in order, to build from.
 
         Raises:
-            MissingDependencyError: faiss is not installed.
             StoreError: The index cannot be read back; the disk is full or damaged.
         """
-        faiss = _load_faiss()
+        try:
+            import faiss
+        except ImportError:
+            return cls(place, n_rows, d_in, _EveryRow(batches), rows)
         wanted = {"fingerprint": fingerprint, "rows": n_rows, "d_in": d_in, "metric": "cosine", "dtype": "float16"}
         spare = _cache_folder(place)
         for folder in (place, spare):
@@ -153,18 +160,35 @@ class NeighbourIndex:
         return scores[0][found], rows[0][found]
 
     def _parameters(self, keep: NDArray[np.bool_] | None) -> Any:
-        faiss = _load_faiss()
-        if keep is None:
-            return None
+        if keep is None or isinstance(self._faiss, _EveryRow):
+            return keep
+        faiss: Any = importlib.import_module("faiss")
         return faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little")))
 
 
-def _load_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as err:
-        raise MissingDependencyError.of("faiss-cpu", extra="search") from err
-    return faiss
+class _EveryRow:
+    """What a faiss index answers, without faiss: each question compares every row."""
+
+    def __init__(self, batches: Callable[[], Iterable[NDArray[np.float32]]]) -> None:
+        self._batches = batches
+
+    def search(
+        self, unit: NDArray[np.float32], n: int, *, params: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores = self._scores(unit[0], params)
+        order = np.argsort(-scores, kind="stable")[:n]
+        return scores[None, order], order[None]
+
+    def range_search(
+        self, unit: NDArray[np.float32], radius: float, *, params: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+        scores = self._scores(unit[0], params)
+        rows = np.flatnonzero(scores > radius)
+        return np.array([0, len(rows)]), scores[rows], rows
+
+    def _scores(self, unit: NDArray[np.float32], keep: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+        scores = np.concatenate([np.empty(0, np.float32), *(_unit(x) @ unit for x in self._batches())])
+        return scores if keep is None else np.where(keep, scores, np.float32(-np.inf))
 
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -74,7 +74,6 @@ def search(
         ConfigError: An edit, filter or option is wrong, or a concept unknown.
         StoreError: The store does not fit the SAE, or has no such row or modality.
         SourceError: The picture cannot be read.
-        MissingDependencyError: faiss is not installed.
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
     how = How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))

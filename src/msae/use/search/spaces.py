@@ -80,7 +80,6 @@ def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex:
     """The index of a store, built beside it when first asked for.
 
     Raises:
-        MissingDependencyError: faiss is not installed.
         StoreError: The store has no rows of `modality`, or they hold NaN.
     """
     place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
