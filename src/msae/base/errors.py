@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 
 
@@ -60,6 +61,16 @@ EXTRAS: Mapping[str, str] = {
     "tensorboard": "loggers",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
+
+
+def require(module: str) -> None:
+    """Refuse to begin what needs an optional package that is not installed.
+
+    Raises:
+        MissingDependencyError: `module`, one of `EXTRAS`, cannot be imported.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingDependencyError.of(module, extra=EXTRAS[module])
 
 
 def missing_dependency(err: BaseException) -> MissingDependencyError | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.base.errors import ConfigError
+from msae.base.errors import ConfigError, require
 from msae.base.files import atomic_folder, atomic_path
 from msae.base.progress import progress
 from msae.concepts.names import ConceptNames
@@ -104,10 +104,12 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
 
     Raises:
         ConfigError: `out` holds something that is no demo.
+        MissingDependencyError: transformers is not installed.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder with --out")
+    require("transformers")  # said before the pictures are drawn, not after
     stores = {}
     first = UNSEEN_SEEDS.start + seed * sum(N_SCENES.values())
     for part, n in N_SCENES.items():
