@@ -22,8 +22,7 @@ import pyarrow as pa
 import torch
 
 from msae import train
-from msae.base.statistics import cliffs_delta, net_wins
-from msae.concepts.hierarchy import wilson
+from msae.base.statistics import cliffs_delta, net_wins, wilson
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embedder import Embedder
@@ -241,7 +240,7 @@ def summary(found: Audit, planted: str) -> dict[str, Any]:
         test: [
             one.name for one in found.concepts if one.name in nuisance and (a := getattr(one, test)) and a.q < 0.05
         ]
-        for test in ("taught", "given_true", "by_predicted", "by_true")
+        for test in ("train_shift", "given_true", "by_predicted", "by_true")
     }  # fmt: skip
     rank = order.index(planted) + 1 if planted in order else None
     by_effect = [one.name for one in sorted(found.concepts, key=lambda one: -one.effect)]
@@ -283,7 +282,7 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s, some in by.items():
-        alarms = [one["alarms"]["taught"] for one in some]
+        alarms = [one["alarms"]["train_shift"] for one in some]
         cells = [
             np.mean([one["rank"] == 1 for one in some]),
             np.mean([one["rank_with_own_words"] == 1 for one in some]),

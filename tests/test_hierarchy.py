@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from msae.base.errors import ConfigError
 from msae.cli import main
 from msae.concepts.gallery import concept_tree
-from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
+from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs
 from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
@@ -35,14 +34,6 @@ def nested(n_rows=400, seed=0):
 
 def as_set(found):
     return {(edge.child, edge.parent, edge.together) for edge in found.edges}
-
-
-def test_wilson_interval_is_scipys():
-    hits, trials = np.array([0, 1, 7, 20, 20, 350]), np.array([20, 20, 20, 20, 21, 400])
-    low, high = wilson(hits, trials)
-    for i, (k, n) in enumerate(zip(hits, trials, strict=True)):
-        exact = stats.binomtest(int(k), int(n)).proportion_ci(method="wilson")
-        assert (low[i], high[i]) == pytest.approx((exact.low, exact.high), abs=1e-12)
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.1], ids=["dense", "sparse"])

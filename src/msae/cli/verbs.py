@@ -88,14 +88,9 @@ def evaluate(call: Call, *, latex: bool = False) -> Shown:
     from msae.measure.evaluate import poster_table
 
     results = call()
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        say(f"note: {note}")
     return poster_table(results, style="latex" if latex else "markdown"), [one.to_dict() for one in results]
-
-
-def name(call: Call) -> Shown:
-    from msae.concepts.names import names_table
-
-    names = call()
-    return names_table(names), names.to_dict()
 
 
 def gallery(
@@ -148,7 +143,7 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
         from msae.web.report.audit import write_html
 
         write_html(found, html)
-    return found.table(), found.to_dict()
+    return found.to_text(), found.to_dict()
 
 
 def search(call: Call, *, html: Path | None = None) -> Shown:
@@ -201,7 +196,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("runs -> how well each keeps the embeddings, as a table", "msae.measure.evaluate:evaluate",
                      ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
     "name": Verb("a run and a vocabulary -> names for its latents, with evidence", "msae.concepts.naming:name",
-                 ("sae", RUN), name, settings="msae.concepts.naming:NameSettings"),
+                 ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
     "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",
                     "msae.concepts.gallery:gallery", ("sae", RUN), gallery),
     "stability": Verb("which latents come back in runs from other seeds", "msae.concepts.stability:stability",

@@ -28,7 +28,7 @@ from msae.base.files import read_json, remove_leftovers, write_json
 from msae.base.progress import progress
 from msae.data.arrays import first_bad_row
 from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
-from msae.data.embedder import DEMO, Embedder, Precision, revision_of
+from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
 from msae.data.sources import Source, SourceItem, open_source
 from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
@@ -153,7 +153,7 @@ class _Asked:
         shard_rows: int,
         batch_size: int,
     ) -> _Asked:
-        id = encoder.id if isinstance(encoder, Embedder) else str(encoder)
+        id = encoder.id if isinstance(encoder, Embedder) else full_name(encoder)
         known = encoder.revision if isinstance(encoder, Embedder) else _folder_revision(id)
         precision = encoder.dtype if isinstance(encoder, Embedder) else dtype
         command = ["msae", "embed", source.name, "--encoder", id, "--out", str(out)]
@@ -175,7 +175,9 @@ class _Asked:
             return f"the source {record.get('source')}"
         found: dict[str, object] = {"encoder": self.encoder, "shard_rows": self.shard_rows}
         if self.encoder_revision is not None:
-            found["encoder_revision"] = self.encoder_revision
+            known = record.get("encoder_revision")
+            earlier = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
+            found["encoder_revision"] = earlier or self.encoder_revision
         elif self.asked_revision != record.get("encoder_revision"):  # a branch or tag, or none
             found["asked_revision"] = self.asked_revision
         if self.precision != "auto":
@@ -186,9 +188,8 @@ class _Asked:
         return None
 
 
-def _folder_revision(encoder: str) -> str | None:
-    folder = DEMO if encoder == "demo" else Path(encoder)
-    return revision_of(folder) if folder.is_dir() else None
+def _folder_revision(encoder: str, *, like: str | None = None) -> str | None:
+    return revision_of(find_folder(encoder), like=like) if is_folder(encoder) else None
 
 
 def _finished(out: Path, asked: _Asked) -> EmbeddingStore:
@@ -232,6 +233,8 @@ def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> di
         write_json(out / PARTIAL / "state.json", record, schema_version=_STATE_VERSION)
         return _read_state(out)
     difference = asked.difference(state)
+    if asked.encoder_revision is not None:  # a folder's is compared already, by the kind of hash that it was begun with
+        settled["encoder_revision"] = state["encoder_revision"]
     for key, value in settled.items():
         if difference is None and state.get(key) != value:
             difference = f"{key.replace('_', ' ')} {state.get(key)}"

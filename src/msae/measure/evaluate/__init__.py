@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 
@@ -14,11 +14,11 @@ from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, keep, kept_evaluations
 from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
-from msae.measure.evaluate.probes import Probes, targets_of
+from msae.measure.evaluate.probes import Probes
 from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
 from msae.measure.evaluate.subject import Options, SAELike, StoreLike, Subject, batches_of, open_subject
 from msae.measure.evaluate.table import Cell, poster_table, table_rows
-from msae.sae.model import SAE, Inference
+from msae.sae.model import SAE, Inference, check_fit
 from msae.sae.standardize import Modality
 
 __all__ = ["Cell", "Evaluation", "Kept", "RecoveryPoint", "evaluate", "kept_evaluations", "poster_table", "table_rows"]
@@ -86,7 +86,7 @@ def evaluate(
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
             embeddings works on the reconstructions.
         probe_train: The store whose original embeddings train that classifier. Without it, the store that the run was
-            trained on.
+            trained on. Of the embeddings that are also in `on`, half train it and the other half are evaluated.
         recovery: Also measure the reconstruction from only the k strongest latents of each row, for k = 1, 2, 4 and so
             on.
         train_store: Where `dead_train` is counted; without it, the run's training store.
@@ -103,13 +103,16 @@ def evaluate(
     store = as_store(on, modality)
     every = [sae] if isinstance(sae, SAE | str | Path) else list(sae)
     subjects = [open_subject(one, store, options) for one in every]
-    truth = None if labels is None else store.column(labels)
-    probes = Probes(options, None if probe_train is None else as_store(probe_train, modality))
-    if train_store is not None:
-        as_store(train_store)  # a wrong path is said now, not after the passes
+    probes = None
+    if labels is not None:
+        probes = Probes(options, None if probe_train is None else as_store(probe_train, modality), store)
+    if train_store is not None:  # a wrong one is said now, not after the passes
+        train_store = as_store(train_store)
+        for subject in subjects:
+            check_fit(subject.sae, train_store, run=subject.run)
     results = []
     for one, subject in zip(every, subjects, strict=True):
-        found = _evaluate(subject, store, truth, probes, train_store, options)
+        found = _evaluate(subject, store, probes, train_store, options)
         results.append(keep(found, one, store, options))
     return results[0] if isinstance(sae, SAE | str | Path) else results
 
@@ -118,18 +121,16 @@ def evaluate(
 def _evaluate(
     subject: Subject,
     store: EmbeddingStore,
-    truth: list[Any] | None,
-    probes: Probes,
+    probes: Probes | None,
     train_store: StoreLike | None,
     options: Options,
 ) -> Evaluation:
     sae = subject.sae
-    probe = None if truth is None else probes.of(subject)
-    targets = None if truth is None or probe is None else targets_of(probe, truth, store, options)
-    scores = Scores(subject, probe, options)
+    test = None if probes is None else probes.of(subject)
+    scores = Scores(subject, None if test is None else test.probe, options)
     with progress(f"evaluating {subject.name}", total=len(store), unit="rows") as advance:
         for start, raw in batches_of(store, options.modality, options.rows_at_once(sae.d_sae)):
-            scores.update(raw, None if targets is None else targets[start : start + len(raw)])
+            scores.update(raw, None if test is None else test.targets[start : start + len(raw)])
             advance(len(raw))
     cknna = cknna_over_batches(subject, store, options)
     dead_train, note = dead_in_training(subject, store, train_store, scores.use.dead(), options)
@@ -151,6 +152,6 @@ def _evaluate(
         max_decoder_cosine=metrics.max_decoder_cosine(sae.W_dec),
         dead_train=dead_train,
         recovery=scores.recovery_points(cknna.at),
-        notes=tuple(filter(None, [note, cknna.note])),
+        notes=tuple(filter(None, [note, cknna.note, *(test.notes if test is not None else ())])),
         **scores.figures(),
     )

@@ -15,7 +15,7 @@ from msae.concepts.names import ConceptNames, as_names
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, as_sae, check_fit
 from msae.sae.standardize import Modality
-from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor
 from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
@@ -71,7 +71,8 @@ def audit(
         classifier: A .npz or .safetensors file of the classifier's coefficients.
         class_texts: A text for each class, as in "man=a photo of a man": CLIP's zero-shot classifier.
         train_store: The store on which a classifier is trained. Without this, `classifier` and `class_texts`, it is
-            trained on a random half of `on`, and the other half is audited.
+            trained on a random half of `on`, and the other half is audited. Embeddings that are in both stores are
+            divided likewise.
         positive: The class whose probability is watched. Without it, the second of two classes, or all of more.
         names: The names.json to use. Without it, the run's.
         all_latents: Audit every latent, named or not.
@@ -92,7 +93,7 @@ def audit(
     check_fit(model, store, run=sae)
     subject = make_subject(
         model, store, modality, target=target, classifier=classifier,
-        class_texts=parse_class_texts(class_texts), train_store=train_store, seed=seed,
+        class_texts=parse_class_texts(class_texts), train_store=train_store, seed=seed, run=sae,
     )  # fmt: skip
     groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
     bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
@@ -104,9 +105,9 @@ def audit(
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "n_resamples": N_RESAMPLES, "seed": seed,
+            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*notes, *auditor.notes), sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip
 
 

@@ -12,14 +12,14 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from msae.base.progress import progress
-from msae.use.audit.association import associate, taught, with_q
+from msae.base.statistics import mean_interval
+from msae.use.audit.association import PermutationTests, with_q
 from msae.use.audit.controls import Sizes, control_sizes
 from msae.use.audit.measure import Bench, Measured, Tally, measure_edits, quantiles
-from msae.use.audit.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
 from msae.use.audit.sweeping import sweep_row
 from msae.use.interventions import Concepts
 
-N_RESAMPLES = 1000
 N_CONTROLS = 20
 SAMPLE_ROWS = 4096
 """Rows of controls and plots: the mean change of a probability is then known to better than .01."""
@@ -27,9 +27,8 @@ ACTIVATION_ENTRIES = 1 << 28
 """Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
 WORST_GROUP_ROWS = 10
 """The accuracy of fewer rows says nothing."""
-Z_95 = 1.959963984540054
 RANKED_BY = ("remove", "set_p50")
-ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
+ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "train_shift")
 
 
 class _Part(NamedTuple):
@@ -55,12 +54,15 @@ class Auditor:
     ) -> None:
         self.bench, self.subject = bench, bench.subject
         self.names, self.groups = list(groups), list(groups.values())
-        self.n_permutations, self.rng = n_permutations, rng
+        self.tests = PermutationTests(self.subject.classifier.classes, bench.positive, n_permutations, rng)
+        self.rng = rng
         self.sweep_row = None if sweep_id is None else bench.store.ids.row_of(sweep_id)
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
         )
         self.notes: list[str] = []
+        self.test: str | None = None
+        """The one test that the audit reports, chosen by what the rows allow, before any p-value is looked at."""
         self.predicted: Int64[np.ndarray, " n"] = np.empty(0, np.int64)
 
     def run(self) -> tuple[list[ConceptAudit], Sample]:
@@ -76,6 +78,7 @@ class Auditor:
         )
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
+        self.test = next((name for name in TESTS if any(associations[name])), None)
         audits = []
         number = 0
         for part in parts:
@@ -127,7 +130,7 @@ class Auditor:
         return _Part(
             measured,
             amounts,
-            {**self._associations(strengths), "taught": self._taught(strengths, concepts, latents)},
+            {**self._associations(strengths), "train_shift": self._train_shift(strengths, concepts, latents)},
             [self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)],
             sample,
         )
@@ -138,16 +141,10 @@ class Auditor:
         tests = {"by_predicted": (predicted, one_stratum)}
         if truth is not None:
             tests |= {"by_true": (truth, one_stratum), "given_true": (predicted, truth)}
-        found = {
-            name: associate(
-                strengths, labels, strata, self.subject.classifier.classes, positive=self.bench.positive,
-                n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
-            )
-            for name, (labels, strata) in tests.items()
-        }  # fmt: skip
+        found = {name: self.tests.associate(strengths, labels, strata) for name, (labels, strata) in tests.items()}
         return {name: found.get(name, [None] * strengths.shape[1]) for name in ASSOCIATIONS}
 
-    def _taught(
+    def _train_shift(
         self, strengths: Float32[np.ndarray, "n c"], concepts: Concepts, latents: list[int]
     ) -> list[Association | None]:
         training, truth = self.subject.training, self.subject.truth
@@ -155,11 +152,10 @@ class Auditor:
             return [None] * strengths.shape[1]
         z = self.bench.activations(training.rows, latents, training.store)
         theirs = concepts.strengths(torch.from_numpy(z)).numpy()
-        return taught(
-            np.concatenate([theirs, strengths]), np.arange(len(theirs) + len(strengths)) < len(theirs),
-            np.concatenate([training.truth, truth]), self.subject.classifier.classes, positive=self.bench.positive,
-            n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
-        )  # fmt: skip
+        is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
+        return self.tests.train_shift(
+            np.concatenate([theirs, strengths]), is_training, np.concatenate([training.truth, truth])
+        )
 
     def _concept(
         self, part: _Part, column: int, number: int, sizes: Sizes, associations: dict[str, Association | None]
@@ -169,7 +165,8 @@ class Auditor:
         fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
         is_target = name.casefold() in {one.casefold() for one in classes}
         if fires == 0:
-            return ConceptAudit(name, group, is_target, 0.0, note=f"never fires on {self.bench.store.path}")
+            never = f"never fires on {self.bench.store.path}"
+            return ConceptAudit(name, group, is_target, 0.0, test=self.test, note=never)
         place = _moved_most(part.measured, column)
         edits = {
             kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
@@ -183,7 +180,8 @@ class Auditor:
             note = "rows of one true class are all predicted alike, so nothing is left to test given the truth"
         return ConceptAudit(
             name, group, is_target, fires, classes[self.bench.watched[place]], effect,
-            associations["by_predicted"], associations["by_true"], associations["given_true"], associations["taught"],
+            associations["by_predicted"], associations["by_true"], associations["given_true"],
+            associations["train_shift"], self.test,
             edits["remove"], edits["set_p50"], edits["set_p90"], edits["set_p99"], _control(sizes, effect),
             debiasing=None if self.subject.truth is None else _debiasing(part.measured, column, classes),
             sweep=part.sweeps[column], note=note,
@@ -245,8 +243,8 @@ def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | 
         return None
     mean = float(tally.change[column, place]) / n
     variance = max(0.0, float(tally.change2[column, place]) / n - mean**2)
-    half = Z_95 * (variance / n) ** 0.5
-    return Effect(mean, mean - half, mean + half, float(tally.flips[column]) / n, n, strength)
+    low, high = mean_interval(mean, variance, n, bounds=(-1.0, 1.0))
+    return Effect(mean, low, high, float(tally.flips[column]) / n, n, strength)
 
 
 def _control(sizes: Sizes, effect: float) -> Control | None:

@@ -14,6 +14,7 @@ from msae.web.explorer.session import offline, open_world
 __all__ = ["explore"]
 
 
+@offline()
 def explore(
     runs: str | Path | Sequence[str | Path],
     on: EmbeddingStore | str | Path | None = None,
@@ -41,7 +42,6 @@ def explore(
         StoreError: The store is missing or damaged, or does not fit a run.
         MissingDependencyError: gradio is not installed.
     """
-    offline()
     if importlib.util.find_spec("gradio") is None:
         raise MissingDependencyError.of("gradio", extra="explorer")
     from msae.web.explorer.app import HOST, build, listening

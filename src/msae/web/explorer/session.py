@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples
-from msae.data.embedder import Embedder
+from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.store import EmbeddingStore, as_store, find_picture
 from msae.data.store.rows import PATH_COLUMNS
@@ -246,17 +247,16 @@ class World:
         """The model that made the store's embeddings, from this machine's disk alone.
 
         Raises:
-            MsaeError: Neither store nor SAE says which it is, or it is not here.
+            MsaeError: Neither store nor SAE says which it is, it is not here, or its weights are others now.
         """
         with self._encoder_lock:
             return self._embedder
 
     @cached_property
     def _embedder(self) -> Embedder:
-        encoder = (self.store.encoder if self.store else None) or self.first.sae.config.encoder
-        if encoder is None:
+        if self.why_no_encoder():
             raise ConfigError(NO_ENCODER)
-        return Embedder.load(encoder)
+        return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
 def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:
@@ -297,9 +297,25 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     return store, None
 
 
-def offline() -> None:
-    """No library that is loaded from here on asks another machine for anything."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ[name] = "1"
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """For as long as it lasts, no library asks another machine for anything, whether it is loaded by now or not."""
+    wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+              "GRADIO_ANALYTICS_ENABLED": "False"}  # fmt: skip
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    hub = sys.modules.get("huggingface_hub.constants")  # it reads the environment when it is imported, and no more
+    was_offline = getattr(hub, "HF_HUB_OFFLINE", None)
+    if hub is not None:
+        hub.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        hub = sys.modules.get("huggingface_hub.constants")
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = bool(was_offline)  # type: ignore[attr-defined]
