@@ -177,8 +177,13 @@ def show(call: Call) -> Shown:
 
 def info(call: Call) -> Shown:
     data = call()
-    width = max(map(len, data))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in data.items()), data
+    known = {key: value for key, value in data.items() if value is not None and value != []}
+    width = max(map(len, known))
+    lines = (
+        f"{key:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in known.items()
+    )
+    return "\n".join(lines), data
 
 
 RUN, RUNS = "RUN", "RUN..."

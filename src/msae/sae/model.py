@@ -195,8 +195,7 @@ class SAE(nn.Module):
         folder = Path(path)
         if not folder.exists() and _looks_like_hub_id(str(path)):
             folder = _download(str(path), revision)
-        if folder.is_file():
-            folder = folder.parent
+        folder = folder_of(folder)
         config = _read_config(folder)
         try:
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -231,12 +230,25 @@ def as_sae(sae: SAE | str | Path) -> SAE:
     return sae if isinstance(sae, SAE) else SAE.load(sae)
 
 
+def folder_of(path: Path) -> Path:
+    """The run folder at `path`, which may also be the SAE's file in it.
+
+    Raises:
+        RunError: It is another file.
+    """
+    if not path.is_file():
+        return path
+    if path.name not in (WEIGHTS_FILE, CONFIG_FILE):
+        raise RunError(f"{path} is a file, not a run; give the folder that msae train --out made")
+    return path.parent
+
+
 def run_folder(sae: SAE | str | Path) -> Path | None:
     """The run folder that was given, if it was one."""
     if isinstance(sae, SAE):
         return None
     path = Path(sae)
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    return folder_of(path) if path.exists() else None
 
 
 @runtime_checkable
