@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
-from msae.base.files import atomic_path, read_json, write_json
+from msae.base.files import atomic_path
+from msae.base.records import read_record, write_record
 from msae.data.embedder import is_other_encoder, told_encoder
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
@@ -183,7 +183,7 @@ class SAE(nn.Module):
             tensors[f"standardizer.{modality}.scale"] = torch.tensor(known.scale, dtype=torch.float64)
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(folder / CONFIG_FILE, to_mapping(self.config), schema_version=SCHEMA_VERSION)
+        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> SAE:
@@ -310,12 +310,13 @@ def _read_config(folder: Path) -> SAEConfig:
         raise RunError(f"{folder} does not exist; give the folder that msae train --out made")
     if not (folder / CONFIG_FILE).exists():
         raise RunError(f"{folder} holds no {CONFIG_FILE}; give the folder that msae train --out made")
-    data = read_json(folder / CONFIG_FILE, schema_version=SCHEMA_VERSION, error=RunError)
-    data = {key: value for key, value in data.items() if key not in ("schema_version", "made_by")}
-    try:
-        return from_mapping(SAEConfig, data, where=str(folder / CONFIG_FILE))
-    except ConfigError as err:
-        raise RunError(f"{err}; restore {CONFIG_FILE} or train again") from err
+    return read_record(
+        folder / CONFIG_FILE,
+        SAEConfig,
+        schema_version=SCHEMA_VERSION,
+        error=RunError,
+        remedy=f"restore {CONFIG_FILE} or train again",
+    )
 
 
 def _pop_standardizer(tensors: dict[str, Tensor]) -> Standardizer:
