@@ -30,6 +30,7 @@ from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.demo.drawing import render
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from msae.sae.model import SAE
+from msae.sae.view import View
 from msae.use.audit import Audit, ConceptAudit, audit
 from msae.use.classifier import LinearClassifier
 from results import write_section
@@ -220,8 +221,8 @@ def trial(world: World, strength: float, seed: int, planted: str, edits: Mapping
             world.sae, stores[1], "shape", train_store=stores[0], names=world.groups, positive=SHAPES[1], seed=seed
         )
         subject = make_subject(
-            world.sae, stores[1], "image", target="shape", classifier=None, class_texts=None, train_store=stores[0],
-            seed=seed,
+            View(world.sae, stores[1], "image"),
+            target="shape", classifier=None, class_texts=None, train_store=stores[0], seed=seed,
         )  # fmt: skip
     shape, hat = world.shape[rows.test], world.hat[rows.test]
     x = torch.from_numpy(world.pool.take(rows.test, "image"))

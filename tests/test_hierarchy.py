@@ -13,6 +13,7 @@ from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs
 from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.view import View
 from tests.oracles import galleries as oracle
 
 
@@ -118,9 +119,7 @@ def test_hierarchy_of_a_store_counts_the_k_strongest(tmp_path):
     np.save(tmp_path / "x.npy", x)
     store = EmbeddingStore.open(tmp_path / "x.npy", modality="image")
     sae = SAE(SAEConfig(8, 32, kind="matryoshka", levels=(4, 32))).eval()
-    from msae.concepts.gallery.mining import standardizer_for
-
-    h = sae.pre_activations(standardizer_for(sae, store, "image").apply(torch.from_numpy(x), "image"))
+    h = sae.pre_activations(torch.cat(list(View(sae, store).rows())))
     fired = {k: (sae.activate(h, inference="topk", k=k) > 0).sum(0).numpy() for k in (4, 9)}
     np.testing.assert_array_equal(concept_tree(sae, store).hierarchy.fired, fired[4])  # the smallest level
     np.testing.assert_array_equal(concept_tree(sae, store, k=9).hierarchy.fired, fired[9])

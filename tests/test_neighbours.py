@@ -1,12 +1,13 @@
 import json
 import logging
-import sys
 
 import numpy as np
 import pytest
 
+from msae.data.store import as_store
 from msae.use import neighbours
 from msae.use.neighbours import NeighbourIndex
+from msae.use.search.spaces import open_index as open_store_index
 from tests.oracles import neighbours as oracle
 
 faiss = pytest.importorskip("faiss")
@@ -142,6 +143,18 @@ def test_an_index_of_other_rows_is_built_again(tmp_path, caplog):
     assert "built from other rows" in caplog.text
 
 
+def test_a_row_that_was_overwritten_is_found(tmp_path):
+    x = np.random.default_rng(5).normal(size=(3000, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    wanted = np.eye(8, dtype=np.float32)[0]
+    before = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    x[1234] = 3 * wanted
+    np.save(tmp_path / "x.npy", x)
+    found = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    assert before.rows.tolist() != [1234]
+    assert found.rows.tolist() == [1234] and found.scores[0] == pytest.approx(1)
+
+
 def test_where_nothing_can_be_written_the_users_cache_is_used(tmp_path, monkeypatch):
     place = tmp_path / "file" / "index"
     place.parent.write_text("a file where the folder should be")
@@ -168,23 +181,3 @@ def test_rows_are_never_held_all_at_once(tmp_path):
     index = open_index(tmp_path, x, rows=lambda rows: sizes.append(len(rows)) or x[rows])
     index.search(X[0], 5)
     assert max(sizes) == neighbours.BLOCK
-
-
-def test_without_faiss_the_answers_are_the_same_and_nothing_is_written(tmp_path, monkeypatch):
-    x = np.concatenate([X, X[:40]])  # some rows are there twice
-    keep = RANDOM.random(len(x)) < 0.3
-    indexed = open_index(tmp_path / "with", x)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    plain = open_index(tmp_path / "without", x)
-    assert not (tmp_path / "without").exists()
-    for query in QUERIES:
-        for kept in (None, keep, np.zeros(len(x), bool)):
-            rows, scores = oracle.nearest(x, query, 20, kept)
-            found = plain.search(query, 20, keep=kept)
-            assert found.rows.tolist() == rows.tolist()
-            np.testing.assert_allclose(found.scores, scores, atol=1e-6)  # as in brute force above
-        every = oracle.nearest(x, query, len(x))[1].astype(np.float32)
-        # Rows that are there twice share a place; float32 may order the nearest of the others the other way round.
-        assert np.abs(plain.ranks(query, every[[0, 50, 500]]) - np.array([1, 51, 501])).max() <= 1
-    monkeypatch.undo()
-    assert indexed.search(QUERIES[0], 20).rows.tolist() == plain.search(QUERIES[0], 20).rows.tolist()

@@ -38,12 +38,14 @@ inners = st.builds(
     n=st.integers(0, 2**53),
     x=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     kind=st.sampled_from(["a", "b"]),
-    levels=st.none() | st.lists(st.integers(0, 99)).map(tuple),
+    levels=st.none() | st.lists(st.integers(0, 99), max_size=5).map(tuple),
     place=st.none() | st.sampled_from([Path("a/b"), Path("ä")]),
 )
 finite = st.floats(allow_nan=False, allow_infinity=False)
-text = st.text(st.characters(exclude_categories=("Cs",)))
-outers = st.builds(Outer, st.lists(inners).map(tuple), st.dictionaries(text, finite), st.none() | inners)
+text = st.text('ab1ä"\n', max_size=5)
+outers = st.builds(
+    Outer, st.lists(inners, max_size=4).map(tuple), st.dictionaries(text, finite, max_size=4), st.none() | inners
+)
 
 
 @given(outers)

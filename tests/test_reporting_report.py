@@ -241,7 +241,7 @@ def test_a_tree_that_is_deep_wide_and_large_is_cut_and_says_so():
 
 
 def test_an_album_has_room_for_so_much_and_no_more(world):
-    from msae.web.report.pictures import Album
+    from msae.data.thumbnails import Album
 
     album = Album([world], 64, room=2000)
     uris = [album.uri(f"pictures/{i}.png") for i in range(10, 20)]
@@ -294,7 +294,7 @@ def test_bad_input_is_one_line_and_changes_nothing(command, message, world, monk
         shutil.copytree("run", name)
     Path("torn/metrics.jsonl").write_text("{")
     Path("odd/metrics.jsonl").write_text('{"epoch": 3}\n')
-    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 1}')
+    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 2}')
     ConceptNames("evidence", 7, ()).save("other")
     before = snapshot(world)
     with pytest.raises(SystemExit) as left:

@@ -447,7 +447,7 @@ BAD = {
     "is empty: an array of shape (0, 6)": file("e.npy", lambda p: np.save(p, IMAGE[:0])),
     "cannot be read as .npy": file("f.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x20\x00garbage")),
     "25 image rows but 2 metadata rows": file("g.npy", with_csv("id\na\nb\n")),
-    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xff\xfe\n" * N)),
+    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xea\xee\xf2\n" * N)),
     "cannot be read as csv": file("i.npy", with_csv("a,b\n1\n")),
     "the file is empty": file("j.npy", with_csv("")),
     "two columns of one name": file("k.npy", with_csv("a,a\n" + "1,2\n" * N)),

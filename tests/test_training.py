@@ -342,6 +342,13 @@ def test_another_run_in_the_way_is_refused_and_left_alone(store, tmp_path):
     np.save(other, np.random.default_rng(1).normal(size=(100, 16)).astype(np.float32))
     with pytest.raises(RunError, match="trained on another store"):
         train(other, out=tmp_path / "run", resume=True, **SMALL)
+    config = tmp_path / "run" / "config.json"
+    whole = config.read_text()
+    fingerprint = json.loads(whole)["store_fingerprint"]
+    config.write_text(whole.replace(fingerprint, fingerprint[:32]))
+    with pytest.raises(RunError, match=r"begun by an earlier msae, which did not record all rows .* another --out"):
+        train(store, out=tmp_path / "run", resume=True, **SMALL)
+    config.write_text(whole)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/dog.jpg").write_bytes(b"")
     with pytest.raises(RunError, match="is not empty and holds no run"):

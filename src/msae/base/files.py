@@ -127,8 +127,13 @@ def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int) -> N
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeError]) -> dict[str, Any]:
+def read_json(
+    path: Path, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
     """Read what `write_json` wrote.
+
+    Args:
+        schema_version: The one that can be read, or several, the newest last.
 
     Raises:
         MsaeError: Of the kind made by `error`, when the file is missing, is not a JSON object, or has
@@ -143,9 +148,10 @@ def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeErr
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
     found = data.get("schema_version")
-    if found != schema_version:
+    readable = schema_version if isinstance(schema_version, tuple) else (schema_version,)
+    if found not in readable:
         raise error(
-            f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae"
+            f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
 

@@ -62,10 +62,10 @@ def demo(call: Call, *, json: str | None) -> Shown:
 
 def embed(call: Call) -> Shown:
     store = call()
-    skipped = f", {len(store.skipped)} inputs skipped (listed in store.json)" if store.skipped else ""
-    out = call.keywords["out"]
-    text = f"{out}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
-    return text, store.describe()
+    n_skipped = store.record["counts"]["skipped"]
+    skipped = f", {n_skipped:,} inputs skipped (listed in store.json)" if n_skipped else ""
+    text = f"{call.keywords['out']}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
+    return "\n  ".join([text, *store.record.get("notes", ())]), store.describe()
 
 
 def train(call: Call) -> Shown:
@@ -156,7 +156,7 @@ def search(call: Call, *, html: Path | None = None) -> Shown:
         from msae.web.report.search import write_page
 
         write_page(result, html)
-    return result.table(), result.to_dict()
+    return result.to_text(), result.to_dict()
 
 
 def explore(call: Call, *, json: str | None) -> Shown:

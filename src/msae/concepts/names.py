@@ -17,6 +17,7 @@ from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
 from msae.base.results import Result, shorten, text_table
+from msae.sae.run import Run, RunLike
 
 SCHEMA_VERSION = 1
 FILE = "names.json"
@@ -104,7 +105,7 @@ class ConceptNames(Result):
     nearest_words: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
     """For every latent, named or not, its nearest words; empty where they were not kept."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """Settings, vocabulary and encoder."""
+    """Settings, vocabulary and encoder, and a hash of the weights, `sae`."""
 
     def __len__(self) -> int:
         """Number of named latents."""
@@ -114,8 +115,20 @@ class ConceptNames(Result):
         return iter(self.concepts)
 
     def __getitem__(self, name: str) -> list[int]:
-        """The latents of a name, as `latents_of`."""
+        """The latents of that name; see `latents_of`."""
         return self.latents_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a latent has that name, or a synonym of it."""
+        return isinstance(name, str) and name.casefold().strip() in self._by_name
+
+    @property
+    def by_name(self) -> dict[str, list[int]]:
+        """The latents of each name, synonyms apart, in the order of the names."""
+        found: dict[str, list[int]] = {name: [] for name in sorted({concept.name for concept in self.concepts})}
+        for concept in self.concepts:
+            found[concept.name].append(concept.latent)
+        return found
 
     def concept_of(self, latent: int) -> Concept | None:
         """The concept of a latent, or None where the latent is unnamed.
@@ -258,22 +271,27 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def names_of(folder: Path | None, d_sae: int) -> ConceptNames | None:
-    """The names that `msae name` left in a run folder, if it did.
+def names_of(run: RunLike | None, d_sae: int | None = None) -> ConceptNames | None:
+    """The names that `msae name` left in a run folder, if it did and they are of the weights that are there now.
 
-    Args:
-        d_sae: Latents of the SAE that is in the folder now.
+    A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
 
     Raises:
         RunError: The file is damaged, or of another SAE.
     """
-    if folder is None or not (folder / FILE).exists():
+    run = None if run is None else Run.open(run)
+    if run is None or run.names_file is None or not run.names_file.exists():
         return None
-    names = ConceptNames.load(folder)
+    names, d_sae = ConceptNames.load(run.names_file), d_sae or run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
-            f"{folder / FILE} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
-            f"type: msae name {folder} --vocabulary STORE"
+            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
+            f"type: msae name {run.folder} --vocabulary STORE"
+        )
+    if names.record.get("sae", run.weights) != run.weights:
+        raise RunError(
+            f"{run.names_file} names the latents of other weights than {run.folder} has now; "
+            f"type: msae name {run.folder} --vocabulary STORE"
         )
     return names
 

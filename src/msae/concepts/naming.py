@@ -20,7 +20,7 @@ from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.sae.model import SAE, Inference, as_sae, check_fit, weights_hash
 from msae.sae.standardize import Modality, Statistics, fit_statistics
 from msae.sae.view import View
 
@@ -166,6 +166,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     record = {
         "vocabulary": str(vocabulary.path),
         "vocabulary_fingerprint": vocabulary.fingerprint,
+        "vocabulary_metadata": vocabulary.metadata_fingerprint,
         "encoder": sae.config.encoder or vocabulary.encoder,
         "n_words": len(texts),
         "n_synonym_groups": int(groups.max()) + 1,
@@ -346,12 +347,12 @@ def _text_ranks(
     x, size = torch.from_numpy(words.standardized), texts.block_rows
     mine = np.empty(len(latents), np.float32)
     for first in range(0, len(latents), size):
-        z = texts.activate(x[own[first : first + size]], latents[first : first + size])
+        z = texts.activate(x[own[first : first + size]], latents[first : first + size].tolist())
         mine[first : first + size] = z.diagonal().numpy()
     n_stronger = np.zeros(len(latents), np.int64)
     for first in range(0, len(x), size):
         is_rival = words.groups[first : first + size, None] != words.groups[own]
-        n_stronger += ((texts.activate(x[first : first + size], latents).numpy() > mine) & is_rival).sum(0)
+        n_stronger += ((texts.activate(x[first : first + size], latents.tolist()).numpy() > mine) & is_rival).sum(0)
     return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 
@@ -376,6 +377,7 @@ class _Captions:
         self.record = {
             "on": str(store.path),
             "on_fingerprint": store.fingerprint,
+            "on_metadata": store.metadata_fingerprint,
             "on_modality": self.view.modality,
             "on_rows": len(self.rows),
             "on_words": len(tested),
@@ -389,19 +391,12 @@ class _Captions:
         testable = np.array([i for i, group in enumerate(groups) if int(group) in self.place], dtype=np.int64)
         places = np.array([self.place[int(group)] for group in groups[testable]], dtype=np.int64)
         for held in _blocks(len(testable), len(self.rows), ACTIVATION_ENTRIES):
-            z = self._activations(latents[testable[held]])
+            z = self.view.table(self.rows, latents[testable[held]].tolist(), title="comparing with captions")
             for block in _blocks(z.shape[1], len(self.rows), evidence.BLOCK_ENTRIES):
                 found = self._agreements(z[:, block], places[held][block])
                 for i, agreement in zip(testable[held][block], found, strict=True):
                     result[i] = agreement
         return result
-
-    def _activations(self, latents: Int64[np.ndarray, " c"]) -> Float32[np.ndarray, "n c"]:
-        z, first = np.empty((len(self.rows), len(latents)), np.float32), 0
-        for block in self.view.activations(latents.tolist(), self.rows, title="comparing with captions"):
-            z[first : first + len(block)] = block.cpu().numpy()
-            first += len(block)
-        return z
 
     def _agreements(self, z: Float32[np.ndarray, "n c"], places: Int64[np.ndarray, " c"]) -> Iterable[Agreement]:
         values = statistics.aurocs(z, self.rows_with)
@@ -451,7 +446,12 @@ def _names(
         "seed": settings.seed,
     }
     return ConceptNames(
-        settings.rule, sae.d_sae, tuple(concepts), counts, near, {**words.record, **how, **(record or {})}
+        settings.rule,
+        sae.d_sae,
+        tuple(concepts),
+        counts,
+        near,
+        {"sae": weights_hash(sae), **words.record, **how, **(record or {})},
     )
 
 

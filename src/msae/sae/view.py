@@ -6,11 +6,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,8 @@ BLOCK_ENTRIES = 2**22
 """Activations of a block, some 16 MB: memory grows neither with the rows nor with d_sae."""
 FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
+
+Latents: TypeAlias = Sequence[int] | NDArray[np.int64]
 
 
 class View:
@@ -77,6 +79,18 @@ class View:
         self.standardized_by: Literal["run", "store"] = "run" if self.modality in sae.standardizer else "store"
         self.standardizer = self._standardizer()
 
+    def on(self, store: EmbeddingStore, modality: Modality | None = None) -> View:
+        """The rows of another store, or of another modality, in the same way and with the same statistics.
+
+        Raises:
+            StoreError: The store does not fit the SAE or lacks the modality.
+        """
+        other = copy.copy(self)
+        other.modality = modality or self.modality
+        other.store = as_store(store, other.modality)
+        self.run.check_fit(other.store)
+        return other
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.store)
@@ -112,7 +126,7 @@ class View:
 
     def activations(
         self,
-        latents: Sequence[int] | None = None,
+        latents: Latents | None = None,
         rows: NDArray[np.int64] | None = None,
         *,
         title: str | None = None,
@@ -123,13 +137,24 @@ class View:
         """
         return (self.activate(x, latents) for x in self.rows(rows, title=title))
 
+    def table(
+        self, rows: NDArray[np.int64], latents: Sequence[int] | None = None, *, title: str | None = None
+    ) -> Float32[np.ndarray, "n l"]:
+        """The activations of the given `rows` as one array."""
+        z = np.empty((len(rows), self.sae.d_sae if latents is None else len(latents)), np.float32)
+        first = 0
+        for block in self.activations(latents, rows, title=title):
+            z[first : first + len(block)] = block.cpu().numpy()
+            first += len(block)
+        return z
+
     @torch.no_grad()
     def standardize(self, raw: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """`x` of raw embeddings on the device."""
         return self.standardizer.apply(raw, self.modality)
 
     @torch.no_grad()
-    def activate(self, x: Float[Tensor, "n d_in"], latents: Sequence[int] | None = None) -> Float[Tensor, "n l"]:
+    def activate(self, x: Float[Tensor, "n d_in"], latents: Latents | None = None) -> Float[Tensor, "n l"]:
         """`z` of standardised embeddings, of all latents or of some."""
         sae = self.sae
         if latents is None:

@@ -1,7 +1,5 @@
 """`NeighbourIndex`: the rows of a store by cosine, in a memory-mapped faiss file that is built once and beside it.
 
-Without faiss every search reads all rows: the answers are the same, and a small store is answered as fast.
-
 The index holds unit rows in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more
 candidates than are wanted, scores those in float32 from the store, and asks for more still until no row that was
 left out can belong to the answer: what comes back is what a float32 search of every row would have found.
@@ -9,12 +7,8 @@ left out can belong to the answer: what comes back is what a float32 search of e
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import logging
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +18,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import StoreError
-from msae.base.files import atomic_path, read_json, write_json
+from msae.base.errors import MissingDependencyError, StoreError
+from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4
@@ -77,8 +71,6 @@ class NeighbourIndex:
     ) -> NeighbourIndex:
         """The index `name` in the folder `place`, built first where it is missing, damaged or of other rows.
 
-        Without faiss nothing is built and nothing is written.
-
         Args:
             place: Where nothing can be written, a folder in the user's cache is used instead.
             fingerprint: Of the rows; an index with another one is rebuilt.
@@ -86,19 +78,16 @@ class NeighbourIndex:
             batches: Gives all raw rows in order, to build from.
 
         Raises:
+            MissingDependencyError: faiss is not installed.
             StoreError: The index cannot be read back; the disk is full or damaged.
         """
-        try:
-            import faiss
-        except ImportError:
-            return cls(place, n_rows, d_in, _EveryRow(batches), rows)
+        faiss = _load_faiss()
         wanted = {"fingerprint": fingerprint, "rows": n_rows, "d_in": d_in, "metric": "cosine", "dtype": "float16"}
-        spare = _cache_folder(place)
-        for folder in (place, spare):
+        for folder in cache_folders(place):
             index = _read(faiss, folder / f"{name}.faiss", wanted)
             if index is not None:
                 return cls(folder / f"{name}.faiss", n_rows, d_in, index, rows)
-        file = (place if _is_writable(place) else spare) / f"{name}.faiss"
+        file = writable_cache(place) / f"{name}.faiss"
         _build(faiss, file, wanted, batches())
         index = _read(faiss, file, wanted)
         if index is None:
@@ -160,35 +149,18 @@ class NeighbourIndex:
         return scores[0][found], rows[0][found]
 
     def _parameters(self, keep: NDArray[np.bool_] | None) -> Any:
-        if keep is None or isinstance(self._faiss, _EveryRow):
-            return keep
-        faiss: Any = importlib.import_module("faiss")
+        faiss = _load_faiss()
+        if keep is None:
+            return None
         return faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little")))
 
 
-class _EveryRow:
-    """What a faiss index answers, without faiss: each question compares every row."""
-
-    def __init__(self, batches: Callable[[], Iterable[NDArray[np.float32]]]) -> None:
-        self._batches = batches
-
-    def search(
-        self, unit: NDArray[np.float32], n: int, *, params: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        scores = self._scores(unit[0], params)
-        order = np.argsort(-scores, kind="stable")[:n]
-        return scores[None, order], order[None]
-
-    def range_search(
-        self, unit: NDArray[np.float32], radius: float, *, params: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-        scores = self._scores(unit[0], params)
-        rows = np.flatnonzero(scores > radius)
-        return np.array([0, len(rows)]), scores[rows], rows
-
-    def _scores(self, unit: NDArray[np.float32], keep: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-        scores = np.concatenate([np.empty(0, np.float32), *(_unit(x) @ unit for x in self._batches())])
-        return scores if keep is None else np.where(keep, scores, np.float32(-np.inf))
+def _load_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as err:
+        raise MissingDependencyError.of("faiss-cpu", extra="index") from err
+    return faiss
 
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -235,18 +207,3 @@ def _header(faiss: Any, d_in: int, n_rows: int) -> bytes:
     struct.pack_into("<q", header, _COUNT_AT, n_rows)
     struct.pack_into("<Q", header, len(header) + _VECTOR_AT, 2 * n_rows * d_in)
     return bytes(header)
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def _cache_folder(place: Path) -> Path:
-    """A folder of the user's cache that belongs to `place` alone."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "msae" / "index" / hashlib.blake2b(str(place.resolve()).encode(), digest_size=12).hexdigest()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.concepts.gallery.mining import activations, check_n, top_samples
+from msae.concepts.gallery.mining import check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
-from msae.concepts.names import names_of
+from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.data.store import EmbeddingStore, Row, as_store
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
 __all__ = [
@@ -24,7 +26,6 @@ __all__ = [
     "Gallery",
     "Magnitudes",
     "Sample",
-    "activations",
     "all_magnitudes",
     "concept_tree",
     "gallery",
@@ -34,17 +35,10 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Row):
     """One sample of a gallery."""
 
-    id: str
     activation: float
-    row: int
-    path: str | None
-    """Of the picture, where the store knows it."""
-    caption: str | None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else the store's metadata says, such as labels."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,7 +90,7 @@ class Gallery:
 
 
 def gallery(
-    sae: SAE | str | Path,
+    sae: RunLike,
     on: EmbeddingStore | str | Path,
     *,
     latent: int | None = None,
@@ -112,7 +106,8 @@ def gallery(
         sae: A run folder, or a Hugging Face repository that holds an SAE.
         on: The store whose samples are shown.
         latent: Number of the latent. Give this or `concept`.
-        concept: Name of a latent, from the run's names.json; of several latents with that name, the one nearest to it.
+        concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
+            is shown.
         n: How many images and how many texts.
         inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
             positive one.
@@ -124,22 +119,17 @@ def gallery(
     if (latent is None) == (concept is None):
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
-    folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
-    check_fit(model, store, run=sae)
-    names = names_of(folder, model.d_sae)
+    run, store = Run.open(sae), as_store(on)
+    run.check_fit(store)
+    d_sae = run.sae.d_sae
+    names = names_of(run)
     alike: tuple[int, ...] = ()
     if concept is not None:
-        if names is None:
-            raise ConfigError(
-                f"{folder or 'this SAE'} has no names.json, so {concept!r} is unknown; "
-                f"type msae name {folder or 'RUN'} --vocabulary STORE first, or give --latent"
-            )
-        cosine = {latent: known.cosine for latent in names.latents_of(concept) if (known := names.concept_of(latent))}
-        latent, *others = sorted(cosine, key=lambda latent: -cosine[latent])
+        latent, *others = _nearest_first(latents_of(concept, names, d_sae), names)
         alike = tuple(others)
     assert latent is not None
-    check_latent(latent, model.d_sae)
-    found = {m: top_samples(sae, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    check_latent(latent, d_sae)
+    found = {m: top_samples(run, store, modality=m, n=n, inference=inference) for m in store.modalities}
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),
@@ -152,13 +142,16 @@ def gallery(
     )
 
 
+def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[int]:
+    """The latents by falling cosine to their names, then those without one in their order."""
+    known = {latent: names.concept_of(latent) if names is not None else None for latent in latents}
+    return sorted(latents, key=lambda latent: -(one.cosine if (one := known[latent]) else -1.0))
+
+
 def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
     rows = store.describe_rows([sample.row for sample in top])
-    return tuple(
-        Sample(row.id, sample.activation, row.row, row.path, row.caption, row.columns)
-        for sample, row in zip(top, rows, strict=True)
-    )
+    return tuple(Sample(**vars(row), activation=sample.activation) for sample, row in zip(top, rows, strict=True))
 
 
 def _notes(samples: TopSamples) -> list[str]:

@@ -23,7 +23,7 @@ from msae.data.arrays import ShardedRows, fingerprint, first_bad_row, hash_files
 from msae.data.store.files import FOLDERS, MODALITIES, Modality, metadata_files, open_file, open_folder
 from msae.data.store.labels import class_names
 from msae.data.store.rows import Row, find_picture
-from msae.data.tables import Metadata, conform, unique_ids
+from msae.data.tables import Metadata, conform, text_column, unique_ids
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -228,7 +228,7 @@ class EmbeddingStore:
         known = [name for name in _ID_COLUMNS if name in self.columns]
         if not known:
             return RowIds(self, None)
-        column = self._metadata.read(known[:1]).column(known[0]).cast(pa.string())
+        column = text_column(self._metadata.read(known[:1]).column(known[0]))
         if column.null_count or pc.count_distinct(column).as_py() != len(column):
             values = column.to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))

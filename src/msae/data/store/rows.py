@@ -37,7 +37,11 @@ class Row:
 
     def __repr__(self) -> str:
         known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
-        shown = [f"{name}={_shortened(value)}" for name, value in known.items() if value is not None]
+        shown = [
+            f"{name if name.isidentifier() else repr(name)}={_shortened(value)}"
+            for name, value in known.items()
+            if value is not None
+        ]
         return f"Row({', '.join([str(self.row), *shown])})"
 
     @classmethod

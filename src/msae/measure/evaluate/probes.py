@@ -38,8 +38,8 @@ class Probes:
         self._known: dict[tuple[Any, ...], ProbeTest] = {}
 
     def of(self, subject: Subject) -> ProbeTest:
-        options, store = self._options, self._store_of(subject)
-        statistics = subject.sae.standardizer.statistics[options.modality]
+        options, store = self._options, self.store_of(subject)
+        statistics = subject.standardizer.statistics[options.modality]
         key = (store.path, store.fingerprint, statistics.mean.cpu().numpy().tobytes(), statistics.scale)
         if key not in self._known:
             self._known[key] = self._made(subject, store)
@@ -77,7 +77,8 @@ class Probes:
         n = labels.count(None)
         return f"{n:,} of {len(labels):,} rows of {store.path} have no {self._column} and are left out" if n else None
 
-    def _store_of(self, subject: Subject) -> EmbeddingStore:
+    def store_of(self, subject: Subject) -> EmbeddingStore:
+        """The store that the probe of a run is trained on."""
         if self._store is not None:
             check_fit(subject.sae, self._store, run=subject.run)
             return self._store

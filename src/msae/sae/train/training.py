@@ -26,6 +26,7 @@ from msae.base.errors import Interrupted, RunError, TrainingError
 from msae.base.files import atomic_folder, locked, read_json, remove_leftovers, write_json
 from msae.base.loggers import Loggers, check_installed
 from msae.base.progress import progress
+from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
@@ -138,8 +139,7 @@ class Training:
                     saved_at = time.monotonic()
                 if pressed() and not is_last:
                     raise Interrupted(
-                        f"interrupted at step {state.step} of {self.n_steps}, which is saved; "
-                        f"to go on, type {how}"
+                        f"interrupted at step {state.step} of {self.n_steps}, which is saved; to go on, type {how}"
                     )
 
     def _figures(self, state: _State, recent: list[StepResult], x: Tensor) -> dict[str, float]:
@@ -296,7 +296,13 @@ class Training:
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if theirs.get("store_fingerprint") != mine["store_fingerprint"]:
+    promised = theirs.get("store_fingerprint")
+    if promised != mine["store_fingerprint"]:
+        if is_sampled_fingerprint(str(promised)):
+            raise RunError(
+                f"{folder} was begun by an earlier msae, which did not record all rows of its store; "
+                f"give another --out to train anew"
+            )
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )

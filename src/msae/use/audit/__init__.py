@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from msae.base.errors import ConfigError, RunError
-from msae.concepts.names import ConceptNames, as_names
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.concepts.concept import Names, groups_of, is_numbers
+from msae.concepts.names import as_names
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor
-from msae.use.audit.measure import Bench
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
-from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
+from msae.use.audit.subjects import make_subject, parse_class_texts
 from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
 
@@ -35,8 +36,6 @@ __all__ = [
     "audit",
     "parse_class_texts",
 ]
-
-Names = ConceptNames | Mapping[str, Sequence[int]]
 
 
 def audit(
@@ -67,7 +66,8 @@ def audit(
         on: The store whose rows are audited.
         target: The metadata column that holds the true classes; rows without one are left out and counted. Not needed
             where a classifier is given.
-        concept: Name of a concept, or a latent as #123; may be given several times. Without it, every named concept.
+        concept: A name, a latent as #123, or several joined by |; may be given several times. Without it, every named
+            concept.
         classifier: A .npz or .safetensors file of the classifier's coefficients.
         class_texts: A text for each class, as in "man=a photo of a man": CLIP's zero-shot classifier.
         train_store: The store on which a classifier is trained. Without this, `classifier` and `class_texts`, it is
@@ -89,19 +89,17 @@ def audit(
         RunError: The run is missing or damaged.
         StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
-    model, store = as_sae(sae), as_store(on, modality)
-    check_fit(model, store, run=sae)
+    view = View(sae, on, modality, inference=inference)
     subject = make_subject(
-        model, store, modality, target=target, classifier=classifier,
-        class_texts=parse_class_texts(class_texts), train_store=train_store, seed=seed, run=sae,
+        view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
+        train_store=train_store, seed=seed, positive=positive,
     )  # fmt: skip
-    groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
-    bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
+    groups, notes = _groups(sae, view.sae, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))
-    auditor = Auditor(bench, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
     concepts, sample = auditor.run()
     return Audit(
-        target, str(store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
@@ -122,7 +120,7 @@ def _groups(
     """The latents of each concept, and what to say about the choice."""
     if all_latents:
         return {f"#{latent}": (latent,) for latent in range(sae.d_sae)}, []
-    only_numbers = bool(asked) and all(one.startswith("#") for one in asked)
+    only_numbers = bool(asked) and all(is_numbers(one) for one in asked)
     if names is None and not only_numbers:
         if isinstance(run, SAE):
             if asked:
@@ -136,20 +134,7 @@ def _groups(
             names = as_names(names)
         except RunError as err:
             raise RunError(f"{err}, or audit every latent with --all-latents") from err
-    if isinstance(names, ConceptNames):
-        words = sorted({one.name for one in names})
-        by_name = {word: [one.latent for one in names if one.name == word] for word in words}
-    else:
-        by_name = {name: list(latents) for name, latents in (names or {}).items()}
-    groups = concept_groups(asked, by_name, sae.d_sae)
+    groups = groups_of(asked, names, sae.d_sae)
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
     return groups, []
-
-
-def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
-    if name is None:
-        return 1 if len(classifier.classes) == 2 else None
-    if name not in classifier.classes:
-        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
-    return classifier.classes.index(name)

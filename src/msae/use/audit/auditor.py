@@ -15,8 +15,9 @@ from msae.base.progress import progress
 from msae.base.statistics import mean_interval
 from msae.use.audit.association import PermutationTests, with_q
 from msae.use.audit.controls import Sizes, control_sizes
-from msae.use.audit.measure import Bench, Measured, Tally, measure_edits, quantiles
+from msae.use.audit.measure import Measured, Tally, measure_edits, quantiles
 from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.subjects import Subject
 from msae.use.audit.sweeping import sweep_row
 from msae.use.interventions import Concepts
 
@@ -42,21 +43,21 @@ class _Part(NamedTuple):
 
 
 class Auditor:
-    """Audits the concepts `groups` on a bench. Random numbers are drawn from `rng` in a fixed order."""
+    """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order."""
 
     def __init__(
         self,
-        bench: Bench,
+        subject: Subject,
         groups: Mapping[str, tuple[int, ...]],
         n_permutations: int,
         sweep_id: str | None,
         rng: np.random.Generator,
     ) -> None:
-        self.bench, self.subject = bench, bench.subject
+        self.subject, self.view = subject, subject.view
         self.names, self.groups = list(groups), list(groups.values())
-        self.tests = PermutationTests(self.subject.classifier.classes, bench.positive, n_permutations, rng)
+        self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
         self.rng = rng
-        self.sweep_row = None if sweep_id is None else bench.store.ids.row_of(sweep_id)
+        self.sweep_row = None if sweep_id is None else self.view.store.ids.row_of(sweep_id)
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
         )
@@ -74,7 +75,7 @@ class Auditor:
                 advance(len(some))
         self._note_predictions()
         controls = control_sizes(
-            self.bench, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
+            self.subject, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
         )
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
@@ -118,13 +119,13 @@ class Auditor:
     def _measure(self, groups: list[tuple[int, ...]]) -> _Part:
         rows, truth = self.subject.rows, self.subject.truth
         latents = [latent for group in groups for latent in group]
-        z = self.bench.activations(rows, latents)
-        mean = torch.zeros(self.bench.sae.d_sae)
+        z = self.view.table(rows, latents)
+        mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
-        concepts = self.bench.concepts(groups, mean)
+        concepts = self.subject.concepts(groups, mean)
         strengths = concepts.strengths(torch.from_numpy(z)).numpy()
         amounts = quantiles(strengths)
-        measured = measure_edits(self.bench, rows, truth, concepts, z, amounts)
+        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts)
         self.predicted = measured.predicted
         sample = strengths[self.sample_places].astype(np.float32)
         return _Part(
@@ -150,7 +151,7 @@ class Auditor:
         training, truth = self.subject.training, self.subject.truth
         if training is None or truth is None:
             return [None] * strengths.shape[1]
-        z = self.bench.activations(training.rows, latents, training.store)
+        z = training.view.table(training.rows, latents)
         theirs = concepts.strengths(torch.from_numpy(z)).numpy()
         is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
         return self.tests.train_shift(
@@ -165,8 +166,9 @@ class Auditor:
         fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
         is_target = name.casefold() in {one.casefold() for one in classes}
         if fires == 0:
-            never = f"never fires on {self.bench.store.path}"
-            return ConceptAudit(name, group, is_target, 0.0, test=self.test, note=never)
+            never = f"never fires on {self.view.store.path}"
+            shift = associations["train_shift"]  # it may fire in the training rows
+            return ConceptAudit(name, group, is_target, 0.0, train_shift=shift, test=self.test, note=never)
         place = _moved_most(part.measured, column)
         edits = {
             kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
@@ -179,7 +181,7 @@ class Auditor:
         elif associations["given_true"] is None and self.subject.truth is not None:
             note = "rows of one true class are all predicted alike, so nothing is left to test given the truth"
         return ConceptAudit(
-            name, group, is_target, fires, classes[self.bench.watched[place]], effect,
+            name, group, is_target, fires, classes[self.subject.watched[place]], effect,
             associations["by_predicted"], associations["by_true"], associations["given_true"],
             associations["train_shift"], self.test,
             edits["remove"], edits["set_p50"], edits["set_p90"], edits["set_p99"], _control(sizes, effect),
@@ -200,7 +202,7 @@ class Auditor:
         p99 = float(amounts["set_p99"][column])
         if p99 <= 0:
             return None
-        this = self.bench.watched[_moved_most(measured, column)]
+        this = self.subject.watched[_moved_most(measured, column)]
         if self.sweep_row is None:
             without = np.flatnonzero(sample[:, column] <= 0)
             candidates = without if len(without) else np.arange(len(sample))
@@ -208,7 +210,7 @@ class Auditor:
             row = int(self._sample_rows[ordered[len(ordered) // 2]])
         else:
             row = self.sweep_row
-        return sweep_row(self.bench, concepts, column, group, row, this, p99)
+        return sweep_row(self.subject, concepts, column, group, row, this, p99)
 
     @cached_property
     def _sample_rows(self) -> Int64[np.ndarray, " m"]:
@@ -216,12 +218,11 @@ class Auditor:
 
     @cached_property
     def _sample_activations(self) -> Float32[np.ndarray, "m d_sae"]:
-        return self.bench.activations(self._sample_rows)
+        return self.view.table(self._sample_rows)
 
     @cached_property
     def _sample_probabilities(self) -> Float32[np.ndarray, "m k"]:
-        x = torch.from_numpy(self.bench.store.take(self._sample_rows, self.bench.modality))
-        return self.subject.classifier.logits(x).softmax(1).numpy()
+        return self.subject.classifier.logits(self.subject.raw(self._sample_rows)).softmax(1).numpy()
 
     def _note_predictions(self) -> None:
         seen = np.unique(self.predicted)

@@ -11,18 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from torch import Tensor
 
-from msae.base.errors import ConfigError, nearest
-from msae.data.store import EmbeddingStore, as_store
+from msae.base.errors import ConfigError
+from msae.data.store import EmbeddingStore
 from msae.data.store.labels import class_names
 from msae.data.store.rows import PATH_COLUMNS
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe
-from msae.sae.model import SAE, check_fit
+from msae.sae.model import SAE
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.classifier import LinearClassifier
+from msae.use.interventions import Concepts, make_concepts
 
 MAX_CLASSES = 50
 """More are no classes but, say, ages; each costs a column of every table."""
@@ -35,7 +38,7 @@ TEXT_LOGIT_SCALE = 100.0
 class Training(NamedTuple):
     """Labelled rows of the training store; of more than `MAX_TRAINING`, a random sample."""
 
-    store: EmbeddingStore
+    view: View
     rows: Int64[np.ndarray, " n"]
     truth: Int64[np.ndarray, " n"]
     """Numbers in the classifier's classes."""
@@ -43,8 +46,9 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """Rows to audit with their true classes, and the classifier that is audited on them."""
+    """Rows to audit, seen by the SAE, with their true classes, and the classifier that is audited on them."""
 
+    view: View
     rows: Int64[np.ndarray, " n"]
     """Positions in the store, ascending."""
     truth: Int64[np.ndarray, " n"] | None
@@ -57,6 +61,23 @@ class Subject:
     """Where it was trained, if a training store was given."""
     notes: tuple[str, ...] = ()
     """Which rows were held out."""
+    positive: int | None = None
+    """The class whose probability is watched; None watches all of them."""
+
+    @property
+    def watched(self) -> list[int]:
+        """Numbers of the classes whose probabilities are watched."""
+        return list(range(len(self.classifier.classes))) if self.positive is None else [self.positive]
+
+    def raw(self, rows: Int64[np.ndarray, " n"]) -> Float[Tensor, "n d_in"]:
+        """Embeddings of some rows of the store, as the classifier reads them."""
+        return torch.from_numpy(self.view.store.take(rows, self.view.modality))
+
+    def concepts(self, groups: Sequence[Sequence[int]], mean: Float[Tensor, " d_sae"]) -> Concepts:
+        """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
+        view, classifier = self.view, self.classifier
+        to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
+        return make_concepts(groups, view.sae.W_dec.detach(), mean, to_features, classifier.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
@@ -114,21 +135,41 @@ def _judged_columns(store: EmbeddingStore) -> dict[str, int | str]:
 
 
 def make_subject(
-    sae: SAE,
-    store: EmbeddingStore,
-    modality: Modality,
+    view: View,
     *,
     target: str | None,
     classifier: LinearClassifier | str | Path | None,
     class_texts: Mapping[str, str] | None,
     train_store: EmbeddingStore | str | Path | None,
     seed: int,
-    run: SAE | str | Path | None = None,
+    positive: str | None = None,
 ) -> Subject:
     """The rows and the classifier that the options of `audit` name.
 
     Without a training store, the classifier is trained on one half of the store and audited on the other.
     """
+    found = _make_subject(view, target, classifier, class_texts, train_store, seed)
+    return dataclasses.replace(found, positive=_positive(found.classifier, positive))
+
+
+def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
+    if name is None:
+        return 1 if len(classifier.classes) == 2 else None
+    if name not in classifier.classes:
+        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
+    return classifier.classes.index(name)
+
+
+def _make_subject(
+    view: View,
+    target: str | None,
+    classifier: LinearClassifier | str | Path | None,
+    class_texts: Mapping[str, str] | None,
+    train_store: EmbeddingStore | str | Path | None,
+    seed: int,
+) -> Subject:
+    sae, store, modality = view.sae, view.store, view.modality
+    sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)  # says what is missing where there are no statistics
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
         raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
     given = None
@@ -141,16 +182,15 @@ def make_subject(
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store)
     if given is not None:
-        return _with_given(store, labels, given)
+        return _with_given(view, labels, given)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
-    other = store if train_store is None else as_store(train_store, modality)
-    check_fit(sae, other, run=run)
-    theirs = labels if other is store else labels_of(other, target)
-    held = hold_out(other, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
-    source = f"half of {store.path}" if train_store is None else str(other.path)
-    fitted = _fit(sae, other, modality, [theirs[row] for row in held.train], held.train, source, seed)
-    subject = _with_given(store, labels, fitted, rows=held.on, n_train=len(held.train))
+    other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
+    theirs = labels if other is view else labels_of(other.store, target)
+    held = hold_out(other.store, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
+    source = f"half of {store.path}" if train_store is None else str(other.store.path)
+    fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
+    subject = _with_given(view, labels, fitted, rows=held.on, n_train=len(held.train))
     if train_store is None:
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
@@ -162,7 +202,7 @@ def _labelled(labels: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
 
 
 def _training(
-    store: EmbeddingStore,
+    view: View,
     labels: Sequence[str | None],
     rows: Int64[np.ndarray, " n"],
     classifier: LinearClassifier,
@@ -171,11 +211,11 @@ def _training(
     number_of = {name: number for number, name in enumerate(classifier.classes)}
     if len(rows) > MAX_TRAINING:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAINING, replace=False))
-    return Training(store, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
+    return Training(view, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
 
 
 def _with_given(
-    store: EmbeddingStore,
+    view: View,
     labels: list[str | None] | None,
     classifier: LinearClassifier,
     *,
@@ -183,9 +223,9 @@ def _with_given(
     n_train: int | None = None,
 ) -> Subject:
     if labels is None:
-        return Subject(np.arange(len(store)), None, 0, classifier, None)
+        return Subject(view, np.arange(len(view)), None, 0, classifier, None)
     number_of = {name: number for number, name in enumerate(classifier.classes)}
-    candidates = np.arange(len(store)) if rows is None else rows
+    candidates = np.arange(len(view)) if rows is None else rows
     truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
     kept = truth >= 0
     if not kept.any():
@@ -195,23 +235,17 @@ def _with_given(
             f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
         )
     n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
-    return Subject(candidates[kept], truth[kept], n_missing, classifier, n_train)
+    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train)
 
 
 def _fit(
-    sae: SAE,
-    store: EmbeddingStore,
-    modality: Modality,
-    labels: Sequence[str | None],
-    rows: Int64[np.ndarray, " n"],
-    source: str,
-    seed: int,
+    view: View, labels: Sequence[str | None], rows: Int64[np.ndarray, " n"], source: str, seed: int
 ) -> LinearClassifier:
     def standardized(chosen: Any) -> torch.Tensor:
-        x = torch.from_numpy(store.take(rows[np.asarray(chosen)], modality))
-        return sae.standardizer.apply(x, modality)
+        return view.standardize(torch.from_numpy(view.store.take(rows[np.asarray(chosen)], view.modality)))
 
-    return from_probe(fit_probe(standardized, labels, seed=seed), sae, modality, f"logistic regression on {source}")
+    probe = fit_probe(standardized, labels, seed=seed)
+    return from_probe(probe, view.sae, view.modality, f"logistic regression on {source}")
 
 
 def from_probe(probe: Probe, sae: SAE, modality: Modality, source: str) -> LinearClassifier:
@@ -261,33 +295,3 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
     nothing = torch.zeros(store.d_in)
     source = f"zero-shot texts of {embedder.id}"
     return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
-
-
-def concept_groups(
-    asked: Sequence[str], names: Mapping[str, Sequence[int]] | None, d_sae: int
-) -> dict[str, tuple[int, ...]]:
-    """The latents of every concept to audit: those asked for, by name or as `#123`, else all that have a name.
-
-    Raises:
-        ConfigError: A name is unknown (the nearest is suggested) or a latent is out of range.
-    """
-    known = {name: tuple(latents) for name, latents in (names or {}).items()}
-    outside = next((latent for latents in known.values() for latent in latents if not 0 <= latent < d_sae), None)
-    if outside is not None:
-        raise ConfigError(f"the names speak of latent {outside}, this SAE has {d_sae}; name its own latents again")
-    if not asked:
-        return known
-    by_case = {name.casefold(): name for name in known}
-    found: dict[str, tuple[int, ...]] = {}
-    for concept in asked:
-        if concept.startswith("#") and concept[1:].isdigit():
-            if int(concept[1:]) >= d_sae:
-                raise ConfigError(f"there is no latent {concept}; this SAE has #0 to #{d_sae - 1}")
-            found[concept] = (int(concept[1:]),)
-        elif concept.casefold().strip() in by_case:
-            name = by_case[concept.casefold().strip()]
-            found[name] = known[name]
-        else:
-            hint = nearest(concept.casefold(), by_case) or f"; {len(known)} names are known"
-            raise ConfigError(f"no latent is named {concept!r}{hint}; #123 is latent 123")
-    return found

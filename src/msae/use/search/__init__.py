@@ -1,4 +1,4 @@
-"""`search`: the nearest neighbours of an embedding in which concepts were turned up or down."""
+"""`search`: the nearest neighbours of an embedding in which concepts were raised or lowered."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def search(
         ConfigError: An edit, filter or option is wrong, or a concept unknown.
         StoreError: The store does not fit the SAE, or has no such row or modality.
         SourceError: The picture cannot be read.
+        MissingDependencyError: transformers is not installed, for `image` and `text`.
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
     how = How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from msae.base.results import Result, shorten
+from msae.data.store import Row
+from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
 
 Space = Literal["embedding", "latent"]
+THUMBNAIL = 128
+"""Pixels of a picture's longer side in a notebook."""
 
 
 class Shared(NamedTuple):
@@ -22,25 +28,18 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hit:
+class Hit(Row):
     """One row that was found."""
 
     rank: int
     """Place in the answer to the edited query; 1 is the best."""
-    id: str
     score: float
     """Cosine to the edited query; in latent space, minus the L1 distance of the activations."""
     rank_before: int
     """Place in the answer to the query as it was."""
     score_before: float
-    row: int
-    path: str | None
-    """Of the picture, where the store knows it."""
-    caption: str | None
     shared: tuple[Shared, ...]
     """At most five, those that both have most of first."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else the store's metadata says, such as labels."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shared": [shared._asdict() for shared in self.shared]}
@@ -67,8 +66,8 @@ class AppliedEdit:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Result):
     """The neighbours of an edited query, and of the query as it was."""
 
     store: str
@@ -103,7 +102,25 @@ class SearchResult:
             "warnings": list(self.warnings),
         }
 
-    def table(self) -> str:
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each hit, with the metadata's columns beside what was found."""
+        found = []
+        for hit in self.hits:
+            record = hit.to_dict()
+            columns = record.pop("columns")
+            shares = ", ".join(shared.concept for shared in hit.shared)
+            found.append({**columns, **record, "shared": shares})
+        return found
+
+    def _repr_html_(self) -> str:
+        """Pictures before and after the edits, for a notebook."""
+        sides = [("Before", self.before), ("After", self.hits)] if self.before else [("Found", self.hits)]
+        head = html.escape(self.to_text().splitlines()[0])
+        notes = "".join(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)
+        album = Album(self.roots, THUMBNAIL)
+        return f"<p>{head}</p>{notes}" + "".join(_side(title, hits, album) for title, hits in sides)
+
+    def to_text(self) -> str:
         """What `msae search` prints."""
         lines = [f"neighbours of {self.kind} {self.value!r} among the {self.modality} rows of {self.store}"]
         for edit in self.edits:
@@ -121,3 +138,18 @@ class SearchResult:
             text = "  ".join(part for part in (shares, hit.caption) if part)
             lines.append(f"{hit.rank:>4}  {hit.id:<{width}}  {hit.score:>8.3f}{moved}  {text}".rstrip())
         return "\n".join(lines)
+
+
+def _side(title: str, hits: Sequence[Hit], album: Album) -> str:
+    """Hits as a row of figures; whatever comes from the store is escaped."""
+    figures = []
+    for hit in hits:
+        source = album.uri(hit.path)
+        picture = f'<img src="{source}" alt="">' if source else ""
+        rank, score = (hit.rank_before, hit.score_before) if title == "Before" else (hit.rank, hit.score)
+        words = html.escape(shorten(hit.words, 60))
+        figures.append(
+            f'<figure style="display:inline-block;width:{THUMBNAIL}px;margin:4px;vertical-align:top">{picture}'
+            f"<figcaption>{rank}. {score:.3f} {words}</figcaption></figure>"
+        )
+    return f"<h4>{title}</h4><div>{''.join(figures)}</div>"

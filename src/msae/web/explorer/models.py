@@ -15,7 +15,6 @@ from msae.web.explorer.address import Address
 from msae.web.explorer.html import empty, fill, join, no_store, note, problem, section, table
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report import figures
-from msae.web.report.facts import read_metrics
 from msae.web.report.figures import RecoveryMeasure, TrainingMeasure
 
 RECOVERY: tuple[RecoveryMeasure, ...] = ("fvu_per_sample", "cosine", "cknna")
@@ -106,7 +105,7 @@ def _shown(evaluations: Sequence[Evaluation]) -> Markup:
 
 def _training(world: World) -> Markup:
     try:
-        by_run = {run.label: rows for run in world.runs.values() if (rows := read_metrics(run.folder))}
+        by_run = {run.label: rows for run in world.runs.values() if (rows := run.opened.metrics)}
         if not by_run:
             return section("Training", note("These runs have no metrics.jsonl: they were not trained here."))
         drawn = [figures.training_curves(by_run, measure) for measure in TRAINING]

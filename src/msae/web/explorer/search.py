@@ -14,9 +14,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
-from msae.data.store import Row
+from msae.concepts.concept import LatentGroup
 from msae.sae.standardize import Modality
-from msae.use.edits import Change, Handle, parse_edit
+from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, Hit, How, SearchResult
 from msae.use.search.query import Query, read_query
 from msae.web.explorer.address import Address
@@ -34,7 +34,7 @@ class Turnable(NamedTuple):
     """A concept with its place on a slider."""
 
     concept: str
-    handle: Handle
+    group: LatentGroup
     own: float
     """Its strength in the query."""
     value: float
@@ -43,8 +43,7 @@ class Turnable(NamedTuple):
     @property
     def top(self) -> float:
         """The end of the slider."""
-        assert self.handle.natural is not None
-        return max(BEYOND * self.handle.natural.maximum, self.own, self.value, 1e-3)
+        return max(BEYOND * self.group.natural.maximum, self.own, self.value, 1e-3)
 
     @property
     def is_turned(self) -> bool:
@@ -112,16 +111,16 @@ def sliders_of(run: LoadedRun, address: Address, query: Query) -> list[Turnable]
         ConfigError: A concept is unknown, or an edit is written wrongly; a query that the SAE cannot read.
     """
     z = run.sae.encode(torch.from_numpy(query.x).unsqueeze(0), query.modality)
-    handles = run.searcher(searched(run, address)).handles(query.modality, strict=True)
+    known = run.searcher(searched(run, address)).concepts(query.modality, strict=True)
     turned = dict(edits_of(address))
     concepts = dict.fromkeys([*(c for c in address.many("add") if c.strip()), *turned, *strongest(run, query, z[0])])
     made = []
     with run.preparing:
         for concept in list(concepts)[: SLIDERS + MAX_EDITS]:
-            handle = handles.of(concept)
-            own = float(handle.strength(z))
+            group = known[concept]
+            own = float(group.strength(z))
             change = turned.get(concept)
-            made.append(Turnable(concept, handle, own, change.number if change else own))
+            made.append(Turnable(concept, group, own, change.number if change else own))
     return made
 
 
@@ -219,8 +218,7 @@ def _sliders(run: LoadedRun, address: Address, turnables: Sequence[Turnable]) ->
 
 
 def _slider(place: int, one: Turnable) -> Markup:
-    natural = one.handle.natural
-    assert natural is not None
+    natural = one.group.natural
     marks = {"p50": natural.quantile(50), "p99": natural.quantile(99), "max": natural.maximum}
     words = ", ".join(f"{name} {value:.2f}" for name, value in marks.items())
     ticks = join(
@@ -285,13 +283,12 @@ def found(world: World, run: LoadedRun, address: Address) -> Markup:
 def _hits(world: World, hits: Sequence[Hit], side: str) -> Markup:
     cells = []
     for hit in hits:
-        row = Row(hit.row, hit.id, hit.path, hit.caption, hit.columns)
-        shown = picture(world, row, LARGE) if world.has_pictures else ""
+        shown = picture(world, hit, LARGE) if world.has_pictures else ""
         place, score = (hit.rank_before, hit.score_before) if side == "before" else (hit.rank, hit.score)
         cells.append(
             fill(
                 '<figure data-row="{}">{}<figcaption><b>{}.</b> {} <small>{}</small><br>{}</figcaption></figure>',
-                hit.id, shown, place, _moved(hit, side), f"{score:.3f}", described(row),
+                hit.id, shown, place, _moved(hit, side), f"{score:.3f}", described(hit),
             )
         )  # fmt: skip
     return fill('<div class="grid">{}</div>', join(cells)) if cells else note("No row is left to be found.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msae.base.errors import ConfigError, MissingDependencyError
 from msae.base.files import atomic_path
 from msae.concepts.gallery import Gallery, Sample
-from msae.web.report.pictures import thumbnail
+from msae.data.thumbnails import thumbnail
 
 if TYPE_CHECKING:
     from PIL import Image
