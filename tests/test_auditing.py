@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from msae.base.errors import ConfigError, RunError, StoreError
+from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
@@ -349,6 +350,14 @@ def test_without_names_every_latent_is_audited(sae, store, biased):
     assert len(result.concepts) == D_SAE and "every latent" in result.notes[0]
     few = audit(sae, store, "y", train_store=biased, concept=["#3"], n_permutations=20)
     assert [one.latents for one in few.concepts] == [(3,)]
+
+
+def test_names_of_other_weights_are_refused(sae, store, tmp_path):
+    sae.save(tmp_path)
+    names = ConceptNames("evidence", D_SAE, (Concept(1, "planted", 0.9, None),), record={"sae": "other weights"})
+    names.save(tmp_path)
+    with pytest.raises(RunError, match=r"names the latents of other weights than .* has now; type: msae name"):
+        audit(tmp_path, store, "y", n_permutations=20)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -85,7 +85,7 @@ def test_help_shows_the_real_defaults(verb, capsys, monkeypatch):
 
 def test_help_of_the_learning_rate_is_what_the_recipes_fill_in():
     text = verb_options("train")["lr"].help
-    assert "the recipe's: 5e-4 (poster: 1e-4 for matryoshka, 5e-5 for relu, else 5e-4)" in text
+    assert "5e-4; the poster's recipe: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others" in text
     assert set(LEARNING_RATES["default"].values()) == {5e-4}
     others = {kind: rate for kind, rate in LEARNING_RATES["poster"].items() if rate != 5e-4}
     assert others == {"matryoshka": 1e-4, "relu": 5e-5}

@@ -16,7 +16,8 @@ from msae.data.embedder import Embedder, embedder_for, revision_of
 from msae.data.store import StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.web.explorer.session import LoadedRun, World, offline
+from msae.web.explorer import offline
+from msae.web.explorer.session import LoadedRun, World
 from tests.tiny_clip import make_encoder
 
 WORDS = ["a red cat", "two blue dog", "photo of the green dog"]
@@ -112,6 +113,24 @@ def test_a_store_that_an_earlier_version_made_is_searched_and_checked(encoders, 
     shutil.copytree(encoders[1], encoder, dirs_exist_ok=True)
     with pytest.raises(StoreError, match="would be embedded by"):
         ways(run, store)["search"]()
+
+
+def test_a_finished_store_of_an_earlier_version_is_recognised(encoder, tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("\n".join(WORDS) + "\n")
+    monkeypatch.chdir(tmp_path)
+    options = {"encoder": "clip", "out": tmp_path / "words.store", "device": "cpu", "dtype": "float32"}
+    msae.embed("words.txt", **options)
+    file = tmp_path / "words.store" / "store.json"
+    record = {
+        **json.loads(file.read_text()),
+        "encoder": "clip",
+        "encoder_revision": revision_of(encoder, like="0" * 32),
+    }
+    file.write_text(json.dumps(record))
+    assert len(msae.embed("words.txt", **options)) == 3
+    make_encoder(encoder, seed=1)
+    with pytest.raises(StoreError, match="is already there, made of encoder revision"):
+        msae.embed("words.txt", **options)
 
 
 @pytest.fixture

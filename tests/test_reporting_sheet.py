@@ -51,6 +51,17 @@ def png():
     return data.getvalue()
 
 
+def test_a_gallery_is_text_a_table_and_pictures(pictures):
+    evil = Sample(7, "<script>", None, "<script>", {"label": "x"}, 0.5)
+    found = make_gallery(pictures, [evil])
+    assert repr(found) == found.to_text()
+    table = found.to_pandas()
+    assert list(table["activation"]) == [3.0, 2.0, 1.0, 0.5] and list(table["modality"]) == ["image"] * 3 + ["text"]
+    shown = found._repr_html_()
+    assert shown.count('<img src="data:image/jpeg;base64,') == 3 and "latent 3: red" in shown
+    assert "<script" not in shown and "&lt;script&gt;" in shown
+
+
 @pytest.mark.parametrize("n", [0, 1, 4, 17])
 def test_any_number_of_images_and_texts_makes_a_sheet(pictures, n):
     for images, texts in ((n, 0), (0, n), (n, n)):

@@ -75,7 +75,8 @@ def train(call: Call) -> Shown:
     settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]
     text = (
         f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
-        f"FVU {last['fvu']:.3f} at sparsity {last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
+        f"FVU {'unknown' if last['fvu'] is None else format(last['fvu'], '.3f')} at sparsity "
+        f"{last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
     )
     return text, {"run": str(out), "settings": settings, "last": last}
 

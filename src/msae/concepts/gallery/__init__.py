@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.base.results import Result
 from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
 from msae.concepts.gallery.mining import check_n, top_samples
@@ -16,6 +18,7 @@ from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
 from msae.data.store import EmbeddingStore, Row, as_store
+from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
@@ -44,8 +47,8 @@ class Sample(Row):
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Gallery:
+@dataclass(frozen=True, repr=False)
+class Gallery(Result):
     """The samples that activate one latent most, images and texts side by side."""
 
     latent: int
@@ -66,15 +69,36 @@ class Gallery:
         """Share of the rows that fire the latent: of the images, or of the texts where there are no images."""
         return float(next(iter(self.statistics.values()))["firing_rate"])
 
+    @property
+    def title(self) -> str:
+        return f"latent {self.latent}: {self.name or 'unnamed'}"
+
     def to_text(self) -> str:
         """What the command line prints: a line of statistics for each modality, then images and texts side by side."""
-        title = f"latent {self.latent}: {self.name or 'unnamed'}"
         others = f"  (also {', '.join(map(str, self.alike))})" if self.alike else ""
-        lines = [title + others, *(_summary(m, known) for m, known in self.statistics.items())]
+        lines = [self.title + others, *(_summary(m, known) for m, known in self.statistics.items())]
         sides = [side for side in (self.images, self.texts) if side]
         rows = itertools.zip_longest(*([_line(sample) for sample in side] for side in sides), fillvalue="")
         lines += ["  ".join(f"{cell:<{_WIDTH}}" for cell in row).rstrip() for row in rows]
         return "\n".join([*lines, *self.notes])
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each sample, with the metadata's columns beside its activation."""
+        found = []
+        for modality, samples in (("image", self.images), ("text", self.texts)):
+            for sample in samples:
+                record = sample.to_dict()
+                found.append({**record.pop("columns"), **record, "modality": modality})
+        return found
+
+    def _repr_html_(self) -> str:
+        """The pictures, then the texts, for a notebook."""
+        album = Album(self.roots, NOTEBOOK_SIDE)
+        parts = [f"<p>{html.escape(self.title)}</p>"]
+        if self.images:
+            parts.append(figures_html([(f"{sample.activation:.3f}", sample) for sample in self.images], album))
+        parts += [f"<p>{html.escape(_line(sample).strip())}</p>" for sample in self.texts]
+        return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         return {

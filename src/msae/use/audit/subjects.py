@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore
-from msae.data.store.labels import class_names
+from msae.data.store.labels import class_names, labelled_rows
 from msae.data.store.rows import PATH_COLUMNS
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
@@ -187,7 +187,9 @@ def _make_subject(
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
     other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
     theirs = labels if other is view else labels_of(other.store, target)
-    held = hold_out(other.store, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
+    held = hold_out(
+        other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed
+    )
     source = f"half of {store.path}" if train_store is None else str(other.store.path)
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
     subject = _with_given(view, labels, fitted, rows=held.on, n_train=len(held.train))
@@ -195,10 +197,6 @@ def _make_subject(
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
     return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
-
-
-def _labelled(labels: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
-    return np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
 
 
 def _training(

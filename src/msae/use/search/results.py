@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from msae.base.results import Result, shorten
+from msae.base.results import Result
 from msae.data.store import Row
-from msae.data.thumbnails import Album
+from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.standardize import Modality
 
 Space = Literal["embedding", "latent"]
-THUMBNAIL = 128
-"""Pixels of a picture's longer side in a notebook."""
 
 
 class Shared(NamedTuple):
@@ -114,11 +112,13 @@ class SearchResult(Result):
 
     def _repr_html_(self) -> str:
         """Pictures before and after the edits, for a notebook."""
-        sides = [("Before", self.before), ("After", self.hits)] if self.before else [("Found", self.hits)]
-        head = html.escape(self.to_text().splitlines()[0])
-        notes = "".join(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)
-        album = Album(self.roots, THUMBNAIL)
-        return f"<p>{head}</p>{notes}" + "".join(_side(title, hits, album) for title, hits in sides)
+        head, album = html.escape(self.to_text().splitlines()[0]), Album(self.roots, NOTEBOOK_SIDE)
+        parts = [f"<p>{head}</p>", *(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)]
+        before = [(f"{hit.rank_before}. {hit.score_before:.3f}", hit) for hit in self.before]
+        after = [(f"{hit.rank}. {hit.score:.3f}", hit) for hit in self.hits]
+        for title, hits in (("Before", before), ("After", after)) if before else (("Found", after),):
+            parts.append(f"<h4>{title}</h4>{figures_html(hits, album)}")
+        return "".join(parts)
 
     def to_text(self) -> str:
         """What `msae search` prints."""
@@ -138,18 +138,3 @@ class SearchResult(Result):
             text = "  ".join(part for part in (shares, hit.caption) if part)
             lines.append(f"{hit.rank:>4}  {hit.id:<{width}}  {hit.score:>8.3f}{moved}  {text}".rstrip())
         return "\n".join(lines)
-
-
-def _side(title: str, hits: Sequence[Hit], album: Album) -> str:
-    """Hits as a row of figures; whatever comes from the store is escaped."""
-    figures = []
-    for hit in hits:
-        source = album.uri(hit.path)
-        picture = f'<img src="{source}" alt="">' if source else ""
-        rank, score = (hit.rank_before, hit.score_before) if title == "Before" else (hit.rank, hit.score)
-        words = html.escape(shorten(hit.words, 60))
-        figures.append(
-            f'<figure style="display:inline-block;width:{THUMBNAIL}px;margin:4px;vertical-align:top">{picture}'
-            f"<figcaption>{rank}. {score:.3f} {words}</figcaption></figure>"
-        )
-    return f"<h4>{title}</h4><div>{''.join(figures)}</div>"

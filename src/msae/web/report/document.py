@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.base.files import is_writable
 from msae.concepts.gallery.mining import SAMPLES_FOLDER
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore, as_store
@@ -39,6 +40,7 @@ from msae.web.report.views import (
 )
 
 FILE = "report.html"
+CARD = "model card"
 LIMIT = 10_000_000
 """Bytes that no report reaches."""
 MAX_BESIDE = 31
@@ -60,16 +62,16 @@ class Report:
 
     path: Path
     card: Path | None
-    """The model card; None where a person wrote or edited the README.md of the run."""
+    """The model card; None where a person wrote or edited the README.md of the run, or it cannot be written."""
     size: int
     """Bytes of the page."""
     missing: tuple[Missing, ...]
 
     def to_text(self) -> str:
         lines = [f"{self.path}: {self.size / 1e6:.2f} MB, opens in any browser, offline"]
-        if self.card is None:
+        if self.card is None and all(one.section != CARD for one in self.missing):
             lines.append("README.md of the run was written or edited by hand and is left as it is")
-        else:
+        elif self.card is not None:
             lines.append(f"{self.card}: the model card")
         for section, why, line in self.missing:
             lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
@@ -112,7 +114,7 @@ def report(
     """
     folder = Path(run)
     facts = facts_of(folder)
-    path = _place(Path(out) if out is not None else folder / FILE)
+    path = _place(Path(out or facts.run.report_file or FILE))
     others = [facts_of(Path(one)) for one in beside if Path(one).resolve() != folder.resolve()]
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
@@ -121,7 +123,12 @@ def report(
     looked = _look(facts, on)
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
-    return Report(path, write_card(facts), len(text.encode()), tuple(missing))
+    card = None
+    try:
+        card = write_card(facts)
+    except OSError as err:
+        missing.append(Missing(CARD, f"{folder} cannot be written ({err.strerror})", None))
+    return Report(path, card, len(text.encode()), tuple(missing))
 
 
 def read_audit(file: Path) -> Audit:
@@ -143,6 +150,8 @@ def _place(path: Path) -> Path:
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {path} cannot be made; give another --out")
+    if not is_writable(parent):
+        raise ConfigError(f"{parent} cannot be written, so {path} cannot be made; give another place: --out {FILE}")
     return path
 
 
