@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
+from msae.base.records import of_record
 from msae.base.results import Result, shorten, text_table
 from msae.sae.run import Run, RunLike
 
@@ -310,11 +310,7 @@ def _cells(concept: Concept) -> list[str]:
 
 def _concept(entry: Mapping[str, Any], *, where: str) -> Concept:
     values = {key: value for key, value in entry.items() if key != "is_multimodal"}
-    agreement = values.pop("agreement")
-    concept = from_mapping(Concept, values, where=where)
-    if agreement is None:
-        return concept
-    return dataclasses.replace(concept, agreement=from_mapping(Agreement, agreement, where=where))
+    return of_record(Concept, values, where=where, error=RunError, remedy="name the latents again")
 
 
 def _candidates(line: str) -> tuple[Candidate, ...]:

@@ -162,15 +162,15 @@ class Stability:
 
 
 def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> Stability:
-    """Match the latents of every two runs, and find the concepts that come back in all of them.
+    """Match the latents of runs from several seeds, and list the concepts that come back in all of them.
 
-    The mean cosine of the matched decoder rows is the poster's figure. Runs that began from the same weights, as those
-    of one seed do, agree for that reason alone: such pairs are marked (`Pair.same_start`). Memory grows with d_sae, not
-    with its square.
+    Each pair of runs gets the mean cosine of its matched decoder rows, which is the paper's figure, and of its matched
+    encoder columns. Runs that began from the same weights, as those of one seed do, agree for that reason alone: such
+    pairs are marked. Memory grows with d_sae, not with its square.
 
     Args:
-        runs: At least two run folders or SAEs of one size.
-        threshold: A consensus concept has this decoder cosine, at least, between any two of its latents.
+        runs: At least two run folders of one size.
+        threshold: A concept comes back where any two of its latents have at least this cosine.
 
     Raises:
         ConfigError: Fewer than two runs, or a threshold that is no cosine.
