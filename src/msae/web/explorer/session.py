@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -94,6 +93,11 @@ class LoadedRun:
             return None if self.store is None else concept_tree(self.folder, self.store)
 
     @cached_property
+    def known_names(self) -> list[str]:
+        """Every name of a latent, once."""
+        return sorted({concept.name for concept in self.names or ()})
+
+    @cached_property
     def unit_rows(self) -> torch.Tensor:
         """The decoder's rows at length one."""
         return torch.nn.functional.normalize(self.sae.W_dec.detach(), dim=1)
@@ -103,7 +107,9 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                self._searchers[modality] = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                _ = searcher.index  # built here, once
+                self._searchers[modality] = searcher
             return self._searchers[modality]
 
     def audit(self, target: str) -> Audit:
@@ -145,13 +151,15 @@ class World:
         return next(iter(self.runs.values()))
 
     def prepare(self) -> None:
-        """Do what the first page and the first search would wait for: top samples, catalogue, index, metadata."""
-        if self.store is None:
-            return
+        """Do what the first page waits for: top samples, catalogue, metadata."""
         _ = self.first.catalogue
-        _ = self.store.metadata
-        for modality in self.store.modalities:
-            _ = self.first.searcher(modality).index
+        if self.store is not None:
+            _ = self.store.metadata
+
+    def prepare_search(self) -> None:
+        """Do what the first search waits for."""
+        for modality in self.first.modalities:
+            self.first.searcher(modality)
 
     @cached_property
     def has_pictures(self) -> bool:
@@ -161,6 +169,11 @@ class World:
     def targets(self) -> dict[str, int]:
         """Columns that can be audited, with their numbers of classes."""
         return {} if self.store is None else target_columns(self.store)
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Columns that cannot be audited, with the reasons."""
+        return {}
 
     def evaluations(self) -> list[Evaluation]:
         """What `msae evaluate` left in the run folders of their present weights, as far as it can be compared.
@@ -295,11 +308,3 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     except MsaeError as err:
         return None, f"The store that the run was trained on cannot be opened ({err})."
     return store, None
-
-
-def offline() -> None:
-    """No library that is loaded from here on asks another machine for anything."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ[name] = "1"
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

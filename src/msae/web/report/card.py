@@ -11,8 +11,8 @@ from typing import Any
 from msae.base.errors import RunError
 from msae.base.files import atomic_path
 from msae.measure.evaluate import Evaluation, Kept
+from msae.web.page import shorten
 from msae.web.report.facts import Facts
-from msae.web.report.page import shorten
 
 FILE = "README.md"
 MARK = "<!-- made by msae report; edit above this line and it will be left alone; sha256 "

@@ -19,8 +19,9 @@ from msae.measure.evaluate.table import COLUMNS, meanings_of
 from msae.sae.model import check_fit, weights_hash
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
+from msae.web import page
 from msae.web.report import audit as audit_page
-from msae.web.report import figures, page
+from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
 from msae.web.report.facts import Facts, facts_of
@@ -107,7 +108,6 @@ def report(
         RunError: A run is missing or damaged.
         StoreError: The store is missing, damaged, or does not fit the run.
         ConfigError: `out` is no place for a page, `audit` no audit, or there are too many runs.
-        MissingDependencyError: jinja2, matplotlib or pillow is not installed.
     """
     folder = Path(run)
     facts = facts_of(folder)
@@ -116,7 +116,6 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
-    figures.new_figure()  # a missing matplotlib is said before the work, not after it
     looked = _look(facts, on)
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
@@ -209,7 +208,7 @@ class _Draft:
     def page(self) -> str:
         facts, tables = self.facts, self._tables()
         return page.render(
-            "report.html",
+            "report/report.html",
             facts=facts,
             version=__version__,
             store=self.looked and self.looked.store,
@@ -223,7 +222,6 @@ class _Draft:
             tree=self._tree(),
             search=self._search(),
             audit=self._audit(),
-            audit_style=audit_page.STYLE,
             missing={one.section: one for one in self.missing},
             album=self.album,
         )

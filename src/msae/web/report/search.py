@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.use.search import Hit, SearchResult
-from msae.web.report import page
+from msae.web import page
 from msae.web.report.pictures import Album
 
 SIDE = 160
@@ -17,17 +17,13 @@ SIDE = 160
 
 
 def write_page(result: SearchResult, path: str | Path) -> None:
-    """Write the page of a search to `path`, atomically.
-
-    Raises:
-        MissingDependencyError: jinja2 or pillow is not installed.
-    """
+    """Write the page of a search to `path`, atomically."""
     page.write_page(render(result), Path(path))
 
 
 def render(result: SearchResult) -> str:
     """The page; whatever comes from the store or the command line is escaped."""
-    return page.render("search.html", result=result, **parts(result, Album(result.roots, SIDE)))
+    return page.render("report/search.html", result=result, **parts(result, Album(result.roots, SIDE)))
 
 
 def parts(result: SearchResult, album: Album) -> dict[str, Any]:

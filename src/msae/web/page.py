@@ -1,17 +1,16 @@
-"""The frame of every page: one file that opens offline, light or dark, at any width, and prints."""
+"""Every page is made here: jinja2 templates in `templates/`, which escape whatever is no markup, and one style."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msae.base.errors import MissingDependencyError
+import jinja2
+from markupsafe import Markup
+
 from msae.base.files import atomic_path
-
-if TYPE_CHECKING:
-    import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -19,13 +18,9 @@ LONGEST = 240
 """Characters of a caption or name that a page shows."""
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package with `values`, of which whatever is no `Markup` is escaped.
-
-    Raises:
-        MissingDependencyError: jinja2 is not installed.
-    """
-    return _environment().get_template(template).render(**values)
+def render(template: str, **values: Any) -> Markup:
+    """A template with `values`, of which whatever is no `Markup` is escaped."""
+    return Markup(_environment().get_template(template).render(**values))  # noqa: S704 - escaped by the template
 
 
 def write_page(page: str, path: Path) -> None:
@@ -40,12 +35,20 @@ def shorten(value: object, length: int = LONGEST) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for people; a dash where there is none."""
+    return "-" if value is None or value != value else f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent; a dash where there is none."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
+
+
 @cache
 def _environment() -> jinja2.Environment:
-    try:
-        import jinja2
-    except ImportError as err:
-        raise MissingDependencyError.of("jinja2", extra="report") from err
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -53,5 +56,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = shorten
+    environment.filters |= {"short": shorten, "number": number, "share": share, "count": lambda n: f"{n:,}"}
     return environment
