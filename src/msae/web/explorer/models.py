@@ -15,7 +15,7 @@ from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report import figures
-from msae.web.report.facts import read_metrics
+from msae.web.report.facts import HEADINGS, read_metrics
 from msae.web.report.figures import RecoveryMeasure, TrainingMeasure
 
 RECOVERY: tuple[RecoveryMeasure, ...] = ("fvu_per_sample", "cosine", "cknna")
@@ -71,6 +71,7 @@ def _table(evaluations: list[Evaluation]) -> dict[str, Any]:
     }
     return {
         "rows": rows,
+        "head": [HEADINGS.get(title, title) for title in rows[0]],
         "meanings": meanings_of(rows[0]),
         "on": list(dict.fromkeys(f"{e.n:,} {e.modality} rows of {Path(e.on).name}" for e in evaluations)),
         "notes": list(dict.fromkeys(note for e in evaluations for note in e.notes)),

@@ -46,6 +46,8 @@ MEANINGS = {
     "accuracy": "of all rows",
     "accuracy, levelled": "of all rows, with the concept at its mean in every row",
 }
+MAX_GROUPS = 6
+"""More groups than these have their labels upright."""
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 
@@ -180,13 +182,16 @@ def _draw_boxes(
 
 
 def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
-    axes.set(title="accuracy, and (red) with the concept levelled", ylim=(0, 1.02))
+    axes.set(title="accuracy; in red, with the concept at its mean", ylim=(0, 1.02))
     known = [group for group in (concept.debiasing.groups if concept.debiasing else ()) if group.accuracy is not None]
     for place, group in enumerate(known):
         axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
         axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
     labels = [plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
-    axes.set_xticks(range(len(known)), labels, fontsize=7)
+    crowded = len(known) > MAX_GROUPS
+    if crowded:
+        labels = [label.replace("\n", " ") for label in labels]
+    axes.set_xticks(range(len(known)), labels, fontsize=6 if crowded else 7, rotation=90 if crowded else 0)
     if not known:
         axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
 

@@ -24,7 +24,7 @@ from msae.web.report import audit as audit_page
 from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
-from msae.web.report.facts import Facts, facts_of
+from msae.web.report.facts import HEADINGS, Facts, facts_of
 from msae.web.report.pictures import Album
 from msae.web.report.views import (
     N_CONCEPTS,
@@ -180,6 +180,8 @@ class Table(NamedTuple):
     """The poster's table on one store."""
 
     title: str
+    terms: list[str]
+    """The short names of the columns."""
     columns: list[str]
     rows: list[tuple[bool, list[Cell]]]
     """Whether it is the report's own run, and its cells."""
@@ -213,7 +215,7 @@ class _Draft:
             version=__version__,
             store=self.looked and self.looked.store,
             tables=tables,
-            meanings=meanings_of(tables[0].columns) if tables else {},
+            meanings=meanings_of(tables[0].terms) if tables else {},
             recovery=self._recovery(),
             training=self._training(),
             concepts=self._concepts(),
@@ -234,8 +236,8 @@ class _Draft:
         for kept in self.facts.evaluations[:MAX_TABLES]:
             compared = self._of_subject(kept.subject)
             rows = table_rows([replace(one.evaluation, run=name) for name, one in compared.items()])
-            arrows = {column.title: {"up": " ↑", "down": " ↓"}[column.better] for column in COLUMNS}
-            titles = [title + arrows.get(title, "") for title in rows[0]]
+            arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
+            titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
             mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
                 e.inference, f"the {e.k} strongest latents kept"
@@ -243,7 +245,7 @@ class _Draft:
             title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
-            tables.append(Table(title, titles, list(zip(ours, cells, strict=True)), kept.labels))
+            tables.append(Table(title, list(rows[0]), titles, list(zip(ours, cells, strict=True)), kept.labels))
         if not tables:
             self._lacks(
                 "quality", "this run has not been evaluated", "evaluate", self.facts.folder, "--on", self.store_word

@@ -23,6 +23,17 @@ KINDS: Mapping[str, str] = {
     "relu": "ReLU SAE with an L1 penalty",
 }
 
+HEADINGS: Mapping[str, str] = {
+    "FVU": "variance lost (FVU)",
+    "CS": "cosine (CS)",
+    "LP (KL)": "probe, KL (LP)",
+    "LP (Acc)": "probe, agreement (LP)",
+    "CKNNA": "neighbours kept (CKNNA)",
+    "DO": "decoder overlap (DO)",
+    "NDN eval (train)": "never fire, here (in training) (NDN)",
+}
+"""The columns of the table of measures on a page: a measure in words, and its short name in the table of the paper."""
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:

@@ -31,8 +31,7 @@ def parts(result: SearchResult, album: Album) -> dict[str, Any]:
     after = [(hit, album.uri(hit.path), *_after(hit, bool(result.edits))) for hit in result.hits]
     sides: list[tuple[str, list[Any]]] = [("Found", after)]
     if result.before:
-        n = len(result.before)
-        before = [(hit, album.uri(hit.path), *_before(hit, n)) for hit in result.before]
+        before = [(hit, album.uri(hit.path), *_before(hit)) for hit in result.before]
         sides = [("Before", before), ("After", after)]
     return {"sides": sides, "query": _query_picture(result, album)}
 
@@ -43,9 +42,8 @@ def _after(hit: Hit, is_edited: bool) -> tuple[int, str, bool]:
     return hit.rank, f"was {hit.rank_before:,} · {hit.score_before:.3f} → {hit.score:.3f}", hit.rank_before > hit.rank
 
 
-def _before(hit: Hit, n: int) -> tuple[int, str, bool]:
-    gone = "falls" if hit.rank > n else "now"
-    return hit.rank_before, f"{hit.score_before:.3f} · {gone} {hit.rank:,}", False
+def _before(hit: Hit) -> tuple[int, str, bool]:
+    return hit.rank_before, f"{hit.score_before:.3f} · now {hit.rank:,}", False
 
 
 def _query_picture(result: SearchResult, album: Album) -> str | None:

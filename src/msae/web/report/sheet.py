@@ -106,7 +106,7 @@ def _title(gallery: Gallery) -> str:
 
 
 def _subtitle(gallery: Gallery) -> str:
-    return "    ".join(
+    return "; ".join(
         f"{modality}s: fires in {known['firing_rate']:.1%}, median {known['p50']:.2f}, p99 {known['p99']:.2f}"
         for modality, known in gallery.statistics.items()
     )
