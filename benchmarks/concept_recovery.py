@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from msae.base.statistics import aurocs as all_aurocs
+from msae.base.statistics import wilson
 from msae.concepts import evidence
-from msae.concepts.hierarchy import wilson
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.store import EmbeddingStore, StorePart, write_store
@@ -148,7 +149,7 @@ def recover(train_scores: np.ndarray, judge_scores: np.ndarray, world: World, *,
 def best_columns(
     scores: np.ndarray, truth: Mapping[Target, np.ndarray], *, both_signs: bool
 ) -> dict[Target, tuple[int, int]]:
-    values = evidence.aurocs(scores, [np.flatnonzero(rows) for rows in truth.values()])
+    values = all_aurocs(scores, [np.flatnonzero(rows) for rows in truth.values()])
     chosen = {}
     for i, target in enumerate(truth):
         high, low = int(values[:, i].argmax()), int(values[:, i].argmin())
@@ -158,7 +159,7 @@ def best_columns(
 
 
 def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
-    return float(evidence.aurocs(scores[:, None], [np.flatnonzero(truth)])[0, 0])
+    return float(all_aurocs(scores[:, None], [np.flatnonzero(truth)])[0, 0])
 
 
 def best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -185,7 +186,7 @@ def pure_latents(z: np.ndarray, truth: Mapping[Target, np.ndarray]) -> int:
 
 def true_targets(z: np.ndarray, truth: Mapping[Target, np.ndarray]) -> list[Target]:
     """What each latent stands for: the value that its activation separates best."""
-    values = evidence.aurocs(z, [np.flatnonzero(rows) for rows in truth.values()])
+    values = all_aurocs(z, [np.flatnonzero(rows) for rows in truth.values()])
     targets = list(truth)
     return [targets[int(i)] for i in values.argmax(1)]
 

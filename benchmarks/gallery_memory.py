@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.concepts.gallery import activations, top_samples
+from msae.concepts.gallery import top_samples
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
+from msae.sae.view import View
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def make_sae(store: EmbeddingStore, d_sae: int) -> SAE:
 
 def is_brute_force(sae: SAE, store: EmbeddingStore, n: int) -> bool:
     """Whether the streamed answer is that of a stable sort of all activations held at once."""
-    z = np.concatenate(list(activations(sae, store, "image")))
+    z = torch.cat(list(View(sae, store, "image").activations())).numpy()
     samples = top_samples(sae, store, n=n)
     for latent in range(sae.d_sae):
         order = np.argsort(-z[:, latent], kind="stable")[:n]

@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msae.concepts.gallery import activations, concept_tree
+from msae.concepts.gallery import concept_tree
 from msae.concepts.hierarchy import Activity, Edge, Hierarchy, find_hierarchy, score_pairs
 from msae.concepts.naming import name
 from msae.concepts.stability import unit_rows
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
+from msae.sae.view import View
 from results import write_section
 
 Concepts = dict[str, NDArray[np.bool_]]
@@ -166,8 +167,8 @@ def of_labels(store: EmbeddingStore, column: str) -> tuple[Concepts, Pairs]:
 def fires_on(sae: SAE, store: EmbeddingStore, rows: NDArray[np.int64], k: int | None) -> Activity:
     """Who fires on these rows."""
     activity = Activity(sae.d_sae)
-    for z in activations(sae, store, "image", k=k, rows=rows):
-        activity.add(z > 0)
+    for z in View(sae, store, "image", k=k).activations(rows=rows):
+        activity.add((z > 0).numpy())
     return activity
 
 

@@ -22,8 +22,7 @@ import pyarrow as pa
 import torch
 
 from msae import train
-from msae.base.statistics import cliffs_delta, net_wins
-from msae.concepts.hierarchy import wilson
+from msae.base.statistics import cliffs_delta, net_wins, wilson
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embedder import Embedder
@@ -31,6 +30,7 @@ from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.demo.drawing import render
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from msae.sae.model import SAE
+from msae.sae.view import View
 from msae.use.audit import Audit, ConceptAudit, audit
 from msae.use.classifier import LinearClassifier
 from results import write_section
@@ -221,8 +221,8 @@ def trial(world: World, strength: float, seed: int, planted: str, edits: Mapping
             world.sae, stores[1], "shape", train_store=stores[0], names=world.groups, positive=SHAPES[1], seed=seed
         )
         subject = make_subject(
-            world.sae, stores[1], "image", target="shape", classifier=None, class_texts=None, train_store=stores[0],
-            seed=seed,
+            View(world.sae, stores[1], "image"),
+            target="shape", classifier=None, class_texts=None, train_store=stores[0], seed=seed,
         )  # fmt: skip
     shape, hat = world.shape[rows.test], world.hat[rows.test]
     x = torch.from_numpy(world.pool.take(rows.test, "image"))
@@ -241,7 +241,7 @@ def summary(found: Audit, planted: str) -> dict[str, Any]:
         test: [
             one.name for one in found.concepts if one.name in nuisance and (a := getattr(one, test)) and a.q < 0.05
         ]
-        for test in ("taught", "given_true", "by_predicted", "by_true")
+        for test in ("train_shift", "given_true", "by_predicted", "by_true")
     }  # fmt: skip
     rank = order.index(planted) + 1 if planted in order else None
     by_effect = [one.name for one in sorted(found.concepts, key=lambda one: -one.effect)]
@@ -283,7 +283,7 @@ def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s, some in by.items():
-        alarms = [one["alarms"]["taught"] for one in some]
+        alarms = [one["alarms"]["train_shift"] for one in some]
         cells = [
             np.mean([one["rank"] == 1 for one in some]),
             np.mean([one["rank_with_own_words"] == 1 for one in some]),

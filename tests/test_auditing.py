@@ -1,5 +1,6 @@
 """Laws of `audit`: closed forms against decoding every row anew, honest p-values, one clear line for bad input."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from msae.base.errors import ConfigError, RunError, StoreError
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
-from msae.use.audit import audit
-from msae.use.audit.association import associate, taught
+from msae.use.audit import Audit, audit
+from msae.use.audit.association import PermutationTests
 from msae.use.audit.controls import matched_groups, profile_of
 from msae.use.audit.subjects import target_columns
 from msae.use.classifier import LinearClassifier
 from tests.oracles import audits as oracle
-from tests.oracles import effects as effects_oracle
+from tests.oracles import statistics as statistics_oracle
 
 D_IN, D_SAE, N = 12, 24, 600
 NAMES = {"own": [0], "planted": [1], "pair": [2, 3], "other": [4], "silent": [5], "rest": [6, 7, 8]}
@@ -150,9 +151,11 @@ def test_a_planted_correlation_is_found_and_removing_it_helps_the_worst_group(fo
     assert planted.control.beaten >= 0.9  # the one random latent that may beat it is the class itself
     assert planted.effect > 2 * planted.control.set_p50
     assert planted.debiasing.worst_levelled > planted.debiasing.worst + 0.1
-    assert planted.test == "taught" and planted.taught.q < 0.05
+    assert planted.test == "train_shift" and planted.train_shift.q < 0.05
     # its direction is not orthogonal to the others', so they carry some of it
-    assert planted.taught.effect_size == max(one.taught.effect_size for one in found.concepts if one.taught)
+    assert planted.train_shift.effect_size == max(
+        one.train_shift.effect_size for one in found.concepts if one.train_shift
+    )
 
 
 def test_on_the_unbiased_twin_nothing_is_reported(sae, store, folder):
@@ -161,26 +164,24 @@ def test_on_the_unbiased_twin_nothing_is_reported(sae, store, folder):
     assert result.reported() == []
 
 
-def test_taught_counts_every_pair_of_a_training_and_another_row_of_one_class():
+def test_train_shift_counts_every_pair_of_a_training_and_another_row_of_one_class():
     rng = np.random.default_rng(0)
     strengths = (rng.gamma(2, 1, (60, 2)) * (rng.random((60, 2)) < 0.6)).astype(np.float32)
     is_training, truth = rng.random(60) < 0.5, rng.integers(0, 3, 60)
-    draw = {"n_permutations": 50, "n_resamples": 10, "rng": rng}
-    found = taught(strengths, is_training, truth, ("a", "b", "c"), positive=1, **draw)
+    found = PermutationTests(("a", "b", "c"), 1, 50, rng).train_shift(strengths, is_training, truth)
     for one, column in zip(found, strengths.T, strict=True):
         sides = [
-            effects_oracle.cliffs_delta(column[side], is_training[side], truth[side])
+            statistics_oracle.cliffs_delta(column[side], is_training[side], truth[side])
             for side in (truth == 1, truth != 1)
         ]
         assert one.effect_size == pytest.approx((sides[0] - sides[1]) / 2, abs=1e-6)
 
 
-def test_taught_p_values_are_uniform_where_training_and_audited_rows_are_alike():
+def test_train_shift_p_values_are_uniform_where_training_and_audited_rows_are_alike():
     rng = np.random.default_rng(2)
     truth = rng.integers(0, 2, 400)
     strengths = (truth[:, None] + rng.normal(size=(400, 400))).clip(0).astype(np.float32)  # all follow the class
-    draw = {"n_permutations": 1000, "n_resamples": 10, "rng": rng}
-    found = taught(strengths, np.arange(400) < 150, truth, ("a", "b"), positive=1, **draw)
+    found = PermutationTests(("a", "b"), 1, 1000, rng).train_shift(strengths, np.arange(400) < 150, truth)
     assert scipy.stats.kstest([one.p for one in found], "uniform").pvalue > 0.01
 
 
@@ -205,7 +206,7 @@ def test_json_has_the_contracts_keys_and_no_nan(found):
     wanted = {"latent", "name", "effect_size", "p", "q", "remove", "set_p99", "flip_rate", "control", "class"}
     for concept in data["concepts"]:
         assert wanted <= set(concept)
-    assert "planted" in found.table()
+    assert "planted" in found.to_text()
 
 
 def test_p_values_of_shuffled_predictions_are_uniform():
@@ -214,9 +215,7 @@ def test_p_values_of_shuffled_predictions_are_uniform():
     truth = rng.integers(0, 2, 300)
     predicted = np.where(rng.random(300) < 0.8, truth, 1 - truth)  # independent of every column, given the truth
     for labels, strata in ((predicted, truth), (predicted, np.zeros(300, int))):
-        some = associate(
-            strengths, labels, strata, ("a", "b"), positive=1, n_permutations=1000, n_resamples=10, rng=rng
-        )
+        some = PermutationTests(("a", "b"), 1, 1000, rng).associate(strengths, labels, strata)
         assert scipy.stats.kstest([one.p for one in some], "uniform").pvalue > 0.01
 
 
@@ -225,9 +224,9 @@ def test_given_the_truth_a_concept_that_only_follows_the_truth_is_not_reported()
     truth = rng.integers(0, 2, 1000)
     predicted = np.where(rng.random(1000) < 0.9, truth, 1 - truth)
     strengths = (truth + rng.normal(size=1000)).clip(0).astype(np.float32)[:, None]
-    draw = {"positive": 1, "n_permutations": 999, "n_resamples": 10, "rng": rng}
-    one = associate(strengths, predicted, np.zeros(1000, int), ("a", "b"), **draw)[0]
-    other = associate(strengths, predicted, truth, ("a", "b"), **draw)[0]
+    tests = PermutationTests(("a", "b"), 1, 999, rng)
+    one = tests.associate(strengths, predicted, np.zeros(1000, int))[0]
+    other = tests.associate(strengths, predicted, truth)[0]
     assert one.p < 0.01 < 0.05 < other.p
     assert abs(other.effect_size) < 0.1 < one.effect_size
 
@@ -254,6 +253,68 @@ def test_a_concept_that_never_fires_says_so(found, store):
     silent = found["silent"]
     assert silent.note == f"never fires on {store.path}"
     assert silent.remove is silent.main is silent.control is None and silent.effect == 0
+
+
+def test_one_test_is_reported_for_all_concepts_and_its_q_values_are_one_family(sae, store, biased, found):
+    assert {one.test for one in found.concepts} == {"train_shift"} and found.settings["test"] == "train_shift"
+    for name in ("by_predicted", "by_true", "given_true", "train_shift"):
+        tested = [one for concept in found.concepts if (one := getattr(concept, name)) is not None]
+        wanted = scipy.stats.false_discovery_control([one.p for one in tested])
+        assert [one.q for one in tested] == pytest.approx(list(wanted))
+    assert [one.name for one in found.reported()] == [
+        one.name for one in found.concepts if one.train_shift and one.train_shift.q < 0.05
+    ]
+    without = audit(sae, store, "y", names=NAMES, n_permutations=20)
+    assert {one.test for one in without.concepts} == {"given_true"} == {without.settings["test"]}
+
+
+def test_a_concept_is_found_by_its_name_in_any_case_and_an_unknown_one_is_one_line(found):
+    assert found["Planted"] is found["planted"]
+    with pytest.raises(ConfigError, match="no concept 'plantd' was audited; did you mean 'planted'"):
+        found["plantd"]
+
+
+def test_the_table_has_six_columns_and_says_what_each_means(found):
+    text = found.to_text()
+    head = next(line for line in text.splitlines() if line.startswith("concept"))
+    assert [one.strip() for one in head.split("  ") if one.strip()] == [
+        "concept", "pushes", "by", "q", "rows", "worst group",
+    ]  # fmt: skip
+    line = next(line for line in text.splitlines() if line.startswith("planted"))
+    planted = found["planted"]
+    assert "towards b" in line and f"{planted.effect:.3f} ({planted.control.largest:.3f})" in line
+    assert f"{planted.debiasing.worst:.3f} > {planted.debiasing.worst_levelled:.3f} levelled" in line
+    assert f"{round(planted.firing_rate * N)}" in line and f"{planted.train_shift.q:.2g}" in line
+    assert "(test train_shift)" in text and "random latents" in text
+    silent = next(line for line in text.splitlines() if line.startswith("silent"))
+    assert silent.split() == ["silent", "-", "-", "-", "0", "-"]
+
+
+def test_a_result_is_a_table_for_pandas_and_reads_well_in_a_notebook(found):
+    pandas = pytest.importorskip("pandas")
+    frame = found.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and list(frame.name) == [one.name for one in found.concepts]
+    assert frame.set_index("name").effect["planted"] == found["planted"].effect
+    assert json.loads(found.to_json()) == json.loads(json.dumps(found.to_dict()))
+    assert repr(found) == found.to_text() and "Association(" not in repr(found["planted"])
+    evil = dataclasses.replace(found["planted"], name="<script>")
+    assert "<script>" not in evil._repr_html_() and "&lt;script&gt;" in evil._repr_html_()
+
+
+def test_an_audit_of_another_version_is_one_line(found):
+    text = found.to_json().replace('"test": "train_shift"', '"test": "taught"')
+    with pytest.raises(ConfigError, match="reports the test 'taught' of another version of msae; audit again"):
+        Audit.from_json(text, where="a.json")
+
+
+def test_the_change_of_one_edited_row_has_no_narrow_interval(sae, folder):
+    x, labels = world(40, seed=6)
+    rows = sae.encode(torch.from_numpy(x))[:, 1] > 0
+    one = int(np.flatnonzero(rows.numpy())[0])
+    keep = [i for i in range(40) if not rows[i] or i == one]
+    few = make_store(folder / "one.store", x[keep], [labels[i] for i in keep])
+    effect = audit(sae, few, classifier=coefficients(), names={"planted": [1]}, n_permutations=20)["planted"].remove
+    assert effect.n == 1 and (effect.low, effect.high) == (-1.0, 1.0)
 
 
 def test_missing_labels_are_left_out_and_counted(sae, folder, biased):
@@ -337,7 +398,11 @@ CASES = {
     "two classifiers": ("ConfigError", {"classifier": "x.npz", "class_texts": {}}, "keep one of them"),
     "no file": ("ConfigError", {"classifier": "missing.npz"}, "missing.npz does not exist"),
     "no names": ("RunError", {"names": "nowhere"}, "or audit every latent with --all-latents"),
-    "no encoder": ("ConfigError", {"class_texts": {"a": "a", "b": "b"}}, "does not say which model"),
+    "no encoder": (
+        "ConfigError",
+        {"class_texts": {"a": "a", "b": "b"}},
+        "which --class-texts needs; a store made by msae embed says it",
+    ),
     "unknown sweep": ("StoreError", {"sweep_id": "row 9999"}, "has no row with the id 'row 9999'"),
 }
 

@@ -258,12 +258,14 @@ def test_a_resumed_run_embeds_nothing_twice_and_ends_in_the_same_bytes(stop_at, 
     options = {"encoder": clip, "batch_size": 2, "shard_rows": 7, "workers": 1}  # chunks of 8 samples
     embed(samples(39), out=tmp_path / "whole.store", **options)
     out = tmp_path / "x.store"
-    with pytest.raises(Interrupted, match=r"interrupted; .* to go on, type: msae embed samples --encoder"):
+    with pytest.raises(
+        Interrupted, match=r"interrupted; .* to go on, type: msae\.embed\(SOURCE, encoder=.*, shard_rows=7\)$"
+    ):
         embed(samples(39, stop_at=stop_at), out=out, **options)
     n_kept = 8 * len(list(out.glob(".partial/chunks/*")))
     assert n_kept >= stop_at - 32  # some samples were read ahead
     if n_kept:
-        with pytest.raises(StoreError, match="unfinished: embedding was interrupted; to go on, type: msae embed"):
+        with pytest.raises(StoreError, match=r"unfinished: embedding was interrupted; to go on, type: msae\.embed\("):
             EmbeddingStore.open(out)
     else:
         assert not out.exists()
@@ -323,7 +325,7 @@ def test_an_unfinished_store_goes_on_only_as_it_was_begun(encoders, clip, tmp_pa
     with pytest.raises(Interrupted, match="interrupted"):
         embed(samples(39, stop_at=36), encoder=clip, out=out, batch_size=2)
     before = files(out)
-    with pytest.raises(StoreError, match=r"was begun with .*; to go on, type: msae embed samples"):
+    with pytest.raises(StoreError, match=r"was begun with .*; to go on, type: msae\.embed\(SOURCE, "):
         embed(samples(40), encoder=clip, out=out, batch_size=2)
     with pytest.raises(StoreError, match=r"was begun with encoder .*clip; to go on"):
         embed(samples(39), encoder=encoders["siglip"], out=out, batch_size=2, dtype="float32")

@@ -1,7 +1,26 @@
+import os
+import time
+
 import pytest
 
 from msae.base.errors import RunError
-from msae.base.files import atomic_folder, atomic_path, read_json, remove_leftovers, write_json
+from msae.base.files import (
+    atomic_folder,
+    atomic_path,
+    cache_folders,
+    read_json,
+    remembered,
+    remove_leftovers,
+    writable_cache,
+    write_json,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -48,3 +67,53 @@ def test_unreadable_json_is_one_clear_line(text, message, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RunError, match=message):
         read_json(tmp_path / "a.json", schema_version=1, error=RunError)
+
+
+def test_a_remembered_value_is_computed_again_when_a_file_changes_size_or_time(tmp_path):
+    file = tmp_path / "x"
+    file.write_text("one")
+    long_ago = time.time_ns() - 10**12
+    os.utime(file, ns=(long_ago, long_ago))
+    calls = []
+
+    def compute():
+        calls.append(file.read_text())
+        return calls[-1]
+
+    assert [remembered("text", [file], compute) for _ in range(3)] == ["one"] * 3 and len(calls) == 1
+    file.write_text("two")  # as long as before, another time
+    os.utime(file, ns=(long_ago + 1, long_ago + 1))
+    assert [remembered("text", [file], compute) for _ in range(2)] == ["two"] * 2 and len(calls) == 2
+    file.write_text("three")  # another length at the same time
+    os.utime(file, ns=(long_ago + 1, long_ago + 1))
+    assert remembered("text", [file], compute) == "three"
+    assert remembered("other", [file], lambda: "else") == "else"
+
+
+def test_a_file_that_has_just_changed_is_not_trusted_to_show_its_next_change(tmp_path):
+    file = tmp_path / "x"
+    for text in ("one", "two"):
+        file.write_text(text)
+        os.utime(file)
+        moment = file.stat().st_mtime_ns // 10**9 * 10**9  # as coarse a clock as some disks have
+        os.utime(file, ns=(moment, moment))
+        assert remembered("text", [file], file.read_text) == text
+
+
+def test_a_value_is_computed_where_nothing_can_be_remembered(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "x"
+    file.write_text("one")
+    os.utime(file, ns=(10**18, 10**18))
+    assert remembered("text", [file], file.read_text) == "one"
+
+
+def test_a_cache_that_cannot_lie_in_its_place_lies_in_the_users_cache_folder(tmp_path, own_cache):
+    (tmp_path / "run").write_text("a file where a folder should be")
+    for place in (tmp_path / "run" / "samples", tmp_path / "other" / "samples"):
+        own, spare = cache_folders(place)
+        assert own == place and own_cache in spare.parents
+    assert writable_cache(tmp_path / "run" / "samples") == cache_folders(tmp_path / "run" / "samples")[1]
+    assert writable_cache(tmp_path / "other" / "samples") == tmp_path / "other" / "samples"
+    assert cache_folders(tmp_path / "a" / "samples")[1] != cache_folders(tmp_path / "b" / "samples")[1]

@@ -11,15 +11,17 @@ import torch
 
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.gallery import activations, gallery, magnitudes, top_samples
+from msae.concepts.gallery import gallery, magnitudes, top_samples
 from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.samples import Origin, SampleMiner, TopSamples, bin_edges
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.run import Run
 from msae.sae.standardize import Standardizer, Statistics, fit_statistics
+from msae.sae.view import View
 from tests.oracles import galleries as oracle
 
-ORIGIN = Origin("somewhere", "f" * 32, "a" * 32, "image", "trained", "run")
+ORIGIN = Origin("somewhere", "f" * 40, "e" * 40, "a" * 32, "image", "trained", "run")
 LEVELS = (4, 8, 32)
 
 
@@ -189,6 +191,61 @@ def test_second_gallery_is_read_from_the_run_and_a_retrained_sae_is_mined_again(
     assert len(mined) == 4
 
 
+def with_changed_row(store, row=60):
+    """The store after one row was overwritten in place."""
+    for file in sorted((store.path / "img_emb").iterdir()):
+        x = np.load(file)
+        if row < len(x):
+            x[row] *= -1
+            np.save(file, x)
+            break
+        row -= len(x)
+    (store.path / "store.json").unlink()  # else the store is refused as damaged
+    return EmbeddingStore.open(store.path)
+
+
+def test_a_changed_row_is_mined_again(store, run):
+    before = top_samples(run, store)
+    after = top_samples(run, with_changed_row(store))
+    np.testing.assert_array_equal(
+        after.rows, top_samples(SAE.load(run), after_store := EmbeddingStore.open(store.path)).rows
+    )
+    assert not np.array_equal(before.rows, after.rows) and after.origin.fingerprint == after_store.fingerprint
+
+
+def test_changed_ids_are_seen_without_mining_again(store, run, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = gallery(run, store, latent=3)
+    for file in (store.path / "metadata").iterdir():
+        table = pq.read_table(file)
+        named = pa.array([f"new {id}" for id in table["id"].to_pylist()])
+        pq.write_table(table.set_column(0, "id", named), file)
+    changed = EmbeddingStore.open(store.path)
+    monkeypatch.delattr("msae.concepts.gallery.mining.SampleMiner")
+    for _ in range(2):
+        again = gallery(run, changed, latent=3)
+        assert [sample.id for sample in again.images] == [f"new {sample.id}" for sample in first.images]
+        assert top_samples(run, changed).ids[again.images[0].row] == again.images[0].id
+
+
+def test_a_run_that_cannot_be_written_has_its_samples_in_the_users_cache(store, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (run / "samples").write_text("a file where a folder should be")
+    first = gallery(run, store, latent=3)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+    monkeypatch.delattr("msae.concepts.gallery.mining.SampleMiner")  # nothing is mined
+    assert gallery(run, store, latent=3) == first
+
+
+def test_where_nothing_can_be_written_a_gallery_is_made_each_time(store, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for place in (tmp_path / "cache", run / "samples"):
+        place.write_text("a file where a folder should be")
+    assert gallery(run, store, latent=3) == gallery(run, store, latent=3)
+
+
 def test_damaged_cache_is_mined_again(store, run):
     first = gallery(run, store, latent=3)
     for file in (run / "samples").iterdir():
@@ -203,7 +260,7 @@ def test_top_samples_survive_their_files(tmp_path):
     loaded = TopSamples.load(file)
     for field in dataclasses.fields(TopSamples):
         np.testing.assert_array_equal(getattr(samples, field.name), getattr(loaded, field.name))
-    assert json.loads(file.read_text())["schema_version"] == 1
+    assert json.loads(file.read_text())["schema_version"] == 2
 
 
 def test_files_of_two_minings_are_refused(tmp_path):
@@ -249,7 +306,7 @@ def test_captions_with_newlines_and_repeated_ids_stay_with_their_rows(tmp_path):
 
 def test_magnitudes_are_the_histograms_of_all_latents_together(store):
     sae = make_sae(store, "image")
-    z = np.concatenate(list(activations(sae, store, "image")))
+    z = torch.cat(list(View(sae, store, "image").activations())).numpy()
     found = magnitudes(top_samples(sae, store))
     np.testing.assert_array_equal(found.nonzero, oracle.histogram(z, found.edges))
     np.testing.assert_array_equal(found.row_maxima, oracle.histogram(z.max(1), found.edges))
@@ -271,6 +328,16 @@ def test_concept_is_its_nearest_latent_and_the_others_are_told(store, named_run)
     assert (found.latent, found.name, found.alike) == (9, "dog", (5,))
     assert found.images == gallery(named_run, store, latent=9).images
     assert gallery(named_run, store, latent=0).name is None
+
+
+def test_names_of_other_weights_are_refused(store, run):
+    other = make_sae(store, "image", "text", seed=9)
+    record = {"sae": Run.open(run).weights}
+    ConceptNames("evidence", 32, (Concept(3, "poodle", 0.5, 0.1),), record=record).save(run)
+    assert gallery(run, store, latent=3).name == "poodle"
+    other.save(run)
+    with pytest.raises(RunError, match=r"names the latents of other weights .* type: msae name"):
+        gallery(run, store, latent=3)
 
 
 def test_unknown_concept_names_the_nearest(store, named_run):

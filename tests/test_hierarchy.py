@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from msae.base.errors import ConfigError
 from msae.cli import main
 from msae.concepts.gallery import concept_tree
-from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs, wilson
+from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs
 from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.view import View
 from tests.oracles import galleries as oracle
 
 
@@ -35,14 +35,6 @@ def nested(n_rows=400, seed=0):
 
 def as_set(found):
     return {(edge.child, edge.parent, edge.together) for edge in found.edges}
-
-
-def test_wilson_interval_is_scipys():
-    hits, trials = np.array([0, 1, 7, 20, 20, 350]), np.array([20, 20, 20, 20, 21, 400])
-    low, high = wilson(hits, trials)
-    for i, (k, n) in enumerate(zip(hits, trials, strict=True)):
-        exact = stats.binomtest(int(k), int(n)).proportion_ci(method="wilson")
-        assert (low[i], high[i]) == pytest.approx((exact.low, exact.high), abs=1e-12)
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.1], ids=["dense", "sparse"])
@@ -127,9 +119,7 @@ def test_hierarchy_of_a_store_counts_the_k_strongest(tmp_path):
     np.save(tmp_path / "x.npy", x)
     store = EmbeddingStore.open(tmp_path / "x.npy", modality="image")
     sae = SAE(SAEConfig(8, 32, kind="matryoshka", levels=(4, 32))).eval()
-    from msae.concepts.gallery.mining import standardizer_for
-
-    h = sae.pre_activations(standardizer_for(sae, store, "image").apply(torch.from_numpy(x), "image"))
+    h = sae.pre_activations(torch.cat(list(View(sae, store).rows())))
     fired = {k: (sae.activate(h, inference="topk", k=k) > 0).sum(0).numpy() for k in (4, 9)}
     np.testing.assert_array_equal(concept_tree(sae, store).hierarchy.fired, fired[4])  # the smallest level
     np.testing.assert_array_equal(concept_tree(sae, store, k=9).hierarchy.fired, fired[9])

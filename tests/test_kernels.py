@@ -452,3 +452,14 @@ def test_a_forked_process_computes_too():
         "if pid: assert os.waitpid(pid, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("selection", [Selection(batch_k=9), Selection()], ids=["batchtopk", "relu"])
+def test_a_soft_cap_changes_neither_what_is_kept_nor_the_threshold(kernel, selection):
+    weights = parameters(48, 160, with_threshold=False)
+    x = 8 * rows_of(20, 48)
+    plain = sae_loss(x, *weights, selection=selection, kernel=kernel)
+    capped = sae_loss(x, *weights, selection=selection, soft_cap=0.5, kernel=kernel)
+    assert capped.smallest_kept == plain.smallest_kept > 0
+    assert torch.equal(capped.fired, plain.fired) and capped.l0 == plain.l0

@@ -137,3 +137,10 @@ def test_default_levels_double_and_end_with_d_sae():
 def test_wrong_levels_are_refused(levels, weights, message):
     with pytest.raises(ConfigError, match=message):
         losses.check_levels(levels, weights)
+
+
+def test_a_soft_cap_also_caps_dead_latents_as_they_are_revived():
+    W_dec, h = torch.eye(3), torch.full((4, 3), 50.0)
+    residual = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]]).repeat(2, 1)
+    # cap 1: every latent gives 1 * tanh(50) = 1, so half of the rows have error 0 and half have 2^2; the variance is 1.
+    assert losses.auxiliary_loss(residual, h, W_dec, k=3, cap=1.0).item() == pytest.approx(2.0)

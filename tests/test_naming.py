@@ -1,6 +1,7 @@
 """Naming: the statistics against their oracles, what is random stays unnamed, what is planted is found."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
-from msae.concepts.names import ConceptNames, as_names
-from msae.concepts.naming import name
+from msae.concepts.names import Agreement, ConceptNames, as_names
+from msae.concepts.naming import _agrees, name
 from msae.data.store import StorePart
 from msae.data.store import write_store as write_embeddings
 from msae.sae.model import SAE, SAEConfig
@@ -64,7 +66,7 @@ class World:
 
     def sae_of(self, decoder, **config):
         statistics = fit_statistics(lambda: [torch.from_numpy(self.images.astype(np.float32))])
-        settings = SAEConfig(D_IN, len(decoder), kind="relu", **config)
+        settings = SAEConfig(D_IN, len(decoder), **({"kind": "relu"} | config))
         sae = SAE(settings, Standardizer().with_statistics("image", statistics))
         with torch.no_grad():
             sae.W_dec.copy_(torch.from_numpy(decoder))
@@ -79,58 +81,6 @@ def world(tmp_path_factory):
 
 
 # --- The statistics
-
-
-def test_aurocs_count_pairs_and_ties_as_half():
-    rng = np.random.default_rng(1)
-    z = rng.integers(0, 4, (40, 5)).astype(np.float32)  # few values: many ties
-    rows = [[0], [3, 4, 5], list(range(0, 40, 2))]
-    found = evidence.aurocs(z, rows)
-    for latent, word in np.ndindex(found.shape):
-        assert found[latent, word] == pytest.approx(oracle.auroc(z[:, latent], rows[word]), abs=1e-12)
-
-
-@pytest.mark.parametrize("value", [0.2, 0.5, 0.7, 0.97])
-@pytest.mark.parametrize(("n_with", "n_without"), [(5, 40), (200, 3000)])
-def test_auroc_interval_solves_newcombes_equation(value, n_with, n_without):
-    low, high = evidence.auroc_interval(np.array([value]), np.array([n_with]), np.array([n_without]))
-    assert (low[0], high[0]) == pytest.approx(oracle.newcombe_interval(value, n_with, n_without), abs=1e-9)
-
-
-def test_auroc_interval_has_a_width_at_one_and_stays_inside():
-    low, high = evidence.auroc_interval(np.array([1.0, 0.0]), np.array([8, 8]), np.array([50, 50]))
-    assert 0.5 < low[0] < 0.99 and high[0] == 1.0
-    assert low[1] == 0.0 and 0.01 < high[1] < 0.5
-
-
-def test_auroc_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    n_with, n_without, repeats = 30, 300, 400
-    values = np.array(
-        [
-            oracle_free_auroc(rng.normal(1.0, 1, n_with), rng.normal(0, 1, n_without))  # true AUROC .7602
-            for _ in range(repeats)
-        ]
-    )
-    low, high = evidence.auroc_interval(values, np.full(repeats, n_with), np.full(repeats, n_without))
-    covered = np.mean((low <= 0.7602) & (high >= 0.7602))
-    assert 0.92 <= covered <= 0.985  # .95, three standard errors of 400 repeats either side
-
-
-def oracle_free_auroc(a, b):
-    return (a[:, None] > b[None, :]).mean()
-
-
-def test_q_values_are_benjamini_hochbergs():
-    p = np.random.default_rng(3).random(30) ** 3
-    assert evidence.q_values(p) == pytest.approx(oracle.benjamini_hochberg(list(p)))
-    assert len(evidence.q_values(np.array([]))) == 0
-
-
-def test_tail_p_values_count_the_null_and_are_never_zero():
-    rng = np.random.default_rng(4)
-    null, values = rng.integers(0, 9, 50).astype(np.float32), np.arange(12, dtype=np.float32)
-    assert evidence.tail_p_values(values, null) == pytest.approx([(1 + sum(null >= v)) / 51 for v in values])
 
 
 def test_nearest_words_do_not_depend_on_the_blocks(monkeypatch):
@@ -182,6 +132,13 @@ def test_synonyms_of_separate_clusters_are_the_clusters():
     assert np.array_equal(groups[:, None] == groups[None, :], truth[:, None] == truth[None, :])
 
 
+IRREGULAR = [
+    ("women", "woman"), ("wolves", "wolf"), ("children", "child"), ("mice", "mouse"), ("feet", "foot"),
+    ("teeth", "tooth"), ("leaves", "leaf"), ("knives", "knife"), ("men", "man"), ("firemen", "fireman"),
+    ("people", "person"), ("geese", "goose"), ("oxen", "ox"), ("gloves", "glove"), ("shelves", "shelf"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("caption", "word", "is_in"),
     [
@@ -199,6 +156,25 @@ def test_synonyms_of_separate_clusters_are_the_clusters():
         ("grass", "gras", False),
         ("the dog's ball", "dog", True),
         ("Ägypten", "ägypten", True),
+        ("A\u0308gypten", "ägypten", True),  # an accent of its own
+        *((f"two {many} here", one, True) for many, one in IRREGULAR),
+        *((f"one {one} here", many, True) for many, one in IRREGULAR),
+        ("an omen", "man", False),
+        ("a womanly figure", "women", False),
+        ("an animation", "animal", False),
+        ("clothing", "cloth", False),
+        ("一只黑色的猫在草地上", "猫", True),
+        ("一只黑色的猫在草地上", "草地", True),
+        ("一只黑色的猫在草地上", "草上", False),
+        ("黒い猫とオレンジ", "オレンジ", True),
+        ("黒い猫とオレンジ", "黒い猫", True),
+        ("แมวดำนั่งบนหญ้า", "แมว", True),
+        ("แมวดำนั่งบนหญ้า", "หญ้า", True),
+        ("แมวดำนั่งบนหญ้า", "หมา", False),
+        ("a 猫photo", "photo", True),
+        ("\uff43\uff41\uff54", "cat", True),  # wide letters
+        ("बिल्ली घास पर", "बिल्ली", True),  # vowel signs are no letters, and part no words
+        ("बिल्ली घास पर", "बिल", False),
     ],
 )
 def test_a_caption_contains_whole_words_singular_or_plural(caption, word, is_in):
@@ -218,7 +194,7 @@ def test_p_values_of_random_directions_are_uniform():
     rng = np.random.default_rng(9)
     rows, words = unit(rng.standard_normal((500, 16)) * np.linspace(0.2, 2, 16)), unit(rng.standard_normal((80, 16)))
     null = evidence.best_cosines(evidence.random_like(rows, 20_000, rng), words)
-    p = evidence.tail_p_values(evidence.best_cosines(evidence.random_like(rows, 4000, rng), words), null)
+    p = statistics.tail_p_values(evidence.best_cosines(evidence.random_like(rows, 4000, rng), words), null)
     for share in (0.01, 0.05, 0.5):
         assert np.mean(p <= share) == pytest.approx(share, abs=4 * np.sqrt(share / 4000) + 0.002)
 
@@ -265,6 +241,68 @@ def test_agreement_is_the_auroc_of_the_encoded_rows(world):
         # float32 rows read from the file and encoded in blocks may swap a pair or two
         assert concept.agreement.auroc == pytest.approx(oracle.auroc(z[:, concept.latent], rows), abs=1e-4)
         assert concept.agreement.n_with == len(rows)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "topk", "k": 3}, {"kind": "relu"}], ids=str)
+def test_agreement_and_galleries_are_of_the_same_activations(world, kind):
+    sae = world.sae_of(world.decoder, **kind)
+    names = name(sae, world.vocabulary, on=world.on)
+    z = sae.encode(torch.from_numpy(world.images.astype(np.float32))).numpy()  # trained, as in a gallery
+    with world.on.with_suffix(".csv").open() as file:
+        captions = [line["caption"].split() for line in csv.DictReader(file)]
+    assert names.record["inference"] == "trained" and len(names) > 5
+    for concept in names:
+        rows = np.array([concept.name in caption for caption in captions])
+        fires = z[:, concept.latent] > 0
+        assert concept.agreement.fires_with == pytest.approx(fires[rows].mean(), abs=2e-3)
+        assert concept.agreement.fires_without == pytest.approx(fires[~rows].mean(), abs=2e-3)
+
+
+def test_a_text_that_does_not_fire_the_latent_as_trained_gives_no_name(world):
+    one = world.sae_of(world.decoder, kind="topk", k=1)  # a text fires its strongest latent alone
+    texts = world.word_rows - world.word_rows.mean(0)
+    strongest = (texts @ world.decoder.T).argmax(1)
+    for concept in name(one, world.vocabulary):
+        assert strongest[WORDS.index(concept.name)] == concept.latent
+
+
+@pytest.mark.parametrize(
+    ("n_words", "rank", "is_named"), [(19, 1, False), (20, 1, True), (39, 2, False), (40, 2, True)]
+)
+def test_a_name_at_random_is_confirmed_in_at_most_one_case_of_twenty(n_words, rank, is_named):
+    found = Agreement(0.9, 0.8, 1.0, 50, 50, rank, n_words, 0.9, 0.1)
+    assert _agrees(found, "unnamed") is is_named
+    chance = sum(_agrees(dataclasses.replace(found, rank=r), "unnamed") for r in range(1, n_words + 1)) / n_words
+    assert chance <= 0.05
+    assert _agrees(found, "named") is (is_named or rank == 1)
+
+
+def test_rows_that_mention_few_words_confirm_no_name(world, tmp_path):
+    with world.on.with_suffix(".csv").open() as file:
+        captions = [line["caption"] for line in csv.DictReader(file)]
+    few = [" ".join(word for word in caption.split() if word in WORDS[:12]) or "nothing" for caption in captions]
+    paths = [f"{i}.png" for i in range(len(few))]
+    on = write_store(tmp_path / "few.npy", world.images, image_path=paths, caption=few)
+    names = name(world.sae, world.vocabulary, on=on)
+    assert len(names) == names.counts["tested"] == 0
+    assert "they mention 12 of the words, and 20 are needed to confirm a name" in names.to_text()
+    assert {c.name for c in name(world.sae, world.vocabulary, on=on, untested="named")} >= set(WORDS[:8])
+
+
+def test_the_text_says_what_false_names_controls(world):
+    text = name(world.sae, world.vocabulary, false_names=0.01).to_text()
+    assert "at most 1% of them, on average, are chance" in text and "that is not how many names are wrong" in text
+
+
+def test_names_are_a_table_and_are_found_by_name(world):
+    pandas = pytest.importorskip("pandas")
+    names = name(world.sae, world.vocabulary, on=world.on)
+    frame = names.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and list(frame.latent) == [c.latent for c in names]
+    assert frame.auroc[0] == names.concepts[0].agreement.auroc
+    assert names[WORDS[0].title()] == names.latents_of(WORDS[0])
+    assert repr(names) == names.to_text() and json.loads(names.to_json())["d_sae"] == D_SAE
+    assert "<pre>" in names._repr_html_()
 
 
 def test_untested_names_stand_only_where_asked(world, tmp_path):

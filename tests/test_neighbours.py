@@ -4,8 +4,10 @@ import logging
 import numpy as np
 import pytest
 
+from msae.data.store import as_store
 from msae.use import neighbours
 from msae.use.neighbours import NeighbourIndex
+from msae.use.search.spaces import open_index as open_store_index
 from tests.oracles import neighbours as oracle
 
 faiss = pytest.importorskip("faiss")
@@ -139,6 +141,18 @@ def test_an_index_of_other_rows_is_built_again(tmp_path, caplog):
     found = open_index(tmp_path, -X, fingerprint="two").search(QUERIES[0], 5)
     assert found.rows.tolist() == oracle.nearest(-X, QUERIES[0], 5)[0].tolist()
     assert "built from other rows" in caplog.text
+
+
+def test_a_row_that_was_overwritten_is_found(tmp_path):
+    x = np.random.default_rng(5).normal(size=(3000, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    wanted = np.eye(8, dtype=np.float32)[0]
+    before = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    x[1234] = 3 * wanted
+    np.save(tmp_path / "x.npy", x)
+    found = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    assert before.rows.tolist() != [1234]
+    assert found.rows.tolist() == [1234] and found.scores[0] == pytest.approx(1)
 
 
 def test_where_nothing_can_be_written_the_users_cache_is_used(tmp_path, monkeypatch):

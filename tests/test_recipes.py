@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import shlex
 import tarfile
@@ -88,7 +89,15 @@ def test_other_recipes_run_with_the_names_of_the_demo(world):
     for name in ("cc3m", "cc3m-validation"):
         write_shards(world / name, pictures, [scene["caption"] for scene in scenes])
     columns = {"image": pictures, "background": [scene["background"] for scene in scenes]}
-    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(world / "hf")
+    parts = {"train": slice(0, None, 2), "validation": slice(1, None, 2)}
+    datasets.DatasetDict(
+        {
+            part: datasets.Dataset.from_dict({name: values[rows] for name, values in columns.items()}).cast_column(
+                "image", datasets.Image()
+            )
+            for part, rows in parts.items()
+        }
+    ).save_to_disk(world / "hf")
     classes = np.array(ATTRIBUTES["background"])
     weight = np.random.default_rng(0).normal(size=(len(classes), 128))
     np.savez(world / "coefficients.npz", weight=weight, bias=np.zeros(len(classes)), classes=classes)
@@ -122,3 +131,13 @@ def name_by_hand(run: Path, names: list[str]) -> None:
     known = ConceptNames.load(run)
     concepts = tuple(Concept(latent, name, 0.5, 0.1) for latent, name in enumerate(names))
     replace(known, concepts=concepts).save(run)
+
+
+def test_no_recipe_trains_a_classifier_or_checks_names_on_what_it_evaluates():
+    """Stores of a training split are never what a probe, an audit or names are evaluated on."""
+    lines = [shlex.split(line) for group in commands().values() for line in group]
+    trained_on = {line[2] for line in lines if line[1] == "train"} | {"msae-demo/scenes.store"}
+    for line in lines:
+        options = dict(itertools.pairwise(line))
+        classifier_rows = {options.get("--probe-train"), options.get("--train-store")}
+        assert options.get("--on") not in (classifier_rows | trained_on) - {None}, line

@@ -84,7 +84,7 @@ def test_the_command_writes_table_json_and_page(folder, capsys):
             ]
         )
     assert left.value.code == 0
-    assert "| concept |" in capsys.readouterr().out
+    assert "concept  pushes" in capsys.readouterr().out
     assert (folder / "a.html").stat().st_size > 10_000 and '"flip_rate"' in (folder / "a.json").read_text()
 
 

@@ -25,7 +25,7 @@ def samples():
     z[:, 0] = 0
     miner = SampleMiner(6, n=4, levels=(2, 6))
     miner.add(z)
-    return miner.finish(Origin("s", "f", "h", "image", "relu", "run"), [str(i) for i in range(200)])
+    return miner.finish(Origin("s", "f", "m", "h", "image", "relu", "run"), [str(i) for i in range(200)])
 
 
 def drawings(samples, name):

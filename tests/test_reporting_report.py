@@ -260,7 +260,7 @@ def test_an_audit_survives_its_json(made):
     found = audit(made / "run", made / "pairs.store", "label", names={EVIL: [0], "red": [5, 7]}, n_permutations=50)
     text = json.dumps(found.to_dict())
     again = Audit.from_json(text, where="audit.json")
-    assert again.to_dict() == found.to_dict() and again.table() == found.table()
+    assert again.to_dict() == found.to_dict() and again.to_text() == found.to_text()
     with pytest.raises(ConfigError, match=r"^audit\.json is not what msae audit writes"):
         Audit.from_json('{"concepts": [{"name": 3}]}', where="audit.json")
 
@@ -294,7 +294,7 @@ def test_bad_input_is_one_line_and_changes_nothing(command, message, world, monk
         shutil.copytree("run", name)
     Path("torn/metrics.jsonl").write_text("{")
     Path("odd/metrics.jsonl").write_text('{"epoch": 3}\n')
-    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 1}')
+    next(Path("kept/eval").iterdir()).write_text('{"schema_version": 2}')
     ConceptNames("evidence", 7, ()).save("other")
     before = snapshot(world)
     with pytest.raises(SystemExit) as left:

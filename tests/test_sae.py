@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from msae.base.errors import ConfigError, RunError
 from msae.sae.model import SAE, SAEConfig
@@ -126,10 +127,9 @@ def remove_weights(folder):
 
 
 def nan_weights(folder):
-    sae = make()
-    with torch.no_grad():
-        sae.W_enc[0, 0] = float("nan")
-    sae.save(folder)
+    tensors = load_file(folder / "sae.safetensors")
+    tensors["W_enc"][0, 0] = float("nan")
+    save_file(tensors, folder / "sae.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -170,3 +170,15 @@ def test_weights_are_float32_whatever_the_default_type_is(tmp_path):
     finally:
         torch.set_default_dtype(before)
     assert {tensor.dtype for sae in loaded for tensor in sae.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_sae_that_is_not_finite_is_not_saved(value, tmp_path):
+    make().save(tmp_path)
+    before = (tmp_path / "sae.safetensors").read_bytes()
+    broken = make()
+    with torch.no_grad():
+        broken.b_enc[3] = value
+    with pytest.raises(RunError, match="b_enc has NaN or infinite values, so this SAE is not saved"):
+        broken.save(tmp_path)
+    assert (tmp_path / "sae.safetensors").read_bytes() == before

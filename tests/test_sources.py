@@ -149,20 +149,30 @@ def test_a_source_is_the_same_each_time_and_from_any_position(make, tmp_path):
 
 def test_a_folder_gives_its_images_by_sorted_relative_path(tmp_path):
     items = read(open_source(folder(tmp_path)))
-    assert [item.id for item in items] == [f"a/{i}.PNG" for i in (0, 2, 4, 6, 8)] + [f"b/{i}.PNG" for i in (1, 3, 5, 7)]
+    pictures = [f"a/{i}.PNG" for i in (0, 2, 4, 6, 8)] + [f"b/{i}.PNG" for i in (1, 3, 5, 7)]
+    assert [item.id for item in items] == [*pictures, "notes.md"]
     assert all(isinstance(item.image, Path) and item.image.is_file() for item in items)
+    with pytest.raises(SourceError, match="not an image"):
+        read_picture(items[-1].image)
 
 
-def test_a_folder_is_not_left_through_links_and_pipes_are_not_opened(tmp_path):
+def test_linked_folders_are_read_once_and_pipes_are_not_opened(tmp_path):
     root = Path(folder(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.png").write_bytes(png())
-    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "0link").symlink_to(tmp_path / "elsewhere")
+    (root / "0again").symlink_to(root / "b")  # sorts before the folder itself
+    (root / "b" / "loop").symlink_to(root)
     os.mkfifo(root / "pipe.png")
-    items = {item.id: item for item in read(open_source(root))}
-    assert not any(id.startswith("link") for id in items)
-    with pytest.raises(SourceError, match="not an ordinary file"):
-        read_picture(items["pipe.png"].image)
+    os.mkfifo(root / "pipe")
+    source = open_source(root)
+    items = {item.id: item for item in read(source)}
+    assert {id.split("/")[0] for id in items} == {"0link", "a", "b", "notes.md", "pipe", "pipe.png"}
+    assert len(items) == N + 4
+    assert "0again leads to a folder that is read already" in "; ".join(source.notes)
+    for pipe in ("pipe.png", "pipe"):
+        with pytest.raises(SourceError, match="not an ordinary file"):
+            read_picture(items[pipe].image)
 
 
 def test_a_line_of_text_is_a_caption_and_only_a_newline_ends_it(tmp_path):
@@ -254,11 +264,19 @@ BAD = {
     "is no source; wanted a folder of images": write("x.docx", b"x"),
     "is empty; wanted one caption a line": write("x.txt", ""),
     "is not UTF-8 (byte 2)": write("x.txt", b"ab\xff"),
-    "is not UTF-8; save the file as UTF-8": write("x.csv", b"text,label\na,\xff\n"),
-    "cannot be read as csv": write("x.csv", b"text\n\xff\xfe\n"),
+    "is not UTF-8; save the file as UTF-8": write("x.csv", b"text,label\n\xea\xee\xf2,1\n"),
+    "x.csv is not UTF-8": write("x.csv", b"text\na \x81\n"),
+    "cannot be read as csv (CSV parse error: Row #3: Expected 2": write("x.csv", "text,label\na,1\nb\n"),
+    "is opened and never closed": write("x.csv", 'text,label\n"a,1\nb,2\n'),
+    "two columns of one name": write("x.csv", "text,a, a\na,1,2\n"),
+    "column 'image' of": write("x.csv", "image,text\nhttp://x.org/1.jpg,a\n"),
+    "holds web addresses": write("x.csv", "URL,TEXT\nhttp://x.org/1.jpg?a=1,a\n"),
+    "several columns of images: left, right": write("x.csv", "left,right,text\na.png,b.png,a\n"),
+    "line 2: Expecting": write("x.jsonl", '{"text": "a"}\n{"text": \n'),
+    "record 2 is a list; wanted objects": write("x.jsonl", '{"text": "a"}\n[1]\n'),
     "the file is empty": write("y.csv", ""),
     "has no rows": write("z.csv", "text\n"),
-    "wanted one of image_path, path, image, file, caption, text": write("x.csv", "a,b\n1,2\n"),
+    "wanted one of image_path, path, image, file, file_name": write("x.csv", "a,b\n1,2\n"),
     "did you mean 'caption'": write("x.csv", "captoin\nx\n"),
     "cannot be read as jsonl": write("x.jsonl", "{not json}"),
     "is no readable parquet file": write("x.parquet", b"PAR1"),
@@ -267,7 +285,7 @@ BAD = {
     "cannot be loaded": lambda path: f"hf://{path}?split=train",
     "does not exist; wanted a dataset": lambda path: f"hf://{path}/nothing",
     "unknown option 'splt'; did you mean 'split'": lambda path: hf_saved(path) + "?splt=train",
-    "has the splits train, test; add one as ?split=train": lambda path: hf_splits(path).split("?")[0],
+    "has the splits train, test; give one, such as hf:///": lambda path: hf_splits(path).split("?")[0],
     "has no column 'img'; did you mean 'image'?": lambda path: hf_saved(path) + "?image=img",
 }
 

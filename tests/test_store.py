@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from msae.base.errors import StoreError
+from msae.base.errors import MissingDependencyError, StoreError
 from msae.data.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
 
 N, D = 25, 6
@@ -91,7 +94,20 @@ def safetensors(folder: Path) -> Path:
     return folder / "both.safetensors"
 
 
-KINDS = [own_store, clip_retrieval, npy_with_csv, npy_with_parquet, parquet, safetensors]
+def npz(folder: Path) -> Path:
+    """Embeddings and columns in one archive, as `numpy.savez` writes them."""
+    columns = {name: np.array(TABLE[name].to_pylist()) for name in TABLE.column_names}
+    np.savez(folder / "archive.npz", image=IMAGE, text=TEXT, **columns)
+    return folder / "archive.npz"
+
+
+def npz_with_csv(folder: Path) -> Path:
+    np.savez_compressed(folder / "beside.npz", embeddings=IMAGE, label=np.zeros(N))
+    pyarrow.csv.write_csv(TABLE, folder / "beside.csv")
+    return folder / "beside.npz"
+
+
+KINDS = [own_store, clip_retrieval, npy_with_csv, npy_with_parquet, parquet, safetensors, npz, npz_with_csv]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -114,7 +130,7 @@ def test_every_kind_of_store_holds_the_same_rows_ids_and_columns(make, tmp_path)
 
 
 def test_the_fingerprint_is_of_the_rows_and_not_of_their_files(tmp_path):
-    kinds = [own_store, clip_retrieval, parquet, safetensors]
+    kinds = [own_store, clip_retrieval, parquet, safetensors, npz]
     assert len({EmbeddingStore.open(make(tmp_path)).fingerprint for make in kinds}) == 1
     changed = IMAGE.copy()
     changed[N // 2, 3] += 1
@@ -177,6 +193,147 @@ def test_a_plain_file_is_text_where_it_has_captions_and_neither_images_nor_label
     assert as_store(tmp_path / "x.npy").modalities == (modality,)
     other = {"text": "image", "image": "text"}[modality]
     assert as_store(tmp_path / "x.npy", other).modalities == (other,)
+
+
+def captioned(path: Path, columns: str = "id,caption") -> Path:
+    np.save(path, IMAGE)
+    rows = "".join(f"{i}," + ",".join("a cat" for _ in columns.split(",")[1:]) + "\n" for i in range(N))
+    path.with_suffix(".csv").write_text(f"{columns}\n{rows}")
+    return path
+
+
+def test_a_guess_from_captions_is_said_in_one_line_and_the_option_settles_it(tmp_path, caplog):
+    path = captioned(tmp_path / "captioned.npy")
+    assert as_store(path).modalities == ("text",)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: its rows are taken for text embeddings (column 'caption', no image paths, no labels); "
+        f"if they are not, give --modality image"
+    ]
+    caplog.clear()
+    assert as_store(path, "image").modalities == ("image",)
+    assert as_store(captioned(tmp_path / "x.npy", "id,image_path,caption")).modalities == ("image",)
+    assert not caplog.records
+    assert as_store(captioned(tmp_path / "y.npy", "id,caption,label")).modalities == ("image",)
+    assert "taken for image embeddings" in caplog.text and "--modality text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("image", "image"),
+        ("my_img-2", "image"),
+        ("coco.images.train", "image"),
+        ("trainImages", "image"),
+        ("text", "text"),
+        ("TXT_emb", "text"),
+        ("clip_text_embeddings", "text"),
+    ],
+)
+def test_the_file_name_counts_before_a_guess(name, modality, tmp_path, caplog):
+    path = captioned(tmp_path / f"{name}.npy")
+    assert as_store(path).modalities == (modality,) and not caplog.records
+    other = {"text": "image", "image": "text"}[modality]
+    assert as_store(path, other).modalities == (other,)
+
+
+@pytest.mark.parametrize("name", ["context", "imagenet", "image_text", "captioned"])
+def test_a_file_name_that_names_no_modality_or_both_leaves_the_guess(name, tmp_path, caplog):
+    assert as_store(captioned(tmp_path / f"{name}.npy")).modalities == ("text",)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("key", ["embeddings", "image_embeds", "image_embeddings", "arr_0", "anything"])
+def test_an_archive_is_opened_by_known_names_or_by_its_only_table(key, tmp_path):
+    np.savez(tmp_path / "a.npz", **{key: IMAGE, "mask": np.ones((N, 2), bool), "scale": np.ones(3)})
+    store = as_store(tmp_path / "a.npz")
+    assert np.array_equal(store.take(np.arange(N), "image"), IMAGE.astype(np.float32))
+    assert (store.kind, store.modalities, store.columns) == ("npz", ("image",), ())
+
+
+def test_the_names_of_transformers_are_the_two_modalities(tmp_path):
+    columns = {"image_embeds": list(IMAGE), "text_embeds": list(TEXT)}
+    lists = {name: pa.array(rows, pa.list_(pa.float16())) for name, rows in columns.items()}
+    pq.write_table(pa.table(lists), tmp_path / "a.parquet")
+    save_file({"image_embeds": IMAGE, "text_embeds": TEXT}, tmp_path / "b.safetensors")
+    np.savez(tmp_path / "c.npz", image_embeds=IMAGE, text_embeds=TEXT)
+    for name in ("a.parquet", "b.safetensors", "c.npz"):
+        store = as_store(tmp_path / name)
+        assert store.modalities == ("image", "text") and not store.columns
+        assert np.array_equal(store.take(np.arange(N), "text"), TEXT.astype(np.float32))
+
+
+def test_rows_of_zeros_are_counted_in_one_line(tmp_path, caplog):
+    x = IMAGE.copy()
+    x[5::10] = 0
+    x[3, 0] = 0
+    np.save(tmp_path / "x.npy", x)
+    store = as_store(tmp_path / "x.npy")
+    for _ in range(2):
+        assert np.array_equal(np.concatenate(list(store.batches("image", 7))), x.astype(np.float32))
+    (record,) = caplog.records
+    assert "2 of 25 image rows are all zeros, the first is row 5 (id '5')" in record.getMessage()
+    caplog.clear()
+    np.save(tmp_path / "y.npy", IMAGE)
+    list(as_store(tmp_path / "y.npy").batches("image", 7))
+    assert not caplog.records
+
+
+def test_labels_are_text_in_every_kind_of_file_and_blank_ones_are_missing(tmp_path):
+    written = ["001", "1", "1E5", "100000", "", " ", "NaN", "nan", "None"]
+    wanted = ["001", "1", "1E5", "100000", None, None, None, None, "None"]
+    x = IMAGE[: len(written)]
+    pq.write_table(
+        pa.table({"embedding": pa.array(list(x), pa.list_(pa.float16())), "label": written}), tmp_path / "a.parquet"
+    )
+    np.savez(tmp_path / "a.npz", embeddings=x, label=np.array(written))
+    for suffix in ("parquet", "npz"):
+        assert as_store(tmp_path / f"a.{suffix}").labels("label") == wanted
+    numbers = pa.array([1, 2, None, 1, 2, 1, 2, 1, 2])
+    floats = pa.array([0.5, float("nan"), None, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
+    lists = pa.array([[1]] * 9)
+    pq.write_table(pa.table({"n": numbers, "f": floats, "tags": lists}), tmp_path / "b.parquet")
+    np.save(tmp_path / "b.npy", x)
+    store = as_store(tmp_path / "b.npy")
+    assert store.labels("n")[:4] == ["1", "2", None, "1"] and store.column("n")[0] == 1
+    assert store.labels("f")[:4] == ["0.5", None, None, "1.0"]
+    with pytest.raises(StoreError, match=r"column 'tags' of .* holds lists"):
+        store.labels("tags")
+
+
+def test_a_store_gives_its_rows_one_by_one(tmp_path):
+    store = EmbeddingStore.open(own_store(tmp_path))
+    row = store[3]
+    assert (row.id, row.path, row.caption, row.columns) == ("row/3", "3.png", "a line\nand another, 3", {"label": 0})
+    assert repr(row) == "Row(3, id='row/3', image_path='3.png', caption='a line\\nand another, 3', label=0)"
+    assert store[-1].id == "row/24" and [row.id for row in store[20:22]] == ["row/20", "row/21"]
+    assert [row.row for row in store] == list(range(N))
+    with pytest.raises(IndexError):
+        store[N]
+    assert repr(store) == (
+        f"EmbeddingStore('{store.path}': 25 rows of 6 numbers (float16) for image and text; "
+        f"columns id, image_path, caption, label; embedded by tiny)"
+    )
+
+
+def test_a_row_whose_values_are_missing_shows_none_of_them(tmp_path):
+    table = pa.table({"caption": [float("nan"), 1.5], "label": [float("nan"), 2.0], "note": ["x" * 300, None]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    np.save(tmp_path / "x.npy", IMAGE[:2])
+    row = as_store(tmp_path / "x.npy")[0]
+    assert (row.caption, row.columns["label"], row.words) == (None, None, "0")
+    assert len(repr(row)) < 150 and "nan" not in repr(row)
+
+
+def test_the_metadata_are_a_pandas_table(tmp_path):
+    pytest.importorskip("pandas")
+    table = EmbeddingStore.open(own_store(tmp_path)).to_pandas()
+    assert list(table.columns) == TABLE.column_names and table["id"][3] == "row/3" and len(table) == N
+
+
+def test_without_pandas_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingDependencyError, match="type: pip install pandas"):
+        EmbeddingStore.open(own_store(tmp_path)).to_pandas()
 
 
 def test_without_metadata_a_row_is_named_by_its_number(tmp_path):
@@ -290,7 +447,7 @@ BAD = {
     "is empty: an array of shape (0, 6)": file("e.npy", lambda p: np.save(p, IMAGE[:0])),
     "cannot be read as .npy": file("f.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x20\x00garbage")),
     "25 image rows but 2 metadata rows": file("g.npy", with_csv("id\na\nb\n")),
-    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xff\xfe\n" * N)),
+    "is not UTF-8": file("h.npy", with_csv(b"label\n" + b"\xea\xee\xf2\n" * N)),
     "cannot be read as csv": file("i.npy", with_csv("a,b\n1\n")),
     "the file is empty": file("j.npy", with_csv("")),
     "two columns of one name": file("k.npy", with_csv("a,a\n" + "1,2\n" * N)),
@@ -305,6 +462,18 @@ BAD = {
     "has 0 columns of float lists": file("a.parquet", lambda p: pq.write_table(TABLE, p)),
     "rows of different lengths": file("b.parquet", ragged),
     "is no readable parquet file": file("c.parquet", lambda p: p.write_bytes(b"PAR1")),
+    "a.npz cannot be read as .npz": file("a.npz", lambda p: p.write_bytes(b"PK\x03\x04garbage")),
+    "b.npz cannot be read as .npz": file("b.npz", lambda p: p.write_bytes(pickle.dumps([1]))),
+    "cannot be read as .npz (Object arrays cannot be loaded": file(
+        "c.npz", lambda p: np.savez(p, embeddings=np.array([[{}]], dtype=object))
+    ),
+    "has 2 two-dimensional arrays: x, y": file("d.npz", lambda p: np.savez(p, x=IMAGE, y=TEXT)),
+    "holds int64": file("e.npz", lambda p: np.savez(p, embeddings=IMAGE.astype(np.int64))),
+    "e2.npz is empty": file("e2.npz", lambda p: np.savez(p, embeddings=IMAGE[:0])),
+    "f.npz has 0 two-dimensional arrays": file("f.npz", lambda p: zipfile.ZipFile(p, "w").close()),
+    "column 'embedding' of": file("j.parquet", lambda p: pq.write_table(pa.table({"embedding": ["[1, 2]"]}), p)),
+    "widths: 6 (image) and 5 (text)": file("g.npz", lambda p: np.savez(p, image=IMAGE, text=TEXT[:, :5])),
+    "25 image rows but 24 text rows": file("h.npz", lambda p: np.savez(p, image=IMAGE, text=TEXT[:-1])),
     "has the unknown suffix '.pt'": file("x.pt", lambda p: p.write_bytes(b"x")),
 }
 
@@ -313,9 +482,46 @@ BAD = {
 def test_a_damaged_store_is_one_line_that_says_what_was_found_and_wanted(message, tmp_path):
     path = BAD[message](tmp_path)
     with pytest.raises(StoreError) as caught:
-        EmbeddingStore.open(path)
+        assert EmbeddingStore.open(path).fingerprint
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_row_enters_the_fingerprint(tmp_path):
+    x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    before = as_store(tmp_path / "x.npy").fingerprint
+    for row in (0, 5, 1234, 2999):
+        changed = x.copy()
+        changed[row, 2] += 1
+        np.save(tmp_path / "x.npy", changed)
+        assert as_store(tmp_path / "x.npy").fingerprint != before, row
+    np.save(tmp_path / "x.npy", x)
+    assert as_store(tmp_path / "x.npy").fingerprint == before
+
+
+def test_the_fingerprint_is_the_hash_that_the_format_defines(tmp_path):
+    digest = hashlib.blake2b(b"image:25:6:float16;" + IMAGE.tobytes(), digest_size=20)
+    digest.update(b"text:25:6:float16;" + TEXT.tobytes())
+    assert as_store(own_store(tmp_path)).fingerprint == digest.hexdigest()
+
+
+def test_metadata_have_a_fingerprint_of_their_own(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGE)
+    (tmp_path / "x.csv").write_text("label\n" + "a\n" * N)
+    before = as_store(tmp_path / "x.npy")
+    found = before.fingerprint, before.metadata_fingerprint
+    (tmp_path / "x.csv").write_text("label\n" + "b\n" * N)  # as long as before
+    after = as_store(tmp_path / "x.npy")
+    assert after.fingerprint == found[0]
+    assert after.metadata_fingerprint != found[1]
+
+
+def test_a_store_with_the_fingerprint_of_256_rows_opens_and_is_hashed_anew(tmp_path):
+    path = own_store(tmp_path)
+    wanted = as_store(path).fingerprint
+    edit_json(path, fingerprint="f" * 32)
+    assert as_store(path).fingerprint == wanted
 
 
 def test_what_a_store_lacks_is_named_with_what_it_has(tmp_path):

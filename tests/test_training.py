@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
+from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.train import TrainSettings, learning_rate, shuffled_batches, train, train_step
+from msae.sae.train.training import Training
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
 KINDS = {
@@ -64,6 +66,13 @@ def test_options_train_too(extra, store, tmp_path):
     lines = lines_of(tmp_path / "run")
     assert lines[-1]["fvu"] < 0.8 * lines[0]["fvu"]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_batchtopk_at_inference_keeps_as_many_latents_as_were_asked_for_with_any_soft_cap(cap, store, tmp_path):
+    sae = train(store, out=tmp_path / "run", kind="batchtopk", soft_cap=cap, **{**SMALL, "k": 8, "epochs": 40})
+    z = sae.encode(torch.from_numpy(np.load(store)).float())
+    assert float((z > 0).sum(1).float().mean()) == pytest.approx(8, rel=0.1)
 
 
 def test_auxiliary_loss_revives_dead_latents_and_reconstructs_better():
@@ -183,6 +192,87 @@ def test_a_diverging_loss_names_the_step_and_keeps_the_last_checkpoint(store, tm
     assert not (tmp_path / "run/sae.json").exists()
 
 
+def test_a_checkpoint_is_kept_until_the_loss_after_the_next_one_is_sound(store, tmp_path):
+    """Steps 1 to 30 are sound; then the rate jumps, the update of step 31 ruins the weights and is checkpointed."""
+    options = {**SMALL, "kind": "topk", "k": 8, "checkpoint_every": 1}
+    settings = TrainSettings(**options).resolve(as_store(store))
+    run = _JumpsAt(30, tmp_path / "run", as_store(store), settings)
+    with pytest.raises(TrainingError, match=r"diverged at step 31 of 60 .*step-000030 is kept; .*lower --lr") as caught:
+        run.train(resume=False)
+    assert "\n" not in str(caught.value)
+    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000030"]
+    x = torch.from_numpy(np.load(store)).float()
+    sae = SAE.load(tmp_path / "run/checkpoints/step-000030")
+    error = (sae.decode(sae.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(error) < 1
+
+
+class _JumpsAt(Training):
+    """A run whose learning rate is a million from one step on."""
+
+    def __init__(self, step, *args):
+        super().__init__(*args)
+        self.jump = step
+
+    def _step(self, state, x):
+        if state.step >= self.jump:
+            for group in state.optimizer.param_groups:
+                group["lr"] = 1e6
+        return super()._step(state, x)
+
+
+def test_a_run_that_diverges_in_its_last_step_is_an_error_and_saves_no_sae(store, tmp_path):
+    settings = TrainSettings(**{**SMALL, "checkpoint_every": 7}).resolve(as_store(store))
+    with pytest.raises(TrainingError, match=r"diverged at step 60 of 60 .*step-000056 is kept"):
+        _JumpsAt(59, tmp_path / "run", as_store(store), settings).train(resume=False)
+    assert not (tmp_path / "run/sae.json").exists()
+
+
+def test_a_jumprelu_that_begins_far_too_dense_is_not_taken_for_a_diverged_one(store, tmp_path):
+    """Its L0 penalty begins at (300 / 1)^2, above any bound on a squared error."""
+    train(store, out=tmp_path / "run", **{**SMALL, "kind": "jumprelu", "k": 1, "d_sae": 2048, "epochs": 1})
+    assert (tmp_path / "run/sae.json").exists()
+
+
+def test_two_trainings_cannot_write_into_one_folder(store, tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from msae.base.files import locked; from msae.base.errors import RunError\n"
+        "with locked(Path(sys.argv[1]), error=RunError): print('locked', flush=True); sys.stdin.read()\n"
+    )
+    out = tmp_path / "deep/run"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        for resume in (False, True):
+            with pytest.raises(RunError, match=r"deep/run is being written by another process; wait for it") as caught:
+                train(store, out=out, resume=resume, **SMALL)
+            assert "\n" not in str(caught.value)
+        assert [p.name for p in out.iterdir()] == [".lock"]
+        other.communicate()
+    assert not (tmp_path / "deep").exists()  # nothing was made in it
+    train(store, out=out, **SMALL)
+    assert not (out / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(RunError, match=r"cannot be written \(.*\); give another --out") as caught:
+            train(store, out=out, **SMALL)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_resume_line_is_what_must_be_typed(store, tmp_path):
+    """A command that already says --resume, or that always goes on as `msae demo` does, is typed again as it is."""
+    for name, resume, line in (("a", False, "the same command with --resume"), ("b", True, "the same command again$")):
+        stop = _interrupt_when(lambda name=name: (tmp_path / name / "checkpoints/step-000007").exists())
+        with pytest.raises(Interrupted, match=line):
+            train(store, out=tmp_path / name, resume=resume, checkpoint_every=7, **SMALL)
+        stop()
+
+
 def test_learning_rate_rises_holds_and_falls_to_nearly_zero():
     settings = TrainSettings(lr=1.0, warmup=0.1, decay=0.2)
     rates = [learning_rate(settings, step, 100) for step in range(100)]
@@ -252,6 +342,13 @@ def test_another_run_in_the_way_is_refused_and_left_alone(store, tmp_path):
     np.save(other, np.random.default_rng(1).normal(size=(100, 16)).astype(np.float32))
     with pytest.raises(RunError, match="trained on another store"):
         train(other, out=tmp_path / "run", resume=True, **SMALL)
+    config = tmp_path / "run" / "config.json"
+    whole = config.read_text()
+    fingerprint = json.loads(whole)["store_fingerprint"]
+    config.write_text(whole.replace(fingerprint, fingerprint[:32]))
+    with pytest.raises(RunError, match=r"begun by an earlier msae, which did not record all rows .* another --out"):
+        train(store, out=tmp_path / "run", resume=True, **SMALL)
+    config.write_text(whole)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/dog.jpg").write_bytes(b"")
     with pytest.raises(RunError, match="is not empty and holds no run"):

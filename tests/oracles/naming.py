@@ -1,4 +1,4 @@
-"""Slow and obvious versions of what names rest on. Sources: docs/naming.md and the docstrings of `evidence`."""
+"""Slow and obvious versions of what names rest on. Sources: docs/naming.md and the docstrings of `base.statistics`."""
 
 import itertools
 

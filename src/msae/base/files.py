@@ -1,15 +1,19 @@
-"""Atomic writes and JSON with a schema: nothing half-written is ever seen under its final name."""
+"""Atomic writes, JSON with a schema, whether files changed, and where caches may be written."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msae.base.errors import MsaeError
 
@@ -55,6 +59,57 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]:
+    """Only this process writes into `folder` during the block; `folder` is made, and taken away again if it stays empty.
+
+    There is no lock on Windows, nor on a file system that has none.
+
+    Raises:
+        MsaeError: Made by `error`: another process has the lock, or `folder` cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _lock(file)
+    except BlockingIOError:
+        raise error(f"{folder} is being written by another process; wait for it, or give another --out") from None
+    except OSError as err:
+        raise error(f"{folder} cannot be written ({err.strerror}); give another --out") from err
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+        with suppress(OSError):  # not empty: something was made
+            for path in made:
+                path.rmdir()
+
+
+def _lock(file: Path) -> int:
+    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if sys.platform == "win32":
+            return handle
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except OSError:
+            return handle  # this file system has no locks
+        # Whoever held the lock before may have deleted the file since it was opened: then it locks nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders that a killed process left in `folder`."""
     for leftover in folder.glob(".*.tmp"):
@@ -72,8 +127,13 @@ def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int) -> N
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeError]) -> dict[str, Any]:
+def read_json(
+    path: Path, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
     """Read what `write_json` wrote.
+
+    Args:
+        schema_version: The one that can be read, or several, the newest last.
 
     Raises:
         MsaeError: Of the kind made by `error`, when the file is missing, is not a JSON object, or has
@@ -88,11 +148,88 @@ def read_json(path: Path, *, schema_version: int, error: Callable[[str], MsaeErr
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
     found = data.get("schema_version")
-    if found != schema_version:
+    readable = schema_version if isinstance(schema_version, tuple) else (schema_version,)
+    if found not in readable:
         raise error(
-            f"{path} has schema version {found!r}, this msae reads {schema_version}; make it again or update msae"
+            f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
+
+
+class FileState(NamedTuple):
+    """What changes when a file is written: two equal states mean the same content."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Time of the last change."""
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The state of a file; raises `OSError` where there is none."""
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+SETTLED = 2.0
+"""Seconds after which a file's time of change is trusted: within the clock's step a second write does not show."""
+
+
+def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, or what it gave before, as long as no file changed in size or time of change.
+
+    Values are kept in the user's cache folder; where that cannot be written they are computed each time.
+
+    Args:
+        what: Tells this value from others of the same files.
+        files: All that the value depends on.
+    """
+    paths = [str(file.resolve()) for file in files]
+    before = _states(files)
+    key = hashlib.blake2b(json.dumps([what, paths]).encode(), digest_size=12).hexdigest()
+    place = user_cache() / "hashes" / f"{key}.json"
+    known = {"what": what, "files": [[path, *state] for path, state in zip(paths, before, strict=True)]}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(place.read_text(encoding="utf-8"))
+        if found["schema_version"] == 1 and all(found[name] == value for name, value in known.items()):
+            return str(found["value"])
+    value = compute()
+    newest = max((state.mtime_ns for state in before), default=0) / 1e9
+    if newest < time.time() - SETTLED and _states(files) == before:
+        with contextlib.suppress(OSError):
+            write_json(place, {**known, "value": value}, schema_version=1)
+    return value
+
+
+def _states(files: Sequence[Path]) -> list[FileState]:
+    return [FileState.of(file) for file in files]
+
+
+def user_cache() -> Path:
+    """The folder of msae in the user's cache folder; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msae"
+
+
+def cache_folders(place: Path) -> tuple[Path, Path]:
+    """Where files that belong into the folder `place` may lie: there, or in the user's cache folder."""
+    resolved = place.resolve()
+    own = hashlib.blake2b(str(resolved).encode(), digest_size=12).hexdigest()
+    return place, user_cache() / resolved.name.lstrip(".") / own
+
+
+def writable_cache(place: Path) -> Path:
+    """The first of `cache_folders(place)` that can be written, made where it is missing; `place` where none can."""
+    own, spare = cache_folders(place)
+    return own if _is_writable(own) or not _is_writable(spare) else spare
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _flush(path: Path) -> None:

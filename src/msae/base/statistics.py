@@ -1,18 +1,23 @@
-"""How strongly a number goes with a class, for many numbers at once: Cliff's delta, its interval, honest p-values.
+"""The package's statistics: AUROC, Cliff's delta, intervals, permutation p-values, q-values.
 
-Everything rests on one matrix, the *net wins*: for each row and column, the rows of its stratum that are smaller less
-those that are larger. Summed over the rows of a class they are Cliff's delta times the number of pairs, so that a
-permutation or a bootstrap of hundreds of columns is one matrix product. docs/audit.md says what is tested.
+Cliff's delta and its permutation test rest on one matrix, the *net wins*: for each row and column, the rows of its
+stratum that are smaller less those that are larger. Summed over the rows of a class they are Cliff's delta times the
+number of pairs, so that a permutation of hundreds of columns is one matrix product. docs/audit.md says what is tested.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
+from numpy.typing import ArrayLike, NDArray
 
+Z_95 = NormalDist().inv_cdf(0.975)
+"""Half-width of a two-sided 95 % interval, in standard errors."""
 CHUNK_ENTRIES = 1 << 24
 """Relabelled rows held at once, 64 MB of them."""
 STOP_AFTER = 100
@@ -23,36 +28,115 @@ CLEAR_AFTER, CLEAR_Q = 2000, 0.005
 
 
 class Interval(NamedTuple):
-    """Ends of a 95 % interval, one pair per column."""
+    """Ends of 95 % intervals."""
 
-    low: Float[np.ndarray, " c"]
-    high: Float[np.ndarray, " c"]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+# --- Shares and means
+
+
+def wilson(successes: ArrayLike, trials: ArrayLike) -> Interval:
+    """95 % score intervals of shares, which hold at 0 and 1 too.
+
+    scipy has the same for one share at a time; this takes a hundred thousand.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22.
+    """
+    n = np.maximum(np.asarray(trials, dtype=np.float64), 1.0)
+    p = np.asarray(successes, dtype=np.float64) / n
+    centre = p + Z_95**2 / (2 * n)
+    spread = Z_95 * np.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+    scale = 1 + Z_95**2 / n
+    return Interval(np.maximum((centre - spread) / scale, 0.0), np.minimum((centre + spread) / scale, 1.0))
+
+
+def mean_interval(mean: float, variance: float, n: int, *, bounds: tuple[float, float]) -> tuple[float, float]:
+    """95 % t interval of the mean of `n` values that lie within `bounds`; one value alone says nothing.
+
+    Args:
+        variance: Of the values about their mean, divided by `n`.
+    """
+    from scipy.special import stdtrit
+
+    low, high = bounds
+    if n < 2:
+        return low, high
+    half = float(stdtrit(n - 1, 0.975)) * (variance / (n - 1)) ** 0.5
+    return max(low, mean - half), min(high, mean + half)
+
+
+# --- AUROC
+
+
+def aurocs(
+    values: Float[np.ndarray, "n columns"], rows_with: Sequence[Sequence[int]]
+) -> Float[np.ndarray, "columns groups"]:
+    """For each column and group of rows: how probably a row of the group has more than another; ties count half.
+
+    Args:
+        rows_with: The rows of each group; neither none nor all of them.
+    """
+    from scipy.sparse import csr_array
+    from scipy.stats import rankdata
+
+    n_with = np.array([len(rows) for rows in rows_with])
+    columns = np.concatenate([np.asarray(rows) for rows in rows_with])
+    ends = np.concatenate([[0], n_with.cumsum()])
+    contains = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows_with), len(values)))
+    sums = np.asarray(contains @ rankdata(values, axis=0)).T
+    return np.asarray((sums - n_with * (n_with + 1) / 2) / (n_with * (len(values) - n_with)))
+
+
+def auroc_interval(
+    value: ArrayLike, n_with: ArrayLike, n_without: ArrayLike, *, standard_error: ArrayLike = 0.0
+) -> Interval:
+    """95 % score intervals of AUROCs, which stay inside 0 to 1 and have a width even at 1.
+
+    Args:
+        standard_error: Of `value`, estimated from the rows. Newcombe's own assumes that both classes are spread alike;
+            where this one is larger, the interval is as much wider.
+
+    Source: Newcombe 2006, doi:10.1002/sim.2324, method 5.
+    """
+    value, n_with, n_without = (np.asarray(one, dtype=np.float64) for one in (value, n_with, n_without))
+    assumed = _newcombe_error(value, n_with, n_without)
+    ratio = np.divide(standard_error, assumed, out=np.ones_like(assumed), where=assumed > 0)
+    reach = Z_95 * np.maximum(1.0, ratio)
+
+    def end(outer: float) -> NDArray[np.float64]:
+        inner, limit = value, np.full_like(assumed, outer)
+        for _ in range(50):  # bisection: the distance in standard errors grows from `value` outwards
+            middle = (inner + limit) / 2
+            is_inside = np.abs(value - middle) <= reach * _newcombe_error(middle, n_with, n_without)
+            inner, limit = np.where(is_inside, middle, inner), np.where(is_inside, limit, middle)
+        return limit
+
+    return Interval(end(0.0), end(1.0))
+
+
+def _newcombe_error(value: NDArray[Any], n_with: NDArray[Any], n_without: NDArray[Any]) -> NDArray[np.float64]:
+    """Hanley and McNeil's standard error, with both counts replaced by their mean where the shape is concerned."""
+    extra = (n_with + n_without) / 2 - 1
+    spread = 1 + extra * ((1 - value) / (2 - value) + value / (1 + value))
+    return np.asarray(np.sqrt(value * (1 - value) * spread / (n_with * n_without)))
+
+
+# --- Cliff's delta
 
 
 def net_wins(values: Float[np.ndarray, "n c"], strata: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n c"]:
     """For each entry, the entries of its column and stratum that are smaller less those that are larger."""
+    from scipy.stats import rankdata
+
     wins = np.zeros(values.shape, np.float32)
     for stratum in np.unique(strata):
         rows = np.flatnonzero(strata == stratum)
         own = np.asfortranarray(values[rows])
         for column in range(values.shape[1]):
-            wins[rows, column] = 2 * midranks(own[:, column]) - (len(rows) + 1)
+            wins[rows, column] = 2 * rankdata(own[:, column]) - (len(rows) + 1)
     return wins
-
-
-def midranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The ranks from 1; equal values share the mean of theirs. Most activations are 0 and need no sorting."""
-    ranks = np.empty(len(values))
-    lowest = values == values.min(initial=np.inf)
-    n_lowest = int(lowest.sum())
-    ranks[lowest] = (n_lowest + 1) / 2
-    rest = np.flatnonzero(~lowest)
-    order = rest[np.argsort(values[rest])]
-    ordered = values[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(rest) else np.empty(0, np.int64)
-    counts = np.diff(np.r_[starts, len(ordered)])
-    ranks[order] = np.repeat(n_lowest + starts + (counts + 1) / 2, counts)
-    return ranks
 
 
 def n_pairs(is_positive: np.ndarray, strata: Int[np.ndarray, " n"]) -> int:
@@ -75,58 +159,73 @@ def cliffs_delta(
     return None if pairs == 0 else wins[is_positive].sum(0, dtype=np.float64) / pairs
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, "n c"],
-    is_positive: np.ndarray,
-    strata: Int[np.ndarray, " n"],
-    *,
-    n_resamples: int,
-    rng: np.random.Generator,
+def cliffs_delta_interval(
+    values: Float[np.ndarray, "n c"], is_positive: np.ndarray, strata: Int[np.ndarray, " n"]
 ) -> Interval:
-    """95 % percentile interval of Cliff's delta over rows drawn with replacement."""
-    resampled = resampled_deltas(values, is_positive, strata, n_resamples=n_resamples, rng=rng)
-    return percentiles(resampled)
+    """95 % interval of Cliff's delta, which has a width even where every positive row has more than every other.
 
+    In each stratum Newcombe's interval for the AUROC, at least as wide as DeLong's standard error makes it. Where the
+    classes are separated no spread can be estimated, and Feng and Cliff's bound holds: Wilson's for as many rows as the
+    smaller class has. Over strata the distances from the ends are added in squares, weighted by pairs. There must be a
+    pair.
 
-def percentiles(resampled: Float[np.ndarray, "b c"]) -> Interval:
-    """The middle 95 % of resampled effect sizes."""
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    return Interval(low.clip(-1, 1), high.clip(-1, 1))
-
-
-def resampled_deltas(
-    values: Float[np.ndarray, "n c"],
-    is_positive: np.ndarray,
-    strata: Int[np.ndarray, " n"],
-    *,
-    n_resamples: int,
-    rng: np.random.Generator,
-) -> Float[np.ndarray, "b c"]:
-    """Cliff's deltas of rows drawn with replacement.
-
-    They are computed to first order in the rows' multiplicities (Poisson, mean 1): re-ranking hundreds of
-    columns a thousand times would take hours and moves the ends by the order of 1 / n.
-
-    Source: Efron & Tibshirani 1993, ch. 13; the first-order part is that of DeLong et al. 1988.
+    Source: Newcombe 2006, doi:10.1002/sim.2324; DeLong et al. 1988, doi:10.2307/2531595; Feng & Cliff 2004,
+    Journal of Modern Applied Statistical Methods 3(2); for the sum, Zou & Donner 2008, doi:10.1002/sim.3095.
     """
     pairs = n_pairs(is_positive, strata)
-    against = net_wins(values, strata) - net_wins(values, 2 * strata + is_positive)  # opponents alone
-    sign = np.where(is_positive, 1.0, -1.0)[:, None]
-    delta = (against[is_positive].sum(0, dtype=np.float64)) / pairs
-    size = np.bincount(strata)
-    positive = np.bincount(strata, weights=is_positive)
-    n_opponents = np.where(is_positive, (size - positive)[strata], positive[strata])[:, None]
-    influence = ((sign * against - delta * n_opponents) / pairs).astype(np.float32)
-    resampled = np.empty((n_resamples, values.shape[1]))
-    # Poisson numbers from a table of 65,536: five times faster than drawing them, and all of this is drawing them.
-    shares = np.cumsum(np.exp(-1.0) / np.cumprod(np.r_[1.0, np.arange(1.0, 12)]))
-    extra_copies = np.searchsorted(shares, (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32) - 1
-    step = max(1, CHUNK_ENTRIES // len(values))
-    for first in range(0, n_resamples, step):
-        shape = (min(step, n_resamples - first), len(values))
-        extra = extra_copies[rng.integers(0, len(extra_copies), shape, dtype=np.uint16)]
-        resampled[first : first + step] = delta + extra @ influence
-    return resampled
+    delta, below, above = (np.zeros(values.shape[1]) for _ in range(3))
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        has, n_with = is_positive[own], int(is_positive[own].sum())
+        n_without = len(has) - n_with
+        if not n_with or not n_without:
+            continue
+        chosen, one = values[own], np.zeros(len(has), np.int64)
+        # Each row's mean over its opponents: 1 where it has more than all of them (less, for rows of the other class).
+        against = (net_wins(chosen, one) - net_wins(chosen, has.astype(np.int64))).astype(np.float64)
+        with_, without = against[has] / n_without, -against[~has] / n_with
+        variance = sum(side.var(0, ddof=1) / len(side) for side in (with_, without) if len(side) > 1)
+        here = with_.mean(0)
+        value = (here + 1) / 2
+        ends = auroc_interval(value, n_with, n_without, standard_error=np.sqrt(variance) / 2)
+        few, is_separated = min(n_with, n_without), np.abs(here) == 1
+        low, high = np.where(is_separated, wilson(few * value, few), ends)
+        weight = n_with * n_without / pairs
+        delta += weight * here
+        below += np.square(weight * 2 * (value - low))
+        above += np.square(weight * 2 * (high - value))
+    return Interval((delta - np.sqrt(below)).clip(-1), (delta + np.sqrt(above)).clip(max=1))
+
+
+def difference_interval(
+    first: NDArray[np.float64], of_first: Interval, second: NDArray[np.float64], of_second: Interval
+) -> Interval:
+    """95 % interval of `first - second`, two independent estimates with intervals of their own.
+
+    Source: Zou & Donner 2008, doi:10.1002/sim.3095.
+    """
+    below = np.hypot(first - of_first.low, of_second.high - second)
+    above = np.hypot(of_first.high - first, second - of_second.low)
+    return Interval(first - second - below, first - second + above)
+
+
+# --- p-values and q-values
+
+
+def tail_p_values(values: Float[np.ndarray, " n"], null: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
+    """The share of `null` that is at least as large as each value, never zero: (1 + count) / (1 + m).
+
+    Source: Phipson and Smyth 2010, doi:10.2202/1544-6115.1585.
+    """
+    above = len(null) - np.searchsorted(np.sort(null), values, side="left")
+    return (1.0 + above) / (1.0 + len(null))
+
+
+def q_values(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Benjamini and Hochberg's q-values of one family of tests: the false discovery rate at which each is reported."""
+    from scipy.stats import false_discovery_control
+
+    return np.asarray(false_discovery_control(p)) if len(p) else p
 
 
 def permutation_p(
@@ -171,18 +270,6 @@ def permutation_p(
             table, open_, running = table[:, ~is_done], open_[~is_done], running[:, ~is_done]
         defeats = running[-1]
     return p
-
-
-def benjamini_hochberg(p: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
-    """q-values: the smallest false discovery rate at which each is reported.
-
-    Source: Benjamini & Hochberg 1995, J. R. Statist. Soc. B 57(1).
-    """
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    q = np.empty(len(p))
-    q[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
-    return q
 
 
 def _permutation_sd(wins: np.ndarray, is_positive: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, " c"]:

@@ -149,7 +149,7 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
             from msae.web.report.audit import write_html
 
             write_html(found, html)
-        report(found.table(), found.to_dict(), json)
+        report(found.to_text(), found.to_dict(), json)
 
     return run
 

@@ -81,8 +81,10 @@ def embed_verb(_: list[str]) -> Callable[..., None]:
         store = embed(
             source, encoder=encoder, out=out, batch_size=batch_size, device=device, dtype=dtype, revision=revision
         )
-        skipped = f", {len(store.skipped)} inputs skipped (listed in store.json)" if store.skipped else ""
+        n_skipped = store.record["counts"]["skipped"]
+        skipped = f", {n_skipped:,} inputs skipped (listed in store.json)" if n_skipped else ""
         text = f"{out}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
+        text = "\n  ".join([text, *store.record.get("notes", ())])
         report(text, store.describe(), json)
 
     return run
@@ -160,7 +162,8 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
             inference: relu is the poster's; trained is the activation of training; topk keeps the --k largest.
             k: Latents kept by --inference topk.
             labels: A metadata column of the store: adds a linear probe and its agreement, KL and accuracies.
-            probe_train: The store on whose original embeddings the probe is trained.
+            probe_train: The store on whose original embeddings the probe is trained; without it, the run's training
+                store. Rows that are also in --on are divided: one half trains the probe, the other is evaluated.
             recovery: Also FVU, cosine, CKNNA and dead latents of the k strongest latents for k = 1, 2, 4, …
             latex: Print the table in LaTeX.
             seed: Of the batches that CKNNA is averaged over.
@@ -172,6 +175,8 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
             list(runs), on, modality=modality, inference=inference, k=k, labels=labels, probe_train=probe_train,
             recovery=recovery, seed=seed, device=device,
         )  # fmt: skip
+        for note in dict.fromkeys(note for result in results for note in result.notes):
+            say(f"note: {note}")
         report(poster_table(results, style="latex" if latex else "markdown"), [r.to_dict() for r in results], json)
 
     return run
@@ -180,7 +185,6 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
 def name_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
-    from msae.concepts.names import names_table
     from msae.concepts.naming import NameSettings, name
 
     def run(
@@ -204,6 +208,6 @@ def name_verb(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         names = name(sae, vocabulary, on=on, out=out, settings=settings)
-        report(names_table(names), names.to_dict(), json)
+        report(names.to_text(), names.to_dict(), json)
 
     return run

@@ -1,17 +1,19 @@
-"""Evidence for names, as pure statistics: nearest words, nulls, p-values, synonym groups, AUROC with an interval.
+"""Evidence for names: nearest words, random directions, synonym groups, words in captions.
 
 docs/naming.md tells how the rule uses them, and what each choice was measured to do.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from msae.base.progress import progress
@@ -20,8 +22,6 @@ BLOCK_ENTRIES = 8_000_000
 """Cosines held at once, 32 MB of them: what bounds memory, whatever the number of words and latents."""
 DRAWN_ROWS = 4096
 """Random directions that are drawn at once, in float64."""
-CONFIDENCE = 1.959963984540054
-"""The normal quantile of a two-sided 95 % interval."""
 
 
 def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
@@ -100,7 +100,7 @@ def _cosine_blocks(directions: Float32[np.ndarray, "n d"], words: Float32[np.nda
             advance(len(block))
 
 
-# --- The null, and p-values
+# --- The null
 
 
 def random_like(
@@ -116,22 +116,6 @@ def random_like(
         block = drawn[first : first + DRAWN_ROWS]
         block[:] = unit_rows((mean + rng.standard_normal(block.shape) @ root.T).astype(np.float32))
     return drawn
-
-
-def tail_p_values(values: Float32[np.ndarray, " n"], null: Float32[np.ndarray, " m"]) -> Float64[np.ndarray, " n"]:
-    """The share of `null` that is at least as large as each value, never zero: (1 + count) / (1 + m).
-
-    Source: Phipson and Smyth 2010, doi:10.2202/1544-6115.1585.
-    """
-    above = len(null) - np.searchsorted(np.sort(null), values, side="left")
-    return (1.0 + above) / (1.0 + len(null))
-
-
-def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Benjamini and Hochberg's adjusted p-values: naming those below q makes a share of at most q false."""
-    from scipy.stats import false_discovery_control
-
-    return np.asarray(false_discovery_control(p)) if len(p) else p
 
 
 # --- Synonyms
@@ -171,10 +155,21 @@ def _similar_pairs(words: Float32[np.ndarray, "m d"], threshold: float) -> Int64
 # --- Words in captions
 
 
+IRREGULAR_PLURALS = {
+    "children": "child", "dice": "die", "feet": "foot", "geese": "goose", "lice": "louse", "mice": "mouse",
+    "oxen": "ox", "people": "person", "teeth": "tooth",
+}  # fmt: skip
+"""English plurals that no rule of `_singulars` finds."""
+UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""How the Unicode names of characters begin whose scripts put no spaces between words."""
+
+
 def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[int]]:
     """For each word, the numbers of the captions that contain it, as whole words, singular or plural.
 
-    Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together.
+    Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together. In scripts
+    without spaces between words it may stand anywhere. Plurals are English ones. A stemmer does not serve: Snowball's
+    takes *animal* and *animation* for one word, and *woman* and *women* for two.
     """
     wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, word in enumerate(words):
@@ -191,8 +186,21 @@ def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[
 
 
 def _tokens(text: str) -> tuple[str, ...]:
-    letters = "".join(c if c.isalnum() else "" if c in "'\u2019" else " " for c in text.casefold())
-    return tuple(letters.split())
+    """The words of a text; in scripts without spaces between words, its characters."""
+    # NFKC: an accent of its own and one letter with it are the same, and so are wide and narrow letters.
+    return tuple("".join(map(_spelled, unicodedata.normalize("NFKC", text.casefold()))).split())
+
+
+@cache
+def _spelled(character: str) -> str:
+    """A character as it counts in a word: itself, nothing for an apostrophe, a space for what parts words."""
+    if character in "'\u2019":
+        return ""
+    if not character.isalnum() and not unicodedata.category(character).startswith(
+        "M"
+    ):  # marks are vowels in many scripts
+        return " "
+    return f" {character} " if unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS) else character
 
 
 def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -200,71 +208,21 @@ def _forms(phrase: tuple[str, ...]) -> set[tuple[str, ...]]:
     if not phrase:
         return set()
     *rest, last = phrase
-    forms = {last}
-    if last.endswith("s") and not last.endswith("ss") and len(last) > 3:
-        forms.add(last[:-1])
-        if last.endswith("es"):
-            forms.add(last[:-2])
-        if last.endswith("ies"):
-            forms.add(last[:-3] + "y")
-    return {(*rest, form) for form in forms if len(form) > 2 or form == last}
+    return {(*rest, form) for form in (last, *_singulars(last))}
 
 
-# --- Agreement
-
-
-class Auroc(NamedTuple):
-    """Probability that a row with the word has a higher activation than a row without it; ties count half."""
-
-    value: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-
-
-def aurocs(
-    activations: Float32[np.ndarray, "n latents"], rows_with: Sequence[Sequence[int]]
-) -> Float64[np.ndarray, "latents words"]:
-    """AUROC of every latent for every word.
-
-    Args:
-        rows_with: The rows that contain each word; neither none nor all of them.
-    """
-    from scipy.sparse import csr_array
-    from scipy.stats import rankdata
-
-    n_with = np.array([len(rows) for rows in rows_with])
-    columns = np.concatenate([np.asarray(rows) for rows in rows_with])
-    ends = np.concatenate([[0], n_with.cumsum()])
-    contains = csr_array((np.ones(len(columns)), columns, ends), shape=(len(rows_with), len(activations)))
-    sums = np.asarray(contains @ rankdata(activations, axis=0)).T
-    return np.asarray((sums - n_with * (n_with + 1) / 2) / (n_with * (len(activations) - n_with)))
-
-
-def auroc_interval(
-    value: Float64[np.ndarray, " n"], n_with: Int64[np.ndarray, " n"], n_without: Int64[np.ndarray, " n"]
-) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """Ends of the 95 % interval, which stays inside 0 to 1 and has a width even at 1 (score interval).
-
-    Source: Newcombe 2006, doi:10.1002/sim.2324, method 5.
-    """
-
-    def end(inner: Float64[np.ndarray, " n"], outer: float) -> Float64[np.ndarray, " n"]:
-        inner, limit = inner.copy(), np.full_like(inner, outer)
-        for _ in range(50):  # bisection: the distance in standard errors grows from `value` outwards
-            middle = (inner + limit) / 2
-            inside = np.abs(value - middle) <= CONFIDENCE * _standard_error(middle, n_with, n_without)
-            inner, limit = np.where(inside, middle, inner), np.where(inside, limit, middle)
-        return limit
-
-    value = np.asarray(value, dtype=np.float64)
-    return end(value, 0.0), end(value, 1.0)
-
-
-def _standard_error(
-    value: Float64[np.ndarray, " n"], n_with: Int64[np.ndarray, " n"], n_without: Int64[np.ndarray, " n"]
-) -> Float64[np.ndarray, " n"]:
-    """Hanley and McNeil's, with both counts replaced by their mean where the shape is concerned."""
-    extra = (n_with + n_without) / 2 - 1
-    spread = 1 + extra * ((1 - value) / (2 - value) + value / (1 + value))
-    return np.asarray(np.sqrt(value * (1 - value) * spread / (n_with * n_without)))
+@lru_cache(maxsize=1 << 16)
+def _singulars(word: str) -> set[str]:
+    """What an English word may be the plural of."""
+    found = {IRREGULAR_PLURALS[word]} if word in IRREGULAR_PLURALS else set()
+    if word.endswith("men"):  # men, women, firemen
+        found.add(word[:-2] + "an")
+    if word.endswith("s") and not word.endswith("ss") and len(word) > 3:
+        found.add(word[:-1])
+        if word.endswith("es"):
+            found.add(word[:-2])
+        if word.endswith("ies"):
+            found.add(word[:-3] + "y")
+        if word.endswith("ves"):  # wolves, knives
+            found |= {word[:-3] + "f", word[:-3] + "fe"}
+    return {form for form in found if len(form) > 2 or word in IRREGULAR_PLURALS}

@@ -17,35 +17,14 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError
+from msae.base.statistics import wilson
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_array
 
-Z_95 = 1.959963984540054
-"""Half-width of a two-sided 95 % interval, in standard deviations."""
 SPARSE_BELOW = 0.03
 """Density under which a sparse product beats a dense one."""
 _BLOCK = 512  # latents; two unpacked blocks of 20,000 rows are 80 MB
-
-
-class Interval(NamedTuple):
-    """A 95 % interval of a share."""
-
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-
-
-def wilson(successes: NDArray[Any], trials: NDArray[Any]) -> Interval:
-    """The 95 % score interval of shares, which holds at 0 and 1 too.
-
-    Source: Wilson 1927, Journal of the American Statistical Association 22.
-    """
-    n = np.maximum(np.asarray(trials, dtype=np.float64), 1.0)
-    p = np.asarray(successes, dtype=np.float64) / n
-    centre = p + Z_95**2 / (2 * n)
-    spread = Z_95 * np.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
-    scale = 1 + Z_95**2 / n
-    return Interval(np.maximum((centre - spread) / scale, 0.0), np.minimum((centre + spread) / scale, 1.0))
 
 
 class Activity:

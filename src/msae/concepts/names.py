@@ -16,11 +16,16 @@ from typing import Any, Literal
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
+from msae.base.results import Result, shorten, text_table
+from msae.sae.run import Run, RunLike
 
 SCHEMA_VERSION = 1
 FILE = "names.json"
 
 Rule = Literal["evidence", "poster"]
+
+MIN_WORDS = 20
+"""Words captions must mention to confirm a name: of fewer, a word at random comes first in more than 5 % of cases."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Concept:
     p: float | None = None
     """Share of random directions that come as near to some word; None by the poster's rule."""
     q: float | None = None
-    """`p` adjusted for the number of latents."""
+    """`p` adjusted for the number of latents: the share of latents that lie as near to some word by chance, among those
+    with a q at most as large. A name may be wrong without being chance."""
     synonyms: tuple[str, ...] = ()
     """Other words with nearly the embedding of the name."""
     agreement: Agreement | None = None
@@ -87,8 +93,8 @@ class Candidate:
     cosine: float
 
 
-@dataclass(frozen=True)
-class ConceptNames:
+@dataclass(frozen=True, repr=False)
+class ConceptNames(Result):
     """The named latents of one SAE, in the order of the latents, and what the names rest on."""
 
     rule: Rule
@@ -99,7 +105,7 @@ class ConceptNames:
     nearest_words: tuple[tuple[Candidate, ...], ...] = field(default=(), repr=False)
     """For every latent, named or not, its nearest words; empty where they were not kept."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """Settings, vocabulary and encoder."""
+    """Settings, vocabulary and encoder, and a hash of the weights, `sae`."""
 
     def __len__(self) -> int:
         """Number of named latents."""
@@ -107,6 +113,10 @@ class ConceptNames:
 
     def __iter__(self) -> Iterator[Concept]:
         return iter(self.concepts)
+
+    def __getitem__(self, name: str) -> list[int]:
+        """The latents of a name, as `latents_of`."""
+        return self.latents_of(name)
 
     def concept_of(self, latent: int) -> Concept | None:
         """The concept of a latent, or None where the latent is unnamed.
@@ -161,6 +171,41 @@ class ConceptNames:
             "concepts": concepts,
         }
 
+    def records(self) -> list[dict[str, Any]]:
+        """One record for each named latent, with the figures of its agreement."""
+        found = []
+        for concept in self.concepts:
+            record = {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal}
+            record["synonyms"] = ", ".join(concept.synonyms)
+            found.append(record | (record.pop("agreement") or {}))
+        return found
+
+    def to_text(self, n: int = 20) -> str:
+        """What `msae name` prints: the counts of the rule, and the `n` concepts that lie nearest to their names."""
+        share = len(self) / self.d_sae
+        counts = ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in self.counts.items())
+        lines = [f"{len(self):,} of {self.d_sae:,} latents are named ({share:.1%}) by the rule {self.rule}"]
+        lines += [f"  {counts}", ""]
+        if self.concepts:
+            nearest_first = sorted(self, key=lambda concept: -concept.cosine)[:n]
+            head = ("latent", "cosine", "margin", "q", "AUROC (95 % interval)", "name")
+            lines += text_table(head, [_cells(concept) for concept in nearest_first], right=(0, 1, 2))
+        if len(self) > n:
+            lines.append(f"and {len(self) - n:,} more in {FILE}")
+        if (level := self.record.get("false_names")) is not None:
+            lines += [
+                "",
+                f"q: of the latents beyond chance, at most {level:.0%} of them, on average, are chance: as near to a "
+                "word as random directions are;",
+                "   that is not how many names are wrong: the nearest word may be another than the right one",
+            ]
+        if (words := self.record.get("on_words", MIN_WORDS)) < MIN_WORDS:
+            lines.append(
+                f"note: the rows confirm nothing: they mention {words} of the words, and {MIN_WORDS} are needed to "
+                f"confirm a name; --untested named keeps the names that they do not contradict"
+            )
+        return "\n".join(lines)
+
     def save(self, path: str | Path) -> None:
         """Write names.json, into the folder `path` or as that file."""
         # One string a latent, not a list: 24,576 latents must not become half a million lines of JSON.
@@ -204,26 +249,6 @@ class ConceptNames:
         return dict(found)
 
 
-def names_table(names: ConceptNames, *, rows: int = 20) -> str:
-    """What `msae name` prints: the counts of the rule, and the concepts that lie nearest to their names."""
-    share = len(names) / names.d_sae
-    lines = [f"{len(names):,} of {names.d_sae:,} latents are named ({share:.1%}) by the rule {names.rule}"]
-    lines += ["  " + ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in names.counts.items()), ""]
-    if names.concepts:
-        lines.append("latent  cosine  margin  q        AUROC (95 % interval)  name")
-    for concept in sorted(names, key=lambda concept: -concept.cosine)[:rows]:
-        found = concept.agreement
-        agreement = f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-"
-        margin = "-" if concept.margin is None else f"{concept.margin:.3f}"
-        q = "-" if concept.q is None else f"{concept.q:.1e}"
-        synonyms = f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""
-        start = f"{concept.latent:>6}  {concept.cosine:>6.3f}  {margin:>6}  {q:<7}  {agreement:<21}"
-        lines.append(f"{start}  {concept.name}{synonyms}")
-    if len(names) > rows:
-        lines.append(f"and {len(names) - rows:,} more in names.json")
-    return "\n".join(lines)
-
-
 def as_names(names: ConceptNames | str | Path) -> ConceptNames:
     """`names` themselves, or those saved in that run folder or file."""
     return names if isinstance(names, ConceptNames) else ConceptNames.load(names)
@@ -234,24 +259,41 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def names_of(folder: Path | None, d_sae: int) -> ConceptNames | None:
-    """The names that `msae name` left in a run folder, if it did.
+def names_of(run: RunLike | None, d_sae: int | None = None) -> ConceptNames | None:
+    """The names that `msae name` left in a run folder, if it did and they are of the weights that are there now.
 
-    Args:
-        d_sae: Latents of the SAE that is in the folder now.
+    A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
 
     Raises:
         RunError: The file is damaged, or of another SAE.
     """
-    if folder is None or not (folder / FILE).exists():
+    run = None if run is None else Run.open(run)
+    if run is None or run.names_file is None or not run.names_file.exists():
         return None
-    names = ConceptNames.load(folder)
+    names, d_sae = ConceptNames.load(run.names_file), d_sae or run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
-            f"{folder / FILE} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
-            f"type: msae name {folder} --vocabulary STORE"
+            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
+            f"type: msae name {run.folder} --vocabulary STORE"
+        )
+    if names.record.get("sae", run.weights) != run.weights:
+        raise RunError(
+            f"{run.names_file} names the latents of other weights than {run.folder} has now; "
+            f"type: msae name {run.folder} --vocabulary STORE"
         )
     return names
+
+
+def _cells(concept: Concept) -> list[str]:
+    found = concept.agreement
+    return [
+        str(concept.latent),
+        f"{concept.cosine:.3f}",
+        "-" if concept.margin is None else f"{concept.margin:.3f}",
+        "-" if concept.q is None else f"{concept.q:.1e}",
+        f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-",
+        shorten(concept.name) + (f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""),
+    ]
 
 
 def _concept(entry: Mapping[str, Any], *, where: str) -> Concept:

@@ -13,15 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from torch import Tensor
 
+from msae.base import statistics
 from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
-from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, Rule
+from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, as_sae, check_fit
+from msae.sae.model import SAE, Inference, as_sae, check_fit, weights_hash
 from msae.sae.standardize import Modality, Statistics, fit_statistics
+from msae.sae.view import View
 
 Centre = Literal["vocabulary", "sae", "none"]
 Untested = Literal["unnamed", "named"]
@@ -30,10 +31,16 @@ POSTER_COSINE = 0.42
 POSTER_RATIO = 2.0
 MIN_ROWS = 5
 """Rows with a word, and rows without, that agreement needs."""
-AGREEMENT_SHARE = 0.05
-"""A name must be among this share of the words that occur in the rows, by AUROC: a word at random then rarely is."""
+AGREEMENT_SHARE = 1 / MIN_WORDS
+"""A name must be among this share of the words that occur in the rows, by AUROC: so rarely is a word at random. Of
+fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
 TEXT_SHARE = 0.01
-"""A name must be among this share of the words by how much its text activates the latent, or be the very first."""
+"""A name must be among this share of the words by how much its text activates the latent, or be the very first: a word
+at random is with a probability of .01, or of one in the number of words where that is more."""
+INFERENCE: Inference = "trained"
+"""How activations are made, for texts and for rows: as in galleries."""
+ACTIVATION_ENTRIES = 1 << 28
+"""Activations of the rows that confirm names held at once, 1 GB of them; more latents take another pass."""
 _WORD_COLUMNS = ("text", "caption", "word", "name")
 _CAPTION_COLUMNS = ("caption", "text", "label", "class")
 
@@ -48,7 +55,8 @@ class NameSettings:
     subtract_b_dec: bool = True
     """Also subtract the SAE's decoder bias from the words, as its encoder does."""
     false_names: float = 0.05
-    """By the evidence rule: the share of the names that may be chance (q)."""
+    """By the evidence rule, the largest q: of the latents that pass, the share, on average, that would lie as near to
+    some word were their directions random. It does not bound the share of names that are wrong."""
     synonyms: float = 0.8
     """Words whose centred embeddings have at least this cosine are one group."""
     candidates: int = 5
@@ -58,7 +66,7 @@ class NameSettings:
     column: str | None = None
     """Its captions or labels; None takes the first of caption, text, label, class."""
     untested: Untested = "unnamed"
-    """What becomes of a name that the captions hardly mention, where captions are given."""
+    """What becomes of a name that captions cannot confirm: they hardly mention it, or mention fewer than 20 words."""
     max_rows: int = 50_000
     """Rows of the `on` store to use, a random sample of more."""
     seed: int = 0
@@ -101,8 +109,12 @@ def name(
     settings = settings or from_mapping(NameSettings, options, where="name")
     folder = Path(sae) if not isinstance(sae, SAE) else None
     sae = as_sae(sae)
-    words = read_words(sae, as_store(vocabulary, "text"), settings)
-    names = _by_poster(sae, words, settings) if settings.rule == "poster" else _by_evidence(sae, words, on, settings)
+    store = as_store(vocabulary, "text")
+    words = read_words(sae, store, settings)
+    if settings.rule == "poster":
+        names = _by_poster(sae, words, settings)
+    else:
+        names = _by_evidence(View(sae, store, "text", inference=INFERENCE), words, on, settings)
     target = out or (folder if folder is not None and folder.is_dir() else None)
     if target is not None:
         names.save(target)
@@ -150,6 +162,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     record = {
         "vocabulary": str(vocabulary.path),
         "vocabulary_fingerprint": vocabulary.fingerprint,
+        "vocabulary_metadata": vocabulary.metadata_fingerprint,
         "encoder": sae.config.encoder or vocabulary.encoder,
         "n_words": len(texts),
         "n_synonym_groups": int(groups.max()) + 1,
@@ -238,23 +251,25 @@ def _by_poster(sae: SAE, words: Words, settings: NameSettings) -> ConceptNames:
 
 
 def _by_evidence(
-    sae: SAE, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
+    texts: View, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
 ) -> ConceptNames:
     """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
+    sae = texts.sae
     directions = _decoder(sae)
     found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
     rng = np.random.default_rng(settings.seed)
     null = evidence.random_like(directions, max(20_000, 2 * sae.d_sae), rng)
     null_cosines = evidence.best_cosines(null, words.directions)
-    p = evidence.tail_p_values(found.cosines[:, 0], null_cosines)
-    q = evidence.q_values(p)
+    p = statistics.tail_p_values(found.cosines[:, 0], null_cosines)
+    q = statistics.q_values(p)
     latents = np.flatnonzero(q <= settings.false_names)
     counts = {"latents": sae.d_sae, "beyond_chance": len(latents)}
-    ranks = _text_ranks(sae, words, latents, found.words[latents, 0])
+    ranks = _text_ranks(texts, words, latents, found.words[latents, 0])
     is_read = ranks <= max(1, int(TEXT_SHARE * len(words.texts)))
     latents, ranks = latents[is_read], ranks[is_read]
     counts["fired_by_text"] = len(latents)
     record: dict[str, Any] = {
+        "inference": texts.inference,
         "false_names": settings.false_names,
         "null_size": len(null),
         "null_cosines": {str(share): _round(np.quantile(null_cosines, share)) for share in (0.5, 0.95, 0.99)},
@@ -262,12 +277,12 @@ def _by_evidence(
     agreements: list[Agreement | None] = [None] * len(latents)
     keep = [True] * len(latents)
     if on is not None:
-        witness = _Witness(sae, words, as_store(on), settings, rng)
-        agreements = witness.agreements(latents, found.words[latents, 0])
+        captions = _Captions(sae, words, as_store(on), settings, rng)
+        agreements = captions.agreements(latents, found.words[latents, 0])
         keep = [_agrees(agreement, settings.untested) for agreement in agreements]
-        counts["tested"] = sum(agreement is not None for agreement in agreements)
-        counts["agree"] = sum(agreement is not None and _agrees(agreement, "unnamed") for agreement in agreements)
-        record |= witness.record
+        counts["tested"] = sum(_is_tested(agreement) for agreement in agreements)
+        counts["agree"] = sum(_agrees(agreement, "unnamed") for agreement in agreements)
+        record |= captions.record
     concepts = [
         _concept(int(latent), words, found, float(p[latent]), float(q[latent]), int(rank), agreement, record)
         for latent, rank, agreement, kept in zip(latents, ranks, agreements, keep, strict=True)
@@ -303,34 +318,42 @@ def _concept(
     )
 
 
+def _is_tested(agreement: Agreement | None) -> bool:
+    """Whether the rows can confirm or refuse the name: they mention it, and enough words to compare it with."""
+    return agreement is not None and agreement.n_words >= MIN_WORDS
+
+
 def _agrees(agreement: Agreement | None, untested: Untested) -> bool:
     """Activation and word go together, and hardly any other word goes better with it."""
     if agreement is None:
         return untested == "named"
-    best = max(1, int(AGREEMENT_SHARE * agreement.n_words))
-    return agreement.low > 0.5 and agreement.rank <= best
+    if not _is_tested(agreement):  # the first of few words is so by chance too often to be confirmed by it
+        return untested == "named" and agreement.low > 0.5 and agreement.rank == 1
+    return agreement.low > 0.5 and agreement.rank <= AGREEMENT_SHARE * agreement.n_words
 
 
 def _text_ranks(
-    sae: SAE, words: Words, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]
+    texts: View, words: Words, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]
 ) -> Int64[np.ndarray, " c"]:
     """The place of each latent's word among all words by how much their texts activate the latent.
 
     It is the encoder's word on a name that only the decoder was asked for. Synonyms of the name are no rivals; a
     word that leaves the latent silent is behind all others.
     """
-    x = torch.from_numpy(words.standardized)
-    ranks = np.zeros(len(latents), np.int64)
-    for block in _blocks(len(latents), len(words.texts)):
-        z = _activations(sae, x, latents[block])
-        mine = z[own[block], np.arange(z.shape[1])]
-        is_rival = words.groups[:, None] != words.groups[own[block]][None, :]
-        ranks[block] = np.where(mine > 0, 1 + ((z > mine) & is_rival).sum(0), 1 + len(words.texts))
-    return ranks
+    x, size = torch.from_numpy(words.standardized), texts.block_rows
+    mine = np.empty(len(latents), np.float32)
+    for first in range(0, len(latents), size):
+        z = texts.activate(x[own[first : first + size]], latents[first : first + size].tolist())
+        mine[first : first + size] = z.diagonal().numpy()
+    n_stronger = np.zeros(len(latents), np.int64)
+    for first in range(0, len(x), size):
+        is_rival = words.groups[first : first + size, None] != words.groups[own]
+        n_stronger += ((texts.activate(x[first : first + size], latents.tolist()).numpy() > mine) & is_rival).sum(0)
+    return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 
-class _Witness:
-    """Rows with captions or labels, asked whether a latent is active where its name is mentioned."""
+class _Captions:
+    """Rows with captions or labels: is a latent active where they mention its name?"""
 
     def __init__(
         self, sae: SAE, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
@@ -338,23 +361,22 @@ class _Witness:
         check_fit(sae, store)
         captions = _text_column(store, _CAPTION_COLUMNS, settings.column)
         is_readable = [m for m in store.modalities if m in sae.standardizer]
-        self.modality: Modality = settings.modality or (is_readable or store.modalities)[0]
-        rows = np.sort(rng.permutation(len(store))[: settings.max_rows])
-        x = torch.from_numpy(store.take(rows, self.modality))
-        self.sae, self.words, self.n_rows = sae, words, len(rows)
-        self.x = sae.standardizer.apply(x, self.modality)
-        by_word = evidence.rows_with_words([captions[row] for row in rows], words.texts)
+        self.view = View(sae, store, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
+        self.words, self.rows = words, np.sort(rng.permutation(len(store))[: settings.max_rows])
+        by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts)
         by_group: list[set[int]] = [set() for _ in range(int(words.groups.max()) + 1)]
         for group, found in zip(words.groups, by_word, strict=True):
             by_group[group].update(found)
-        tested = [g for g, found in enumerate(by_group) if MIN_ROWS <= len(found) <= self.n_rows - MIN_ROWS]
+        tested = [g for g, found in enumerate(by_group) if MIN_ROWS <= len(found) <= len(self.rows) - MIN_ROWS]
         self.rows_with = [sorted(by_group[group]) for group in tested]
         self.place = {group: i for i, group in enumerate(tested)}
         self.record = {
             "on": str(store.path),
             "on_fingerprint": store.fingerprint,
-            "on_modality": self.modality,
-            "on_rows": self.n_rows,
+            "on_metadata": store.metadata_fingerprint,
+            "on_modality": self.view.modality,
+            "on_rows": len(self.rows),
+            "on_words": len(tested),
             "untested": settings.untested,
         }
 
@@ -363,24 +385,25 @@ class _Witness:
         groups = self.words.groups[own]
         result: list[Agreement | None] = [None] * len(latents)
         testable = np.array([i for i, group in enumerate(groups) if int(group) in self.place], dtype=np.int64)
-        for block in _blocks(len(testable), self.n_rows):
-            chosen = testable[block]
-            z = _activations(self.sae, self.x, latents[chosen])
-            places = np.array([self.place[int(group)] for group in groups[chosen]])
-            for i, agreement in zip(chosen, self._agreements(z, places), strict=True):
-                result[i] = agreement
+        places = np.array([self.place[int(group)] for group in groups[testable]], dtype=np.int64)
+        for held in _blocks(len(testable), len(self.rows), ACTIVATION_ENTRIES):
+            z = self.view.table(self.rows, latents[testable[held]].tolist(), title="comparing with captions")
+            for block in _blocks(z.shape[1], len(self.rows), evidence.BLOCK_ENTRIES):
+                found = self._agreements(z[:, block], places[held][block])
+                for i, agreement in zip(testable[held][block], found, strict=True):
+                    result[i] = agreement
         return result
 
     def _agreements(self, z: Float32[np.ndarray, "n c"], places: Int64[np.ndarray, " c"]) -> Iterable[Agreement]:
-        values = evidence.aurocs(z, self.rows_with)
+        values = statistics.aurocs(z, self.rows_with)
         own = values[np.arange(len(places)), places]
         ranks = 1 + (values > own[:, None]).sum(1)
         n_with = np.array([len(self.rows_with[place]) for place in places])
-        low, high = evidence.auroc_interval(own, n_with, self.n_rows - n_with)
+        low, high = statistics.auroc_interval(own, n_with, len(z) - n_with)
         for i, place in enumerate(places):
             fires = z[:, i] > 0
             with_word = int(fires[self.rows_with[place]].sum())
-            n, others = int(n_with[i]), self.n_rows - int(n_with[i])
+            n, others = int(n_with[i]), len(z) - int(n_with[i])
             yield Agreement(
                 auroc=_round(own[i]),
                 low=_round(low[i]),
@@ -419,7 +442,12 @@ def _names(
         "seed": settings.seed,
     }
     return ConceptNames(
-        settings.rule, sae.d_sae, tuple(concepts), counts, near, {**words.record, **how, **(record or {})}
+        settings.rule,
+        sae.d_sae,
+        tuple(concepts),
+        counts,
+        near,
+        {"sae": weights_hash(sae), **words.record, **how, **(record or {})},
     )
 
 
@@ -427,17 +455,10 @@ def _decoder(sae: SAE) -> Float32[np.ndarray, "d_sae d_in"]:
     return evidence.unit_rows(sae.W_dec.detach().cpu().float().numpy())
 
 
-@torch.no_grad()
-def _activations(sae: SAE, x: Tensor, latents: Int64[np.ndarray, " c"]) -> Float32[np.ndarray, "n c"]:
-    """`z` of some latents for standardised rows; ReLU, which alone needs no other latent to be known."""
-    h = torch.addmm(sae.b_enc[latents], x - sae.b_dec, sae.W_enc[:, latents])
-    return np.asarray(sae.activate(h, inference="relu").numpy())
-
-
-def _blocks(n: int, width: int) -> list[slice]:
-    """Slices of `range(n)` so small that each, times `width`, stays within the memory for one block."""
-    rows = max(1, evidence.BLOCK_ENTRIES // width)
-    return [slice(first, first + rows) for first in range(0, n, rows)]
+def _blocks(n: int, width: int, entries: int) -> list[slice]:
+    """Slices of `range(n)` so small that each, times `width`, has at most `entries` entries."""
+    size = max(1, entries // width)
+    return [slice(first, first + size) for first in range(0, n, size)]
 
 
 def _round(value: float | np.floating[Any]) -> float:

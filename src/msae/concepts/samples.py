@@ -5,8 +5,8 @@ The file format is defined in docs/gallery.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.sae import run
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BINS_PER_OCTAVE = 16
 FIRST_OCTAVE, LAST_OCTAVE = -8, 7
 N_BINS = BINS_PER_OCTAVE * (LAST_OCTAVE - FIRST_OCTAVE)
@@ -42,14 +43,9 @@ class TopSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What top samples were mined from; those of another origin are never taken for them."""
+class Origin(run.Origin):
+    """What top samples were mined from; those of another origin are ignored."""
 
-    store: str
-    fingerprint: str
-    """Of the store's content."""
-    sae: str
-    """A hash of the SAE's weights."""
     modality: Literal["image", "text"]
     inference: str
     standardized_by: Literal["run", "store"]
@@ -180,16 +176,24 @@ class TopSamples:
         return found
 
     @classmethod
-    def cached(cls, folder: Path, origin: Origin, *, n: int) -> TopSamples | None:
-        """What an earlier mining of the same origin left in `folder`, if it kept at least `n` samples.
+    def cached(cls, folders: Iterable[Path], origin: Origin, *, n: int) -> TopSamples | None:
+        """What an earlier mining of the same rows left in one of `folders`, if it kept at least `n` samples.
 
-        A damaged or outdated file counts as none: it is only a cache, and will be written again.
+        A damaged or outdated file counts as none: it is only a cache, and will be written again. The store may have
+        moved, or its metadata have changed, since: `with_origin` reads the ids again.
         """
-        try:
-            found = cls.load(folder / f"{file_stem(origin)}.json")
-        except RunError:
-            return None
-        return found if found.origin == origin and found.n >= n else None
+        for folder in folders:
+            try:
+                found = cls.load(folder / f"{file_stem(origin)}.json")
+            except RunError:
+                continue
+            if found.n >= n and replace(found.origin, store=origin.store, metadata=origin.metadata) == origin:
+                return found
+        return None
+
+    def with_origin(self, origin: Origin, ids: Sequence[str]) -> TopSamples:
+        """The same samples of rows that now have these ids."""
+        return replace(self, origin=origin, ids={row: ids[row] for row in self.ids})
 
 
 _TENSORS = ("rows", "activations", "fired", "total", "histogram", "within", "row_maxima")
@@ -343,11 +347,6 @@ def _count_rows(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Trues of each column; summing bytes is ten times as fast as summing booleans."""
     counts: NDArray[np.uint32] = np.add.reduce(mask.view(np.uint8), axis=0, dtype=np.uint32)
     return counts.astype(np.int64)
-
-
-def block_rows(d_sae: int) -> int:
-    """Rows of a block that make some 16 MB of activations, so that memory does not grow with d_sae either."""
-    return max(64, 2**22 // d_sae)
 
 
 def describe(samples: TopSamples, latent: int) -> dict[str, Any]:

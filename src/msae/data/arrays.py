@@ -7,6 +7,9 @@ import hashlib
 import json
 import math
 import re
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +21,11 @@ from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
 from msae.base.errors import MsaeError
+from msae.base.files import remembered
+from msae.base.progress import progress
 
-FINGERPRINT_ROWS = 256
-"""Rows of each modality that enter a fingerprint; docs/store-format.md."""
+_DIGEST = 20  # bytes of a fingerprint; the one of before, of 256 rows, had 16
+_HASH_BYTES = 1 << 24  # read at once to be hashed
 
 _SAFETENSORS_DTYPES = {
     "F16": ("float16", "<f2"),
@@ -29,6 +34,10 @@ _SAFETENSORS_DTYPES = {
     "BF16": ("bfloat16", "<u2"),
     "U8": ("uint8", "|u1"),
 }
+_NPY_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, OverflowError, tokenize.TokenError)
+"""What numpy raises on a damaged header, which it reads as a piece of Python."""
+_NPZ_ERRORS = (*_NPY_ERRORS, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What numpy and zipfile raise on damaged, encrypted and pickled archives."""
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 Error = Callable[[str], MsaeError]
@@ -56,10 +65,10 @@ class Rows:
         with np.errstate(over="ignore", invalid="ignore"):
             return np.array(chosen, dtype=np.float32, order="C")
 
-    def raw(self, rows: NDArray[np.int64]) -> bytes:
+    def raw(self, rows: slice) -> memoryview:
         """The chosen rows as they are stored, little-endian and row after row."""
         chosen = np.ascontiguousarray(self.values[rows])
-        return chosen.astype(chosen.dtype.newbyteorder("<"), copy=False).tobytes()
+        return chosen.astype(chosen.dtype.newbyteorder("<"), copy=False).data
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +116,6 @@ class ShardedRows:
             start, number = last, number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def raw(self, rows: Int64[np.ndarray, " n"]) -> bytes:
-        """Ascending `rows` as they are stored."""
-        cuts = np.searchsorted(rows, self.offsets)
-        return b"".join(
-            shard.raw(rows[cuts[number] : cuts[number + 1]] - self.offsets[number])
-            for number, shard in enumerate(self.shards)
-        )
-
 
 def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
     """Position of the first row that holds a NaN or an infinity, if any."""
@@ -125,16 +126,63 @@ def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
+def zero_rows(x: Float32[np.ndarray, "n d_in"]) -> Int64[np.ndarray, " m"]:
+    """Positions of the rows that are all zeros."""
+    candidates = np.flatnonzero(x[:, 0] == 0)
+    return candidates[~x[candidates].any(axis=1)]
+
+
+def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows of length 1; a row of zeros stays zero."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
 def fingerprint(rows: Mapping[ModalityT, ShardedRows]) -> str:
-    """A hash of what is stored, the same however it is cut into files; defined in docs/store-format.md."""
-    digest = hashlib.blake2b(digest_size=16)
-    for modality in sorted(rows):
-        array = rows[modality]
-        n = len(array)
-        n_sampled = min(n, FINGERPRINT_ROWS)
-        sampled = np.arange(n_sampled, dtype=np.int64) * (n - 1) // max(n_sampled - 1, 1)
-        digest.update(f"{modality}:{n}:{array.d_in}:{array.dtype};".encode())
-        digest.update(array.raw(sampled))
+    """A hash of all rows, the same however they are cut into files; defined in docs/store-format.md.
+
+    It is computed once and remembered until a file changes its size or its time of change.
+    """
+    files = list(dict.fromkeys(shard.path for modality in sorted(rows) for shard in rows[modality].shards))
+    what = "rows " + "".join(_header(modality, rows[modality]) for modality in sorted(rows))
+    return remembered(what, files, lambda: _hash_rows(rows))
+
+
+def is_sampled_fingerprint(fingerprint: str) -> bool:
+    """Whether it was made before msae 0.2, of 256 rows only; it says nothing about the others."""
+    return len(fingerprint) < 2 * _DIGEST
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """A hash of the bytes of files in this order, remembered like a fingerprint."""
+    return remembered("bytes", files, lambda: _hash_files(files))
+
+
+def _hash_rows(rows: Mapping[ModalityT, ShardedRows]) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    with progress("hashing the rows", total=sum(map(len, rows.values())), unit="rows") as advance:
+        for modality in sorted(rows):
+            digest.update(_header(modality, rows[modality]).encode())
+            for shard in rows[modality].shards:
+                n, width = shard.shape
+                step = max(1, _HASH_BYTES // (width * shard.values.itemsize))
+                for first in range(0, n, step):
+                    digest.update(shard.raw(slice(first, first + step)))
+                    advance(min(step, n - first))
+    return digest.hexdigest()
+
+
+def _header(modality: str, array: ShardedRows) -> str:
+    return f"{modality}:{len(array)}:{array.d_in}:{array.dtype};"
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    for file in files:
+        digest.update(f"{file.stat().st_size};".encode())
+        with file.open("rb") as source:
+            while block := source.read(_HASH_BYTES):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -154,7 +202,7 @@ def open_npy(path: Path, error: Error) -> Rows:
             )
             shape, _, dtype = read_header(file)
             start = file.tell()
-    except (OSError, ValueError) as err:
+    except _NPY_ERRORS as err:
         raise error(f"{path} cannot be read as .npy ({_line(err)}); make it again") from err
     if dtype.kind != "f" or dtype.itemsize > 8:
         reason = "object: pickled, never opened" if dtype.hasobject else str(dtype)
@@ -167,6 +215,24 @@ def open_npy(path: Path, error: Error) -> Rows:
     if 0 in shape:
         raise error(f"{path} is empty: an array of shape {shape}; wanted at least one row")
     return Rows(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
+
+
+def open_npz(path: Path, error: Error) -> dict[str, NDArray[Any]]:
+    """The arrays of a `.npz` file, in memory; nothing is unpickled.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: it is no archive, or an array in it is damaged or pickled.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # numpy.load would also take a pickle or a single array for one
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except MemoryError as err:
+        raise error(f"{path} holds {n_bytes:,} bytes, more than fit in memory; save its arrays as .npy") from err
+    except _NPZ_ERRORS as err:
+        raise error(f"{path} cannot be read as .npz ({_line(err)}); save it again with numpy.savez") from err
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
 def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -228,8 +294,8 @@ def _check_npy_magic(path: Path, head: bytes, error: Error) -> None:
     if not head:
         raise error(f"{path} is empty (0 bytes); copy or make it again")
     if head[:1] == b"\x80" or head[:2] == b"PK":
-        kind = "a zip archive (.npz or torch.save)" if head[:2] == b"PK" else "a Python pickle"
-        raise error(f"{path} is {kind}, which msae never opens; save it with numpy.save")
+        kind = "a zip archive, as numpy.savez and torch.save make" if head[:2] == b"PK" else "a Python pickle"
+        raise error(f"{path} is {kind}, and no .npy file; save it with numpy.save, or name an archive .npz")
     shape = _shape_in_name(path)
     raise error(
         f"{path} has no NumPy header; if it is raw float32 like the paper's released files, give it one: "

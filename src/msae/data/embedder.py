@@ -6,9 +6,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from msae.base.devices import as_device
-from msae.base.errors import EmbedderError, MissingDependencyError, nearest
+from msae.base.errors import ConfigError, EmbedderError, MissingDependencyError, StoreError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +40,7 @@ class Embedder:
     """A frozen model of two towers; embeddings are float32 rows of unit L2 norm."""
 
     id: str
-    """Folder or hub id, as it was given."""
+    """Absolute path of the folder, hub id, or `demo`."""
     revision: str | None
     """Commit of the hub, or for a folder a hash of its files."""
     d_in: int
@@ -63,6 +64,7 @@ class Embedder:
         device: str = "auto",
         dtype: Precision = "auto",
         revision: str | None = None,
+        local: bool = False,
     ) -> Embedder:
         """The model in a folder or on the Hugging Face hub; nothing is unpickled and no foreign code is run.
 
@@ -72,6 +74,7 @@ class Embedder:
             dtype: What the model computes in; `auto` is bfloat16 on a CUDA device and on a CPU with AMX, else
                 float32. docs/store-format.md says what bfloat16 gains and costs.
             revision: Branch, tag or commit on the hub.
+            local: Take hub models from this machine's cache alone.
 
         Raises:
             EmbedderError: There is no such model, the hub cannot be reached, or the model is of another kind.
@@ -82,7 +85,7 @@ class Embedder:
             import transformers
         except ImportError as err:
             raise MissingDependencyError.of(err.name or "transformers", extra="clip") from None
-        folder = find_folder(str(id), revision)
+        folder = find_folder(str(id), revision, local=local)
         device = as_device(device, allow_mps=True)
         chosen = choose_dtype(dtype, device)
         with _silent_transformers():
@@ -91,29 +94,34 @@ class Embedder:
                 raise EmbedderError(
                     f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers"
                 )
-            if Path(id).is_dir() or str(id) == "demo" or any(folder.glob("*.safetensors")):
+            if is_folder(id) or any(folder.glob("*.safetensors")):
                 model = _load_model(id, folder, **_WEIGHTS)
-            else:  # transformers knows where the hub keeps a safetensors conversion of old repositories
-                model = _load_model(id, str(id), revision=revision, **_WEIGHTS)
+            elif find_folder(str(id), local=local) == folder:
+                # transformers knows where the hub keeps a safetensors conversion of old repositories, of `main` alone
+                model = _load_model(id, str(id), local_files_only=local, **_WEIGHTS)
+            else:
+                raise EmbedderError(
+                    f"encoder {id} has no safetensors weights at {folder.name}; wanted model.safetensors"
+                )
             if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
                 raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
             tokenizer = _load(id, transformers.AutoTokenizer, folder)
             is_v5 = int(transformers.__version__.split(".")[0]) >= 5
             pillow = {"backend": "pil"} if is_v5 else {"use_fast": False}
             processor = _load(id, transformers.AutoImageProcessor, folder, **pillow)
-        embedder = cls(
-            id=str(id),
+        is_clip = config.model_type == "clip"
+        return cls(
+            id=full_name(id),
             revision=revision_of(folder),
-            d_in=0,
+            d_in=int(config.projection_dim if is_clip else config.vision_config.hidden_size),
             device=device,
             dtype=chosen,
             pixel_backend="pil",
             max_tokens=int(config.text_config.max_position_embeddings),
             _model=model.eval().requires_grad_(False).to(device, getattr(torch, chosen)),
-            _tokenizer=tokenizer,
+            _tokenizer=_with_padding(tokenizer, is_clip=is_clip),
             _processor=processor,
         )
-        return replace(embedder, d_in=embedder.embed_texts(["a"]).shape[1])
 
     def embed_images(self, images: Sequence[Image]) -> Float32[np.ndarray, "n d_in"]:
         """Embeddings of RGB images; see `msae.data.images.read_picture`."""
@@ -131,7 +139,16 @@ class Embedder:
             return _unit_rows(self._model.get_image_features(**inputs))
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d_in"]:
-        """Embeddings of captions; what does not fit into `max_tokens` is cut off."""
+        """Embeddings of captions; what does not fit into `max_tokens` is cut off.
+
+        Raises:
+            EmbedderError: The tokenizer has no token to pad with.
+        """
+        if self._tokenizer.pad_token is None:
+            raise EmbedderError(
+                f"the tokenizer of {self.id} has no pad token, so no text can be embedded; add pad_token to its "
+                f"tokenizer_config.json, or embed pictures only"
+            )
         inputs = self._tokenizer(
             self._prepared(texts),
             padding="max_length" if self._is_siglip else True,  # SigLIP was trained on padded captions only
@@ -158,7 +175,123 @@ class Embedder:
         return [text.lower() for text in texts] if self._is_siglip else list(texts)
 
 
-def find_folder(id: str, revision: str | None = None) -> Path:
+class MadeBy(Protocol):
+    """What says which encoder made embeddings: an `EmbeddingStore`, or the config of an SAE."""
+
+    @property
+    def encoder(self) -> str | None: ...
+    @property
+    def encoder_revision(self) -> str | None: ...
+
+
+class MadeStore(MadeBy, Protocol):
+    @property
+    def path(self) -> Path: ...
+
+
+def embedder_for(
+    store: MadeStore | None,
+    sae: MadeBy | None = None,
+    *,
+    need: str,
+    option: str | None = None,
+    encoder: str | Path | None = None,
+    embedder: Embedder | None = None,
+    device: str = "auto",
+    local: bool = False,
+) -> Embedder:
+    """The model that made the embeddings of a store and of an SAE, at the revision that they record.
+
+    Args:
+        store: Embeddings that the model's own are compared with.
+        sae: The config of the SAE that reads them.
+        need: What is to be embedded, for the messages: `--text`, for example.
+        option: The option that takes another encoder, for the messages, where there is one.
+        encoder: A folder or hub id to take instead of the recorded one; its weights must be the recorded ones.
+        embedder: A model that is loaded already; it is checked.
+        device: Where a model is loaded.
+        local: Take hub models from this machine's cache alone.
+
+    Raises:
+        ConfigError: Nothing says which model it is.
+        StoreError: The model has other weights than the one that made the embeddings.
+        EmbedderError: It cannot be loaded.
+    """
+    made = [(owner, (one.encoder, one.encoder_revision)) for owner, one in _owners(store, sae)]
+    if embedder is not None:
+        for owner, known in made:
+            _check_same(need, option, (embedder.id, embedder.revision), owner, known)
+        return embedder
+    recorded = next((known for _, known in made if known[0]), None)
+    name = encoder or (recorded and recorded[0])
+    if name is None:
+        raise ConfigError(
+            f"neither {store.path if store else 'a store'} nor the SAE says which encoder made the embeddings, which "
+            f"{need} needs; {f'give {option} ID' if option else 'a store made by msae embed says it'}"
+        )
+    revision = None
+    if not is_folder(name):
+        revision = next((known[1] for _, known in made if known[0] == str(name)), None)
+        if revision is not None and not _is_commit(revision):
+            raise EmbedderError(f"encoder {name} is not here, which {need} needs; {_remedy(option)}")
+    folder = find_folder(str(name), revision, local=local)
+    for owner, known in made:
+        _check_same(need, option, (full_name(name), revision_of(folder, like=known[1])), owner, known)
+    return Embedder.load(name, revision=revision, device=device, local=local)
+
+
+def _owners(store: MadeStore | None, sae: MadeBy | None) -> Iterator[tuple[str, MadeBy]]:
+    if store is not None:
+        yield f"{store.path} was embedded by", store
+    if sae is not None:
+        yield "the SAE reads embeddings of", sae
+
+
+def _check_same(need: str, option: str | None, mine: EncoderId, owner: str, known: EncoderId) -> None:
+    if is_other_encoder(mine, known):
+        raise StoreError(
+            f"{need} would be embedded by {told_encoder(mine)}, but {owner} {told_encoder(known)}; {_remedy(option)}"
+        )
+
+
+def _remedy(option: str | None) -> str:
+    first = f"give {option} the folder or id of that one" if option else "put that one back"
+    return f"{first}, or embed the store again"
+
+
+EncoderId = tuple[str | None, str | None]
+"""An encoder's name and its revision, as far as they are known."""
+
+
+def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
+    """Whether two encoders are known to differ.
+
+    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
+    encoder's name agree. What a file does not say is not compared.
+    """
+    revisions = [revision for _, revision in (one, other) if revision]
+    # Earlier hashes of a folder have 32 digits and cannot be compared with those of today.
+    compared = 1 if len(revisions) == 2 and {len(revision) for revision in revisions} != {32, 64} else 0
+    return bool(one[compared] and other[compared] and one[compared] != other[compared])
+
+
+def told_encoder(encoder: EncoderId) -> str:
+    """An encoder in an error message; the first twelve digits tell a revision."""
+    name, revision = encoder
+    return " at ".join(part for part in (name, revision and revision[:12]) if part)
+
+
+def is_folder(id: str | Path) -> bool:
+    """Whether an encoder is a folder on this machine, and no model of the hub."""
+    return str(id) == "demo" or Path(id).is_dir()
+
+
+def full_name(id: str | Path) -> str:
+    """What is recorded of an encoder, so that it is found from any folder: absolute paths, hub ids, `demo`."""
+    return str(Path(id).resolve()) if Path(id).is_dir() and str(id) != "demo" else str(id)
+
+
+def find_folder(id: str, revision: str | None = None, *, local: bool = False) -> Path:
     """The folder of a model: the given one, msae's own for `demo`, or the hub's in the local cache.
 
     Raises:
@@ -172,13 +305,16 @@ def find_folder(id: str, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id) or id.startswith(".") or id == "demo":
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise EmbedderError(f"encoder {path} does not exist{nearest(path.name, siblings)}; wanted a folder or hub id")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(id, revision=revision, allow_patterns=_FILES))
+        from huggingface_hub import snapshot_download
+    except ImportError as err:
+        raise MissingDependencyError.of(err.name or "huggingface_hub", extra="clip") from None
+    try:
+        return Path(snapshot_download(id, revision=revision, allow_patterns=_FILES, local_files_only=local))
     except (OSError, ValueError, RuntimeError) as err:
+        at = f" at {revision[:12]}" if revision else ""
         raise EmbedderError(
-            f"encoder {id!r} is no folder here, and the hub does not give it ({_line(err)}); "
+            f"encoder {id!r} is no folder here, and the hub does not give it{at} ({_line(err)}); "
             f"check the name and the network, give the folder of a model, or --encoder demo"
         ) from err
 
@@ -213,13 +349,11 @@ def _load_model(id: str | Path, source: Path | str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(id: str | Path, folder: Path) -> Any:
-    """The tokenizer, from its files: without any, transformers would make an empty one."""
-    import transformers
-
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
-    return _load(id, transformers.AutoTokenizer, folder)
+def _with_padding(tokenizer: Any, *, is_clip: bool) -> Any:
+    """The tokenizer with a pad token: CLIP reads a caption up to its end token, so that one may pad it too."""
+    if tokenizer.pad_token is None and is_clip and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _load(id: str | Path, auto: Any, source: Path | str, **options: Any) -> Any:
@@ -234,22 +368,46 @@ def _load(id: str | Path, auto: Any, source: Path | str, **options: Any) -> Any:
         raise EmbedderError(f"encoder {id}: its {part} cannot be read ({_line(err)}); restore or download it") from err
 
 
-def revision_of(folder: Path) -> str:
-    """The hub's commit where the folder is one in its cache, else a hash of the folder's files.
+def revision_of(folder: Path, *, like: str | None = None) -> str:
+    """The hub's commit where the folder is one in its cache, else a hash of all bytes of the folder's model files.
 
-    Of weights only the size and the two ends are read: hashing gigabytes would delay every start.
+    Args:
+        like: A recorded revision; where that is a hash of the earlier kind, of 32 digits, so is the answer.
     """
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and _is_commit(folder.name):
         return folder.name
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".txt", ".model", ".safetensors"):
-            digest.update(f"{path.name}:{path.stat().st_size};".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                digest.update(file.read())
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model", ".safetensors")]
+    if like is not None and len(like) == 32:
+        return _hash_of_ends(files)
+    digest = hashlib.blake2b(digest_size=32)
+    for path in files:
+        known = path.stat()
+        digest.update(f"{path.name}:{_hash_of(path, known.st_size, known.st_mtime_ns, known.st_ctime_ns)};".encode())
     return digest.hexdigest()
+
+
+@lru_cache(64)
+def _hash_of(path: Path, _size: int, _mtime: int, _ctime: int) -> str:
+    """Of a file's bytes; kept until its size or one of its times changes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_ends(files: Sequence[Path]) -> str:
+    """What earlier versions recorded: of each file its size, its first and its last MB."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _is_commit(revision: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def _unit_rows(features: Any) -> Float32[np.ndarray, "n d_in"]:

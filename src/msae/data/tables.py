@@ -1,11 +1,15 @@
-"""Tables in `.csv`, `.parquet` and `.jsonl` files, read with one-line errors."""
+"""Tables in `.csv`, `.tsv`, `.parquet`, `.jsonl` and `.json` files, read with one-line errors."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msae.base.errors import MsaeError
 
@@ -17,30 +21,75 @@ CAPTION_COLUMNS = ("caption", "text")
 TEXT_COLUMNS = ("id", "key", *IMAGE_PATH_COLUMNS, *CAPTION_COLUMNS)
 """Columns read as strings whatever they look like: the id `00012` is not the number 12."""
 
-TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
+
+_MISSING = ("", "nan", "NaN", "NA", "N/A", "#N/A", "null", "NULL", "None")
+"""What stands for no value in a CSV column of numbers; in a column of text it is text."""
+_SEPARATORS = (",", ";", "\t", "|")
+_OTHER_SCRIPT = re.compile(rb"(?<![A-Za-z\x80-\xff])[\xc0-\xff]{3}(?![A-Za-z])|[\x80-\xff]{4,}")
+"""Words without a letter of ASCII, rare in Windows-1252: Cyrillic or Japanese in an encoding of its own."""
+_BLOCK = 1 << 30  # bytes of a CSV that are parsed at once, at most: a row must fit into one block
+_MORE_COLUMNS = 1000
 
 Error = Callable[[str], MsaeError]
 
 
-def read_table(path: Path, error: Error) -> pa.Table:
-    """The table of a `.csv`, `.jsonl` or `.parquet` file.
+def read_table(path: Path, error: Error, notes: list[str] | None = None) -> pa.Table:
+    """The table of a file with one of `TABLE_SUFFIXES`.
+
+    A CSV may be separated by commas, semicolons, tabs or bars, and be UTF-8, UTF-16 or Windows-1252. Its
+    values are text as written; a column is of numbers, or of True and False, only where writing its values
+    gives the text again: `001` and `1E5` stay text.
+
+    Args:
+        notes: Gets a line about what a person should know of how the file was read.
 
     Raises:
-        MsaeError: Of the kind made by `error`: unreadable, damaged, or not UTF-8.
+        MsaeError: Of the kind made by `error`: unreadable, damaged, or in another encoding.
     """
     import pyarrow as pa
 
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    notes = [] if notes is None else notes
+    suffix = path.suffix.lower()
     try:
-        table: pa.Table = readers[path.suffix.lower()](path)
-    except (pa.ArrowException, OSError) as err:
-        raise error(f"{path} cannot be read as {path.suffix[1:]} ({first_line(err)}); mend or make it again") from err
-    for field in table.schema:
-        if path.suffix.lower() != ".parquet" and pa.types.is_binary(field.type):
-            raise error(f"column {field.name!r} of {path} is not UTF-8; save the file as UTF-8")
+        if suffix == ".parquet":
+            table = _read_parquet(path)
+        else:
+            data = path.read_bytes()
+            if not data:
+                raise ValueError("the file is empty")
+            text = _decoded(data, path, error, notes)
+            table = _read_csv(text) if suffix in (".csv", ".tsv") else _read_json(text)
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as err:
+        raise error(f"{path} cannot be read as {suffix[1:]} ({first_line(err)}); mend or make it again") from err
     if len(set(table.column_names)) != table.num_columns:
         raise error(f"{path} has two columns of one name among {', '.join(table.column_names)}; rename one")
-    return table
+    return conform(table, common_schema([table.schema]))
+
+
+def array_of(values: Sequence[Any]) -> pa.Array:
+    """The values as one column; values of several kinds, such as numbers and words, become text."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return pa.array([None if value is None else as_text(value) for value in values], pa.string())
+
+
+def as_text(value: object) -> str:
+    """A value as text that UTF-8 can hold; what is not text is written as JSON where it can be."""
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            value = str(value)
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def plain_key(name: str) -> str:
+    """A column's name as names are compared: ` Image-Path` is `image_path`."""
+    return re.sub(r"[\s-]+", "_", name.strip()).casefold()
 
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
@@ -58,8 +107,10 @@ def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     types: dict[str, pa.DataType] = {}
     for schema in schemas:
         for field in schema:
-            known = types.get(field.name)
-            types[field.name] = field.type if known is None else _common_type(known, field.type)
+            known, kind = types.get(field.name), field.type
+            if pa.types.is_dictionary(kind):  # the categories of pandas are their values
+                kind = kind.value_type
+            types[field.name] = kind if known is None else _common_type(known, kind)
     return pa.schema(list(types.items()))
 
 
@@ -71,12 +122,21 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, field.type))
-        elif pa.types.is_string(field.type) and pa.types.is_nested(table.column(field.name).type):
-            values = table.column(field.name).to_pylist()
-            columns.append(pa.array([None if value is None else str(value) for value in values], pa.string()))
+        elif pa.types.is_string(field.type):
+            columns.append(text_column(table.column(field.name)))
         else:
             columns.append(table.column(field.name).cast(field.type))
     return pa.table(columns, schema=schema)
+
+
+def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values as text: as Arrow writes them, and as Python does where Arrow cannot."""
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
 def unique_ids(ids: Iterable[str]) -> Iterator[str]:
@@ -108,26 +168,128 @@ def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
         return pa.string()
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _decoded(data: bytes, path: Path, error: Error, notes: list[str]) -> str:
+    """The text of a file, by its byte order mark, else UTF-8, else Windows-1252 where that can be."""
+    try:
+        is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        if any(len(set(word)) > 1 for word in _OTHER_SCRIPT.findall(data)):
+            raise error(f"{path} is not UTF-8; save the file as UTF-8") from None
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError:
+            raise error(f"{path} is not UTF-8; save the file as UTF-8") from None
+        notes.append(f"{path} is not UTF-8: read as Windows-1252; where letters look wrong, save it as UTF-8")
+    if "\0" in text:
+        raise error(f"{path} holds bytes that are no text; save the file as UTF-8")
+    return text
+
+
+def _read_csv(text: str) -> pa.Table:
     import pyarrow as pa
     import pyarrow.csv
 
-    if path.stat().st_size == 0:
-        raise pa.ArrowInvalid("the file is empty")
-    return pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(TEXT_COLUMNS, pa.string())),
+    start = text[:100_000].lstrip("\r\n")
+    if not start:
+        raise ValueError("the file is empty")
+    widths = {separator: len(_first_record(start, separator)) for separator in _SEPARATORS}
+    separator = max(_SEPARATORS, key=widths.__getitem__)
+    if text.count('"') % 2 and _has_open_quote(text, separator):
+        raise ValueError('a quotation mark " is opened and never closed')
+    n_columns = widths[separator]
+    data = text.strip("\r\n").encode() + b"\n"  # without blank lines around it: in one column they would be rows
+    table = pyarrow.csv.read_csv(
+        pa.py_buffer(data),
+        read_options=pyarrow.csv.ReadOptions(
+            autogenerate_column_names=True, use_threads=False, block_size=min(max(len(data), 1), _BLOCK)
+        ),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=separator, newlines_in_values=True, ignore_empty_lines=n_columns > 1
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={f"f{number}": pa.string() for number in range(n_columns + _MORE_COLUMNS)}
+        ),
     )
+    names = [str(column[0].as_py()).strip() for column in table.columns]
+    table = table.slice(1)
+    columns: list[tuple[str, pa.ChunkedArray]] = []
+    for number, (name, column) in enumerate(zip(names, table.columns, strict=True)):
+        if not name:
+            if _is_empty_or_counts(column):  # the index that pandas writes, or a separator at the end of lines
+                continue
+            name = f"column_{number}"
+        columns.append((name, column if plain_key(name) in TEXT_COLUMNS else _numbers_as_written(column)))
+    return pa.Table.from_arrays([column for _, column in columns], [name for name, _ in columns])
 
 
-def _read_jsonl(path: Path) -> pa.Table:
+def _first_record(text: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+    except csv.Error:
+        return text.split("\n", 1)[0].split(separator)
+
+
+def _has_open_quote(text: str, separator: str) -> bool:
+    try:
+        for _ in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
+            pass
+    except csv.Error as err:
+        return "unexpected end of data" in str(err) or "field larger" in str(err)
+    return False
+
+
+def _is_empty_or_counts(column: pa.ChunkedArray) -> bool:
+    """Whether every value is empty, or each is the number of its row, from 0 or 1."""
+    values = column.to_pylist()
+    return not any(values) or any(all(v == str(i) for i, v in enumerate(values, first)) for first in (0, 1))
+
+
+def _numbers_as_written(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as numbers or truth values where writing them gives exactly its text, else as it is."""
     import pyarrow as pa
-    import pyarrow.json
+    import pyarrow.compute as pc
 
-    if path.stat().st_size == 0:
-        raise pa.ArrowInvalid("the file is empty")
-    return pyarrow.json.read_json(path)
+    is_missing = pc.is_in(column, value_set=pa.array(_MISSING))
+    values = pc.if_else(is_missing, pa.scalar(None, pa.string()), column)
+    present = pc.unique(values.drop_null()).to_pylist()
+    if not present:
+        is_blank = not len(column) or pc.all(pc.equal(column, "")).as_py()
+        return values if is_blank else column
+    for kind, writes_as in ((pa.int64(), int), (pa.float64(), float)):
+        if all(_is_written(value, writes_as) for value in present):
+            return values.cast(kind)
+    return values.cast(pa.bool_()) if set(present) <= {"True", "False"} else column
+
+
+def _is_written(value: str, kind: type[int] | type[float]) -> bool:
+    try:
+        return len(value) <= 18 + 7 * (kind is float) and str(kind(value)) == value and value not in ("inf", "-inf")
+    except ValueError:
+        return False
+
+
+def _read_json(text: str) -> pa.Table:
+    """One object a line, or one array of objects."""
+    import pyarrow as pa
+
+    records: list[Any]
+    if text.lstrip().startswith("["):
+        records = json.loads(text)
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as err:
+                    raise ValueError(f"line {number}: {err.msg}; wanted one object a line, or an array") from err
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"record {number} is a {type(record).__name__}; wanted objects")  # noqa: TRY004
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = [array_of([record.get(name) for record in records]) for name in names]
+    return pa.Table.from_arrays(columns, [as_text(name) for name in names])
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -177,7 +339,7 @@ class Metadata:
         try:
             footers = [pq.read_metadata(path) for path in paths]
             schemas = [footer.schema.to_arrow_schema() for footer in footers]
-        except (pa.ArrowException, OSError) as err:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
             raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
         schema = common_schema(schemas)
         schema = pa.schema([column for column in schema if column.name not in without])
@@ -185,12 +347,18 @@ class Metadata:
         def read(names: list[str] | None) -> pa.Table:
             wanted = schema if names is None else pa.schema([schema.field(name) for name in names])
             tables = []
-            for path, own in zip(paths, schemas, strict=True):
+            for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
                 try:
                     table = pq.ParquetFile(path).read(columns=present)
-                except (pa.ArrowException, OSError) as err:
+                    table.validate(full=True)  # a changed byte may leave text that is not UTF-8
+                except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
                     raise error(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
+                if present and (table.num_rows != footer.num_rows or table.column_names != present):
+                    raise error(
+                        f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
+                        f"{footer.num_rows:,} rows are promised; copy or make it again"
+                    )
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 
@@ -214,6 +382,6 @@ def _unreadable(paths: Sequence[Path]) -> Path:
     for path in paths:
         try:
             pq.read_metadata(path)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             return path
     return paths[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msae.base.errors import ConfigError
+from msae.data.store.labels import class_names
 
 C = 100.0
 """Inverse strength of the L2 penalty, as in scikit-learn: summed cross-entropy + ||weight||^2 / (2 C).
@@ -50,7 +51,8 @@ class Probe:
     def encode(self, labels: Sequence[Any]) -> Int[Tensor, " n"]:
         """The number of each label's class, -1 for a missing label and for one that the probe never saw."""
         known = {name: number for number, name in enumerate(self.classes)}
-        return torch.tensor([-1 if label is None else known.get(str(label), -1) for label in labels], dtype=torch.int64)
+        names = class_names(labels)
+        return torch.tensor([-1 if name is None else known.get(name, -1) for name in names], dtype=torch.int64)
 
     def to(self, device: torch.device | str) -> Probe:
         """A copy on `device`."""
@@ -73,15 +75,16 @@ def fit_probe(
 
     Args:
         rows: Gives the standardised embeddings of row numbers, in ascending order.
-        labels: One per row; rows whose label is None are left out.
+        labels: One per row; rows whose label is missing are left out.
         solver: `lbfgs` is scikit-learn's, to convergence, on all rows in memory. `minibatch` is Adam and reads
             a batch at a time. `auto` takes the latter for many rows or classes. Both minimise the same objective.
 
     Raises:
         ConfigError: There are fewer than two classes, or no class has two rows.
     """
-    labelled = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
-    names = [str(labels[row]) for row in labelled]
+    every = class_names(labels)
+    labelled = np.array([row for row, name in enumerate(every) if name is not None], dtype=np.int64)
+    names = [name for name in every if name is not None]
     counts = Counter(names)
     if len(counts) < 2:
         found = f"only the class {names[0]!r}" if names else "no labels"

@@ -145,6 +145,7 @@ def auxiliary_loss(
     W_dead: Float[Tensor, "n_dead d_in"],
     *,
     k: int,
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Error of reconstructing the residual from the `k` strongest dead latents, relative to the residual's variance.
 
@@ -154,6 +155,7 @@ def auxiliary_loss(
         residual: What the living latents leave of `x`; no gradient flows into it.
         h_dead: Pre-activations of the dead latents.
         W_dead: Their decoder rows.
+        cap: The SAE's soft cap, if it has one.
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
@@ -161,6 +163,8 @@ def auxiliary_loss(
         return residual.new_zeros(())
     residual = residual.detach()
     z = activations.topk(h_dead, k)
+    if cap is not None:
+        z = activations.soft_cap(z, cap)
     error: Tensor = reconstruction_loss(residual, z @ W_dead)
     variance = (residual - residual.mean(0)).square().mean()
     return torch.nan_to_num(error / variance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.data.embedder import is_other_encoder, told_encoder
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
 
@@ -166,8 +168,15 @@ class SAE(nn.Module):
         return self.standardizer.invert(self.reconstruct(z), modality)
 
     def save(self, folder: str | Path) -> None:
-        """Write `sae.safetensors` and `sae.json` into `folder`, each atomically."""
+        """Write `sae.safetensors` and `sae.json` into `folder`, each atomically.
+
+        Raises:
+            RunError: Weights are NaN or infinite; nothing is written.
+        """
         folder = Path(folder)
+        broken = first_not_finite(self.state_dict())
+        if broken:
+            raise RunError(f"{broken} has NaN or infinite values, so this SAE is not saved in {folder}; train it again")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for modality, known in self.standardizer.statistics.items():
             tensors[f"standardizer.{modality}.mean"] = known.mean.cpu().contiguous()
@@ -205,11 +214,16 @@ class SAE(nn.Module):
                 f"{folder / WEIGHTS_FILE} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
                 f"{wanted.get(differing, 'none')}; the two files do not belong together: restore both"
             )
-        broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+        broken = first_not_finite(tensors)
         if broken:
             raise RunError(f"{folder / WEIGHTS_FILE} has NaN or infinite values in {broken}; restore it or train again")
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinite value."""
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def as_sae(sae: SAE | str | Path) -> SAE:
@@ -265,32 +279,14 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
         )
 
 
-EncoderId = tuple[str | None, str | None]
-"""An encoder's name and its revision, as far as they are known."""
-
-
-def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
-    """Whether two encoders are known to differ.
-
-    A revision identifies an encoder's weights, wherever their folder lies; only where one side has none must the
-    encoder's name agree. What a file does not say is not compared.
-    """
-    compared = 1 if one[1] and other[1] else 0
-    return bool(one[compared] and other[compared] and one[compared] != other[compared])
-
-
-def told_encoder(encoder: EncoderId) -> str:
-    """An encoder in an error message; the first twelve digits tell a revision."""
-    name, revision = encoder
-    return " at ".join(part for part in (name, revision and revision[:12]) if part)
-
-
 def weights_hash(sae: SAE) -> str:
-    """A hash of the weights and of the statistics that standardise."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A hash of all that activations depend on: weights, statistics that standardise, activation function."""
+    known = sae.config
+    digest = hashlib.blake2b(repr((known.kind, known.k, known.levels, known.soft_cap)).encode(), digest_size=16)
     tensors = dict(sae.state_dict())
-    for modality, known in sae.standardizer.statistics.items():
-        tensors[f"standardizer.{modality}"] = torch.cat([known.mean.double(), torch.tensor([known.scale]).double()])
+    for modality, statistics in sae.standardizer.statistics.items():
+        scale = torch.tensor([statistics.scale]).double()
+        tensors[f"standardizer.{modality}"] = torch.cat([statistics.mean.cpu().double(), scale])
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())

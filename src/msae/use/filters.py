@@ -3,6 +3,10 @@
 The text is read by Python's own parser, and a node that is not on the list below is refused with its place.
 A comparison with a missing value is neither true nor false, as in SQL: such a row is kept by neither `a == 1`
 nor `not a == 1`, only by `a is null`.
+
+Values of a CSV are text where writing them as numbers would change them, such as `9.50`. A column of text is
+read as numbers where < <= > >= compare it with a number, and as true or false where it stands alone or is
+compared with True or False.
 """
 
 from __future__ import annotations
@@ -207,7 +211,7 @@ class _Evaluation:
                 for other in results[1:]:
                     result = pc.and_kleene(result, other)
                 return result
-        values = self._column(node)
+        values = _as_truth(self._column(node))
         if not pa.types.is_boolean(values.type):
             raise _refuse(
                 self.text, _place(self.text, node), f"this column holds {values.type}; compare it with a value"
@@ -234,7 +238,14 @@ class _Evaluation:
                     for other in equal[1:]:
                         found = pc.or_kleene(found, other)
                     return pc.invert(found) if isinstance(op, ast.NotIn) else found
-            other = self._column(right) if _column(right) is not None else self._scalar(right, values.type)
+            if _column(right) is not None:
+                other = self._column(right)
+            else:
+                other = self._scalar(right, values.type)
+                if pa.types.is_boolean(other.type):
+                    values = _as_truth(values)
+                elif pa.types.is_integer(other.type) or pa.types.is_floating(other.type):
+                    values = values if isinstance(op, ast.Eq | ast.NotEq) else _as_numbers(values)
             return getattr(pc, _COMPARISONS[type(op)])(values, other)
         except (pa.ArrowException, TypeError, OverflowError):
             name = _column(left)
@@ -260,3 +271,27 @@ class _Evaluation:
         if pa.types.is_dictionary(values.type):
             return values.cast(values.type.value_type)
         return values
+
+
+def _as_truth(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of text that says true or false, in any letter case, as truth values; any other as it is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_string(values.type):
+        return values
+    lower = pc.utf8_lower(values)
+    present = set(pc.unique(lower).to_pylist()) - {None, ""}
+    if not present or not present <= {"true", "false"}:
+        return values
+    return pc.if_else(pc.equal(lower, ""), None, lower).cast(pa.bool_())
+
+
+def _as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of text as numbers, where all that is not empty is one; an error of pyarrow where it is not."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_string(values.type):
+        return values
+    return pc.if_else(pc.equal(values, ""), None, values).cast(pa.float64())

@@ -7,11 +7,8 @@ left out can belong to the answer: what comes back is what a float32 search of e
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,7 @@ from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
 from msae.base.errors import MissingDependencyError, StoreError
-from msae.base.files import atomic_path, read_json, write_json
+from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4
@@ -86,12 +83,11 @@ class NeighbourIndex:
         """
         faiss = _load_faiss()
         wanted = {"fingerprint": fingerprint, "rows": n_rows, "d_in": d_in, "metric": "cosine", "dtype": "float16"}
-        spare = _cache_folder(place)
-        for folder in (place, spare):
+        for folder in cache_folders(place):
             index = _read(faiss, folder / f"{name}.faiss", wanted)
             if index is not None:
                 return cls(folder / f"{name}.faiss", n_rows, d_in, index, rows)
-        file = (place if _is_writable(place) else spare) / f"{name}.faiss"
+        file = writable_cache(place) / f"{name}.faiss"
         _build(faiss, file, wanted, batches())
         index = _read(faiss, file, wanted)
         if index is None:
@@ -211,18 +207,3 @@ def _header(faiss: Any, d_in: int, n_rows: int) -> bytes:
     struct.pack_into("<q", header, _COUNT_AT, n_rows)
     struct.pack_into("<Q", header, len(header) + _VECTOR_AT, 2 * n_rows * d_in)
     return bytes(header)
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def _cache_folder(place: Path) -> Path:
-    """A folder of the user's cache that belongs to `place` alone."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "msae" / "index" / hashlib.blake2b(str(place.resolve()).encode(), digest_size=12).hexdigest()

@@ -10,12 +10,13 @@ from typing import Any
 
 from msae.base.errors import ConfigError
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.concepts.gallery.mining import activations, check_n, top_samples
+from msae.concepts.gallery.mining import check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "Gallery",
     "Magnitudes",
     "Sample",
-    "activations",
     "all_magnitudes",
     "concept_tree",
     "gallery",
@@ -96,7 +96,7 @@ class Gallery:
 
 
 def gallery(
-    sae: SAE | str | Path,
+    sae: RunLike,
     on: EmbeddingStore | str | Path,
     *,
     latent: int | None = None,
@@ -123,9 +123,10 @@ def gallery(
     if (latent is None) == (concept is None):
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
-    folder, model, store = run_folder(sae), as_sae(sae), as_store(on)
-    check_fit(model, store, run=sae)
-    names = names_of(folder, model.d_sae)
+    run, store = Run.open(sae), as_store(on)
+    run.check_fit(store)
+    d_sae, folder = run.sae.d_sae, run.folder
+    names = names_of(run)
     alike: tuple[int, ...] = ()
     if concept is not None:
         if names is None:
@@ -137,8 +138,8 @@ def gallery(
         latent, *others = sorted(cosine, key=lambda latent: -cosine[latent])
         alike = tuple(others)
     assert latent is not None
-    check_latent(latent, model.d_sae)
-    found = {m: top_samples(sae, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    check_latent(latent, d_sae)
+    found = {m: top_samples(run, store, modality=m, n=n, inference=inference) for m in store.modalities}
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),

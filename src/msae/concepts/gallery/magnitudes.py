@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from msae.concepts.gallery.mining import top_samples
 from msae.concepts.samples import BINS_PER_OCTAVE, N_BINS, TopSamples, bin_edges, histogram_quantiles
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
 _SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -76,10 +77,8 @@ class AllMagnitudes:
         return "\n".join(lines)
 
 
-def all_magnitudes(
-    sae: SAE | str | Path, on: EmbeddingStore | str | Path, *, inference: Inference = "trained"
-) -> AllMagnitudes:
+def all_magnitudes(sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained") -> AllMagnitudes:
     """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
-    store = as_store(on)
-    found = {m: top_samples(sae, store, modality=m, inference=inference) for m in store.modalities}
+    run, store = Run.open(sae), as_store(on)
+    found = {m: top_samples(run, store, modality=m, inference=inference) for m in store.modalities}
     return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})

@@ -1,30 +1,28 @@
-"""The pass over a store from which galleries are made, and what it needs to know about the run."""
+"""The pass over a store from which galleries are made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+import logging
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from msae.base.errors import ConfigError
-from msae.base.progress import progress
-from msae.concepts.samples import Origin, SampleMiner, TopSamples, block_rows
-from msae.data.store import EmbeddingStore, as_store
+from msae.concepts.samples import Origin, SampleMiner, TopSamples
+from msae.data.store import EmbeddingStore
 from msae.sae.losses import default_levels
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder, weights_hash
-from msae.sae.standardize import Modality, Standardizer, fit_statistics
+from msae.sae.model import SAE, Inference
+from msae.sae.run import RunLike
+from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 SAMPLES_FOLDER = "samples"
-"""Inside a run folder: what was mined, to be used again."""
+"""The kind of derived files that mined samples are; see `Run.caches`."""
+
+_log = logging.getLogger(__name__)
 
 
 def top_samples(
-    sae: SAE | str | Path,
+    sae: RunLike,
     on: EmbeddingStore | str | Path,
     *,
     modality: Modality = "image",
@@ -33,74 +31,36 @@ def top_samples(
 ) -> TopSamples:
     """The strongest samples of every latent and the distribution of its activations, in one pass over a store.
 
-    With a run folder they are kept in it, and used again for the same store, SAE, inference and at most as large an n.
+    With a run folder they are kept in it or, where it cannot be written, in the user's cache folder. They are used
+    again for the same rows, SAE, inference and at most as large an n.
 
     Raises:
         ConfigError: n is below 1.
         StoreError: The store does not fit the SAE or has no rows of `modality`.
     """
     check_n(n)
-    folder, model, store = run_folder(sae), as_sae(sae), as_store(on, modality)
-    check_fit(model, store, run=sae)
+    view = View(sae, on, modality, inference=inference)
+    run, store = view.run, view.store
     origin = Origin(
-        store=str(store.path),
-        fingerprint=store.fingerprint,
-        sae=weights_hash(model),
-        modality=modality,
-        inference=inference,
-        standardized_by="run" if modality in model.standardizer else "store",
+        **asdict(run.origin(store)), modality=modality, inference=inference, standardized_by=view.standardized_by
     )
-    cache = None if folder is None else folder / SAMPLES_FOLDER
-    known = None if cache is None else TopSamples.cached(cache, origin, n=n)
-    if known is not None:
+    known = TopSamples.cached(run.caches(SAMPLES_FOLDER), origin, n=n)
+    if known is not None and known.origin == origin:
         return known
-    miner = SampleMiner(model.d_sae, n=n, levels=levels_of(model))
-    with progress(f"mining {modality} rows", total=len(store), unit="rows") as advance:
-        for z in activations(model, store, modality, inference=inference):
-            miner.add(z)
-            advance(len(z))
-    samples = miner.finish(origin, store.ids)
-    if cache is not None:
-        samples.save(cache)
-    return samples
-
-
-def activations(
-    sae: SAE,
-    store: EmbeddingStore,
-    modality: Modality,
-    *,
-    inference: Inference = "trained",
-    k: int | None = None,
-    rows: NDArray[np.int64] | None = None,
-) -> Iterator[NDArray[np.float32]]:
-    """Activations of all rows of a store in order, or of the given `rows`, block by block.
-
-    The blocks are the same whoever asks, because float32 products differ in their last bit with the shape of a block.
-    """
-    size = block_rows(sae.d_sae)
-    if rows is None:
-        batches = store.batches(modality, size)
+    if known is not None:
+        samples = known.with_origin(origin, store.ids)
     else:
-        batches = (store.take(rows[first : first + size], modality) for first in range(0, len(rows), size))
-    standardizer = standardizer_for(sae, store, modality)
-    mode: Inference = "topk" if k is not None else inference
-    for batch in batches:
-        x = torch.from_numpy(batch).to(sae.W_dec.device)
-        with torch.no_grad():
-            z = sae.activate(sae.pre_activations(standardizer.apply(x, modality)), inference=mode, k=k)
-        yield z.cpu().numpy()
-
-
-def standardizer_for(sae: SAE, store: EmbeddingStore, modality: Modality) -> Standardizer:
-    """The SAE's own, with the statistics of a modality that it does not know fitted on the store."""
-    if modality in sae.standardizer:
-        return sae.standardizer
-    return sae.standardizer.with_statistics(modality, fit_statistics(partial(_rows, store, modality)))
-
-
-def _rows(store: EmbeddingStore, modality: Modality) -> Iterator[Tensor]:
-    return (torch.from_numpy(batch) for batch in store.batches(modality, 8192))
+        miner = SampleMiner(view.sae.d_sae, n=n, levels=levels_of(view.sae))
+        for z in view.activations(title=f"mining {modality} rows"):
+            miner.add(z.cpu().numpy())
+        samples = miner.finish(origin, store.ids)
+    place = run.writable_cache(SAMPLES_FOLDER)
+    if place is not None:
+        try:
+            samples.save(place)
+        except OSError as err:
+            _log.warning("samples are not kept in %s: %s", place, err)
+    return samples
 
 
 def levels_of(sae: SAE) -> tuple[int, ...]:
@@ -109,5 +69,6 @@ def levels_of(sae: SAE) -> tuple[int, ...]:
 
 
 def check_n(n: int) -> None:
+    """Refuse a number of samples below 1."""
     if n < 1:
         raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 16")

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from msae.base.errors import ConfigError
-from msae.base.progress import progress
-from msae.concepts.gallery.mining import activations, top_samples
+from msae.concepts.gallery.mining import top_samples
 from msae.concepts.hierarchy import Activity, Hierarchy, PairScore, find_hierarchy, score_pairs
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import level_shares
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.tables import TABLE_SUFFIXES, read_table
-from msae.sae.model import SAE, Inference, as_sae, check_fit, run_folder
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 HIERARCHY_ROWS = 20_000
 """Rows that a hierarchy is read from; more make its intervals narrower, at d_sae^2 operations each."""
@@ -70,7 +71,7 @@ class ConceptTree:
 
 
 def concept_tree(
-    sae: SAE | str | Path,
+    sae: RunLike,
     on: EmbeddingStore | str | Path,
     *,
     modality: Modality | None = None,
@@ -97,23 +98,21 @@ def concept_tree(
         ConfigError: `k` or `max_rows` is below 1, the pairs cannot be read, or there are no names to compare with them.
         StoreError: The store does not fit the SAE.
     """
-    folder, model, store = run_folder(sae), as_sae(sae), as_store(on, modality)
-    check_fit(model, store, run=sae)
+    run, store = Run.open(sae), as_store(on, modality)
+    model, folder = run.sae, run.folder
     if max_rows < 1 or (k is not None and k < 1):
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
-    names = names_of(folder, model.d_sae)
+    names = names_of(run)
     known = None if pairs is None else _known_pairs(pairs, names, folder)
     if k is None and model.config.levels:
         k = model.config.levels[0]
     chosen = np.linspace(0, len(store) - 1, min(max_rows, len(store))).round().astype(np.int64)
     activity = Activity(model.d_sae)
-    modality = modality or store.modalities[0]
-    with progress("reading which latents fire", total=len(chosen), unit="rows") as advance:
-        for z in activations(model, store, modality, inference=inference, k=k, rows=chosen):
-            activity.add(z > 0)
-            advance(len(z))
+    view = View(run, store, modality, inference=inference, k=k)
+    for z in view.activations(rows=chosen, title="reading which latents fire"):
+        activity.add((z > 0).cpu().numpy())
     found = find_hierarchy(activity, min_share=min_share)
-    samples = top_samples(sae, store, modality=modality, inference=inference)
+    samples = top_samples(run, store, modality=view.modality, inference=inference)
     nodes = [latent for _, latent in found.walk()]
     return ConceptTree(
         hierarchy=found,

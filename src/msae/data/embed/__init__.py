@@ -15,9 +15,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from msae.base.files import read_json, remove_leftovers, write_json
 from msae.base.progress import progress
 from msae.data.arrays import first_bad_row
 from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
-from msae.data.embedder import DEMO, Embedder, Precision, revision_of
+from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
 from msae.data.sources import Source, SourceItem, open_source
 from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
 from msae.data.store.files import Modality
-from msae.data.tables import common_schema, conform, unique_ids
+from msae.data.tables import array_of, common_schema, conform, unique_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,10 +41,15 @@ if TYPE_CHECKING:
 __all__ = ["Embedder", "embed"]
 
 BATCHES_PER_CHUNK = 4
+_SHARD_ROWS = 65_536
 MAX_LISTED = 10_000
 """Skipped inputs that store.json lists; all are counted."""
+_PIECE = 64
+"""Samples that a thread decodes at once."""
 _N_AHEAD = 10
-"""Batches that are decoded ahead: enough for eight threads; 40 MB each at 64 images of 224 pixels."""
+"""Pieces that are decoded ahead: enough for eight threads; 40 MB each at 224 pixels."""
+_BYTES_AHEAD = 1 << 29
+"""Bytes of pictures, as they are stored, that wait to be decoded; one piece is read whatever it holds."""
 _STATE_VERSION = 1
 _RECORDED = (
     "encoder",
@@ -68,7 +73,7 @@ def embed(
     device: str = "auto",
     dtype: Precision = "auto",
     revision: str | None = None,
-    shard_rows: int = 65_536,
+    shard_rows: int = _SHARD_ROWS,
     workers: int | None = None,
 ) -> EmbeddingStore:
     """The store `out` with an embedding of every image and caption in `source`, made or gone on with.
@@ -114,7 +119,7 @@ def embed(
         state = _begin(out, asked, embedder, batch_size * BATCHES_PER_CHUNK)
         try:
             _embed_chunks(opened, embedder, out, state["chunk_items"], batch_size, workers)
-            return _finish(out, state)
+            return _finish(out, state, opened.notes)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
 
@@ -150,19 +155,22 @@ class _Asked:
         shard_rows: int,
         batch_size: int,
     ) -> _Asked:
-        id = encoder.id if isinstance(encoder, Embedder) else str(encoder)
+        id = encoder.id if isinstance(encoder, Embedder) else full_name(encoder)
         known = encoder.revision if isinstance(encoder, Embedder) else _folder_revision(id)
         precision = encoder.dtype if isinstance(encoder, Embedder) else dtype
-        command = ["msae", "embed", source.name, "--encoder", id, "--out", str(out)]
-        options: dict[str, tuple[object, object]] = {
-            "--dtype": (precision, "auto"),
-            "--revision": (revision, None),
-        }
-        options |= {"--shard-rows": (shard_rows, 65_536), "--batch-size": (batch_size, 64)}
-        for option, (value, default) in options.items():
-            if value != default:
-                command += [option, str(value)]
-        return cls(source.name, source.signature, id, known, revision, precision, shard_rows, shlex.join(command))
+        given = {"dtype": (precision, "auto"), "revision": (revision, None), "batch_size": (batch_size, 64)}
+        options = {name: value for name, (value, default) in given.items() if value != default}
+        if source.is_reopenable and shard_rows == _SHARD_ROWS:
+            words = ["msae", "embed", source.name, "--encoder", id, "--out", str(out)]
+            for name, value in options.items():
+                words += [f"--{name.replace('_', '-')}", str(value)]
+            command = shlex.join(words)
+        else:  # what the command line cannot say
+            options |= {"shard_rows": shard_rows} if shard_rows != _SHARD_ROWS else {}
+            keywords = {"encoder": id, "out": str(out), **options}
+            said = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
+            command = f"msae.embed({repr(source.name) if source.is_reopenable else 'SOURCE'}, {said})"
+        return cls(source.name, source.signature, id, known, revision, precision, shard_rows, command)
 
     def difference(self, record: Mapping[str, Any]) -> str | None:
         """What `record` was made of instead, in words; None where it is the same."""
@@ -172,7 +180,9 @@ class _Asked:
             return f"the source {record.get('source')}"
         found: dict[str, object] = {"encoder": self.encoder, "shard_rows": self.shard_rows}
         if self.encoder_revision is not None:
-            found["encoder_revision"] = self.encoder_revision
+            known = record.get("encoder_revision")
+            earlier = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
+            found["encoder_revision"] = earlier or self.encoder_revision
         elif self.asked_revision != record.get("encoder_revision"):  # a branch or tag, or none
             found["asked_revision"] = self.asked_revision
         if self.precision != "auto":
@@ -183,9 +193,8 @@ class _Asked:
         return None
 
 
-def _folder_revision(encoder: str) -> str | None:
-    folder = DEMO if encoder == "demo" else Path(encoder)
-    return revision_of(folder) if folder.is_dir() else None
+def _folder_revision(encoder: str, *, like: str | None = None) -> str | None:
+    return revision_of(find_folder(encoder), like=like) if is_folder(encoder) else None
 
 
 def _finished(out: Path, asked: _Asked) -> EmbeddingStore:
@@ -229,6 +238,8 @@ def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> di
         write_json(out / PARTIAL / "state.json", record, schema_version=_STATE_VERSION)
         return _read_state(out)
     difference = asked.difference(state)
+    if asked.encoder_revision is not None:  # a folder's is compared already, by the kind of hash that it was begun with
+        settled["encoder_revision"] = state["encoder_revision"]
     for key, value in settled.items():
         if difference is None and state.get(key) != value:
             difference = f"{key.replace('_', ' ')} {state.get(key)}"
@@ -289,7 +300,7 @@ def _embed_chunks(
     with quiet_about_size() if source.has_images else contextlib.nullcontext(), bar as advance:
         try:
             cut = _cut(source.items(start), chunk_items, batch_size)
-            batches = _decoded_ahead(pool, source, embedder, cut)
+            batches = _joined(_decoded_ahead(pool, source, embedder, cut))
             for number in itertools.count(n_chunks):
                 chunk = _embedded(source, embedder, _chunk_of(batches, chunk_items), advance)
                 if chunk.n_items == 0:
@@ -299,29 +310,72 @@ def _embed_chunks(
             pool.shutdown(cancel_futures=True)
 
 
-def _cut(items: Iterator[SourceItem], chunk_items: int, batch_size: int) -> Iterator[list[SourceItem]]:
+class _Piece(NamedTuple):
+    """Some samples of a batch, not yet decoded."""
+
+    items: list[SourceItem]
+    is_last: bool
+    """Whether the batch ends with them."""
+
+
+def _cut(items: Iterator[SourceItem], chunk_items: int, batch_size: int) -> Iterator[_Piece]:
     """The samples in batches that end where their chunk ends: a resumed run cuts as an unbroken one does."""
-    while True:
-        of_chunk = itertools.islice(items, chunk_items)
-        n_batches = 0
-        while batch := list(itertools.islice(of_chunk, batch_size)):
-            n_batches += 1
-            yield batch
-        if not n_batches:
+    n_in_chunk = n_in_batch = 0
+    room = min(_PIECE, batch_size)
+    while piece := list(itertools.islice(items, room)):
+        is_end = len(piece) < room
+        n_in_chunk += len(piece)
+        n_in_batch += len(piece)
+        is_last = is_end or n_in_batch == batch_size or n_in_chunk == chunk_items
+        yield _Piece(piece, is_last)
+        n_in_batch = 0 if is_last else n_in_batch
+        n_in_chunk = 0 if n_in_chunk == chunk_items else n_in_chunk
+        room = min(_PIECE, batch_size - n_in_batch, chunk_items - n_in_chunk)
+        if is_end:
             return
 
 
 def _decoded_ahead(
-    pool: ThreadPoolExecutor, source: Source, embedder: Embedder, batches: Iterable[list[SourceItem]]
-) -> Iterator[_Batch]:
-    """The batches in order, a few of them being decoded while the encoder works on an earlier one."""
-    waiting: deque[Future[_Batch]] = deque()
-    for items in batches:
-        waiting.append(pool.submit(_decode, source, embedder, items))
+    pool: ThreadPoolExecutor, source: Source, embedder: Embedder, pieces: Iterable[_Piece]
+) -> Iterator[tuple[_Batch, bool]]:
+    """The pieces in order, a few of them being decoded while the encoder works on an earlier one."""
+    waiting: deque[tuple[Future[_Batch], bool, int]] = deque()
+    n_bytes = 0
+
+    def first() -> tuple[_Batch, bool]:
+        nonlocal n_bytes
+        future, is_last, size = waiting.popleft()
+        n_bytes -= size
+        return future.result(), is_last
+
+    for items, is_last in pieces:
+        size = sum(len(item.image) for item in items if isinstance(item.image, bytes))
+        while waiting and n_bytes + size > _BYTES_AHEAD:
+            yield first()
+        waiting.append((pool.submit(_decode, source, embedder, items), is_last, size))
+        n_bytes += size
         if len(waiting) > _N_AHEAD:
-            yield waiting.popleft().result()
+            yield first()
     while waiting:
-        yield waiting.popleft().result()
+        yield first()
+
+
+def _joined(pieces: Iterable[tuple[_Batch, bool]]) -> Iterator[_Batch]:
+    """The pieces as whole batches."""
+    batch = _Batch(0)
+    for piece, is_last in pieces:
+        batch = _Batch(
+            batch.n_items + piece.n_items,
+            batch.items + piece.items,
+            batch.pixels + piece.pixels,
+            batch.skipped + piece.skipped,
+            batch.converted + piece.converted,
+        )
+        if is_last:
+            yield batch
+            batch = _Batch(0)
+    if batch.n_items:
+        yield batch
 
 
 def _chunk_of(batches: Iterator[_Batch], chunk_items: int) -> Iterator[_Batch]:
@@ -347,6 +401,8 @@ def _decode(source: Source, embedder: Embedder, items: Sequence[SourceItem]) -> 
                 picture = read_picture(item.image)
                 batch.pixels.append(embedder.pixels([picture.image]))
                 batch.converted.update(picture.conversions)
+                if isinstance(item.image, bytes):  # no longer needed
+                    item = replace(item, image=None)
         except SourceError as err:
             batch.skipped.append(Skipped(_utf8(item.id), str(err)))
         else:
@@ -355,7 +411,9 @@ def _decode(source: Source, embedder: Embedder, items: Sequence[SourceItem]) -> 
 
 
 def _check_caption(caption: str | None) -> None:
-    if caption is None or not caption.strip():
+    if caption is None:
+        raise SourceError("no caption")
+    if not caption.strip():
         raise SourceError("empty caption")
     if _utf8(caption) != caption:
         raise SourceError("caption is not valid Unicode")
@@ -407,24 +465,20 @@ def _metadata(source: Source, items: Sequence[SourceItem]) -> pa.Table:
     paths = [_utf8(str(item.image.absolute())) if isinstance(item.image, Path) else None for item in items]
     if any(path is not None for path in paths):
         columns["image_path"] = pa.array(paths, pa.string())
-    if source.has_captions:
-        columns["caption"] = pa.array([item.caption for item in items], pa.string())
+    captions = [None if item.caption is None else _utf8(item.caption) for item in items]
+    if source.has_captions or any(caption is not None for caption in captions):  # some are kept, not embedded
+        columns["caption"] = pa.array(captions, pa.string())
     found = dict.fromkeys(name for item in items for name in item.columns)
     names = list(found) if source.schema is None else source.schema.names
     for name in names:
         values = [item.columns.get(name) for item in items]
         values = [_utf8(value) if isinstance(value, str) else value for value in values]
-        if source.schema is not None:
-            columns[name] = pa.array(values, source.schema.field(name).type)
-            continue
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # numbers here, words there
-            columns[name] = pa.array([None if value is None else str(value) for value in values], pa.string())
+        known = source.schema is not None and source.schema.field(name).type
+        columns[name] = pa.array(values, known) if known else array_of(values)
     return pa.table(columns)
 
 
-def _finish(out: Path, state: Mapping[str, Any]) -> EmbeddingStore:
+def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> EmbeddingStore:
     """Cut all chunks into shards and write store.json; a run killed in here does all of it again."""
     for name in ("img_emb", "text_emb", "metadata"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -455,6 +509,7 @@ def _finish(out: Path, state: Mapping[str, Any]) -> EmbeddingStore:
             "converted": dict(sorted(converted.items())),
             "truncated_captions": n_truncated,
         },
+        "notes": list(notes),
         "skipped_is_complete": len(skipped) <= MAX_LISTED,
         "skipped": [entry._asdict() for entry in skipped[:MAX_LISTED]],
     }

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from msae.base.errors import MissingDependencyError, SourceError, nearest
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
-from msae.data.sources import tars
-from msae.data.tables import CAPTION_COLUMNS, IMAGE_PATH_COLUMNS, TABLE_SUFFIXES, first_line, read_table
+from msae.data.sources import members, tars
+from msae.data.sources.members import Sample, described, texts_of
+from msae.data.tables import (
+    CAPTION_COLUMNS,
+    IMAGE_PATH_COLUMNS,
+    TABLE_SUFFIXES,
+    common_schema,
+    first_line,
+    plain_key,
+    read_table,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _PIECE = 256  # rows of a table that are turned into Python objects at a time
 _ENDS = 1 << 20  # bytes of each end of a file that tell whether it has changed
+_SAMPLED = 1000  # samples of tars and folders that are looked at to see whether there are captions
 _ID_COLUMNS = ("id", "key")
+_PICTURE_COLUMNS = ("jpg", "jpeg", "png", "webp", "img", "image_bytes")
+"""Columns of whole pictures, as img2dataset and others name them."""
+_PATHS = (*IMAGE_PATH_COLUMNS, "file_name", "filename", "filepath", "file_path", "img_path", "image_file", "img")
+"""`file_name` is Hugging Face's, `filepath` open_clip's."""
+_CAPTIONS = (*CAPTION_COLUMNS, "captions", "title")
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,31 +74,39 @@ class Source:
     """Number of samples, where it is known beforehand."""
     schema: pa.Schema | None = None
     """Types of the other columns, where they are known beforehand."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it is read: what is left out, what was taken for what."""
+    is_reopenable: bool = False
+    """Whether `open_source(name)` gives it again."""
 
 
 def open_source(source: str | Path) -> Source:
     """The source at a path: nothing but names is read yet.
 
     Args:
-        source: A folder of images (recursive); a .txt of captions, one a line; a .csv, .jsonl or .parquet
-            with image paths (relative to its folder), captions, or both; a .tar of webdataset, a folder of
-            them or a pattern such as `shards/{000..012}.tar`; or a dataset of Hugging Face as
-            `hf://owner/name?split=train&config=NAME&streaming=1&image=COLUMN&caption=COLUMN`, in which an
-            absolute path stands for a dataset saved on disk (`hf:///data/saved`).
+        source: A folder of images, with those of its subfolders, which are their labels, and with captions in
+            .txt or .json files of the same names; a .txt of captions, one a line; a table (.csv, .tsv, .jsonl,
+            .json or .parquet) of pictures or their paths (relative to its folder), captions, or both; a .tar of
+            webdataset, a folder of them or a pattern such as `shards/{000..012}.tar`; or a dataset of Hugging
+            Face as `hf://owner/name?split=train&config=NAME&streaming=1&image=COLUMN&caption=COLUMN`, or the
+            folder that its `save_to_disk` wrote. docs/store-format.md says what is read of each.
 
     Raises:
         SourceError: There is nothing there, it is empty, or it has neither images nor captions.
     """
+    return replace(_open(source), is_reopenable=True)
+
+
+def _open(source: str | Path) -> Source:
     text = str(source)
     if text.startswith("hf:/"):
         return _hugging_face(text)
-    if "{" in text and text.endswith(".tar"):
+    if "{" in text and text.endswith(_TAR_SUFFIXES):
         return _tars(text, tars.expand(text))
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        return _tars(text, shards) if shards else _folder(path)
+        return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path)
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise SourceError(f"{path} does not exist{nearest(path.name, siblings)}")
@@ -88,7 +116,7 @@ def open_source(source: str | Path) -> Source:
         return _parquet(path)
     if suffix in TABLE_SUFFIXES:
         return _table(path)
-    if suffix == ".tar":
+    if path.name.lower().endswith(_TAR_SUFFIXES):
         return _tars(text, [path])
     hint = "; give the folder that it is in" if suffix in IMAGE_SUFFIXES else ""
     raise SourceError(
@@ -97,25 +125,149 @@ def open_source(source: str | Path) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    """Every image below a folder in the order of their paths, without hidden files and links to folders."""
-    names = []
-    for folder, subfolders, files in os.walk(path, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        names += [
-            (Path(folder) / name).relative_to(path).as_posix()
-            for name in files
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-    names.sort()
-    if not names:
+    """Every file below a folder in the order of their paths, without hidden ones; or its shards, if it has only those.
+
+    Files beside a picture with its name, such as .txt and .json, describe it. What is no picture is a sample with
+    the reason.
+    """
+    names, notes = _walk(path)
+    pictures = {name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES}
+    shards = [name for name in names if name.lower().endswith(_TAR_SUFFIXES)]
+    if shards and not pictures:
+        others = [name for name in names if name not in shards]
+        if others:
+            notes.append(f"not read beside the shards: {_some(others)}")
+        return _tars(str(path), [path / name for name in shards], notes)
+    keys = {str(PurePosixPath(name).with_suffix("")) for name in pictures} | pictures
+    beside: dict[str, dict[str, str]] = {}
+    samples = []
+    for name in names:
+        suffix = PurePosixPath(name).suffix.lower()
+        key = str(PurePosixPath(name).with_suffix("")) if suffix else name
+        if suffix in members.SUFFIXES and name not in pictures and key in keys:
+            beside.setdefault(key, {})[suffix] = name
+        else:
+            samples.append(name)
+    if not any(_could_be_picture(name) for name in samples):
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"{path} has no images in it; wanted files ending in one of {kinds}")
+    labels = _labels(pictures)
+    if labels:
+        notes.append(f"column label: the folder of each picture, {len(set(labels.values()))} of them")
+
+    def sample(name: str) -> Sample:
+        if not _could_be_picture(name):
+            return Sample(name, damage=_why_not_picture(name))
+        of_name = {**beside.get(str(PurePosixPath(name).with_suffix("")), {}), **beside.get(name, {})}
+        found = described(
+            Sample(name, path / name), {suffix: (path / file).read_bytes() for suffix, file in of_name.items()}
+        )
+        if name in labels and "label" not in found.columns:
+            found = replace(found, columns={**found.columns, "label": labels[name]})
+        return found
+
+    def safe(name: str) -> Sample:
+        try:
+            return sample(name)
+        except OSError as err:
+            return Sample(name, damage=f"unreadable: {err.strerror or err}")
+
+    has_captions = bool(beside) and _has_captions(map(safe, samples), notes)
+    signature = _digest(f"{name}:{_state(path / name)}" for name in names)
+    return _sampled(
+        str(path), True, has_captions, signature, lambda start: map(safe, samples[start:]), len(samples), notes
+    )
+
+
+def _walk(path: Path) -> tuple[list[str], list[str]]:
+    """The files below a folder, and notes. Links to folders are followed once all others are read, none twice."""
+    names: list[str] = []
+    notes: list[str] = []
+    seen: set[str] = set()
+    waiting = [str(path)]
+    while waiting:
+        top = waiting.pop(0)
+        if os.path.realpath(top) in seen:
+            notes.append(f"the link {os.path.relpath(top, path)} leads to a folder that is read already")
+            continue
+        for folder, subfolders, files in os.walk(top, onerror=_refuse):
+            seen.add(os.path.realpath(folder))
+            inside = sorted(name for name in subfolders if not name.startswith("."))
+            links = [name for name in inside if (Path(folder) / name).is_symlink()]
+            waiting += [str(Path(folder) / name) for name in links]
+            subfolders[:] = [
+                name for name in inside if name not in links and os.path.realpath(Path(folder) / name) not in seen
+            ]
+            names += [(Path(folder) / name).relative_to(path).as_posix() for name in files if not name.startswith(".")]
+    return sorted(names), notes
+
+
+def _labels(pictures: Iterable[str]) -> dict[str, str]:
+    """The name of each picture's folder, where there are several and they are not numbered shards of a download."""
+    folders = {name: PurePosixPath(name).parent.name for name in pictures}
+    labels = {name: folder for name, folder in folders.items() if folder}
+    distinct = set(labels.values())
+    return labels if len(distinct) > 1 and not all(re.fullmatch(r"\d{5,}", name) for name in distinct) else {}
+
+
+def _could_be_picture(name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix not in (*TABLE_SUFFIXES, *members.TEXTS, *members.LABELS) and not name.lower().endswith(_TAR_SUFFIXES)
+
+
+def _why_not_picture(name: str) -> str:
+    if name.lower().endswith(_TAR_SUFFIXES):
+        return "an archive, not an image; give it as a source of its own"
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in TABLE_SUFFIXES and suffix != ".json":
+        return "a table, not an image; to embed its rows, give it as the source"
+    return f"no image has the name of this {suffix} file"
+
+
+def _state(path: Path) -> str:
+    """What changes when a file is replaced."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ""
+    return f"{state.st_size}:{state.st_mtime_ns}"
+
+
+def _has_captions(samples: Iterable[Sample], notes: list[str]) -> bool:
+    """Whether captions are embedded: where at least half of the images have one. A note says what else happens."""
+    looked_at = [sample for sample in itertools.islice(samples, _SAMPLED) if sample.damage is None]
+    n_images = sum(sample.image is not None for sample in looked_at)
+    n_captions = sum(sample.caption is not None for sample in looked_at)
+    n_both = sum(sample.caption is not None and sample.image is not None for sample in looked_at)
+    n_more = sum("captions" in sample.columns for sample in looked_at)
+    if n_more:
+        notes.append("several captions an image: the first is embedded, all are in the column captions")
+    if n_captions and n_images > 2 * n_both:
+        notes.append(
+            f"only {n_both:,} of the first {n_images:,} images have a caption: captions are a column, not embedded"
+        )
+        return False
+    if n_captions and n_images > n_both:
+        notes.append(f"{n_images - n_both:,} of the first {n_images:,} images have no caption; such are skipped")
+    return n_captions > 0
+
+
+def _sampled(
+    name: str,
+    has_images: bool,
+    has_captions: bool,
+    signature: str,
+    samples: Callable[[int], Iterable[Sample]],
+    total: int | None,
+    notes: Sequence[str],
+) -> Source:
+    """A source of samples that are made of files."""
 
     def items(start: int) -> Iterator[SourceItem]:
-        for name in names[start:]:
-            yield SourceItem(name, image=path / name)
+        for sample in samples(start):
+            yield SourceItem(sample.key, sample.image, sample.caption, sample.columns, sample.damage)
 
-    return Source(str(path), True, False, _digest(names), items, total=len(names))
+    return Source(name, has_images, has_captions, signature, items, total, notes=tuple(notes))
 
 
 def _captions(path: Path) -> Source:
@@ -140,7 +292,8 @@ def _captions(path: Path) -> Source:
 
 def _table(path: Path) -> Source:
     """The rows of a .csv or .jsonl file, which is held in memory."""
-    table = read_table(path, SourceError)
+    notes: list[str] = []
+    table = read_table(path, SourceError, notes)
     if table.num_rows == 0:
         raise SourceError(f"{path} has no rows")
 
@@ -148,8 +301,8 @@ def _table(path: Path) -> Source:
         for first in range(start, table.num_rows, _PIECE):
             yield table.slice(first, _PIECE)
 
-    columns = _Columns.of(table.schema, str(path))
-    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), table.num_rows)
+    columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE))
+    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), table.num_rows, notes)
 
 
 def _parquet(path: Path) -> Source:
@@ -159,7 +312,7 @@ def _parquet(path: Path) -> Source:
 
     try:
         footer = pq.read_metadata(path)
-        schema = footer.schema.to_arrow_schema()
+        schema = common_schema([footer.schema.to_arrow_schema()])
     except (pa.ArrowException, OSError) as err:
         raise SourceError(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err
     if footer.num_rows == 0:
@@ -179,8 +332,13 @@ def _parquet(path: Path) -> Source:
         except (pa.ArrowException, OSError) as err:
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
-    columns = _Columns.of(schema, str(path))
-    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), footer.num_rows)
+    if len(schema) != len(footer.schema.to_arrow_schema()):
+        raise SourceError(
+            f"{path} has two columns of one name among {_list(footer.schema.to_arrow_schema())}; rename one"
+        )
+    notes: list[str] = []
+    columns = _Columns.of(schema, str(path), notes, head=next(pieces(0), None))
+    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), footer.num_rows, notes)
 
 
 def _hugging_face(url: str) -> Source:
@@ -195,17 +353,34 @@ def _hugging_face(url: str) -> Source:
             raise SourceError(
                 f"{url} has the unknown option {option!r}{nearest(option, known)}; known: {', '.join(known)}"
             )
-    dataset = _load_dataset(url, parts.netloc + parts.path, options)
+    return _of_dataset(url, _load_dataset(url, parts.netloc + parts.path, options), options)
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _saved_dataset(path: Path) -> Source:
+    """A folder that `save_to_disk` of the `datasets` library wrote."""
+    url = f"hf://{path.absolute()}"
+    return replace(_of_dataset(url, _load_dataset(url, str(path), {}), {}), name=str(path))
+
+
+def _of_dataset(url: str, dataset: Any, options: Mapping[str, str]) -> Source:
     features = dataset.features
     if features is None:
         raise SourceError(f"{url} does not say what its columns are; load it without streaming")
-    columns = _Columns.of(features.arrow_schema, url, options.get("image"), options.get("caption"))
-    names = {name: kind.names for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}
     is_streamed = not hasattr(dataset, "__len__")
     total = None if is_streamed else len(dataset)
     if total == 0:
         raise SourceError(f"{url} has no rows")
     tables = dataset.with_format("arrow")
+    notes: list[str] = []
+    head = None if is_streamed else tables[:_PIECE]
+    columns = _Columns.of(
+        features.arrow_schema, url, notes, image=options.get("image"), caption=options.get("caption"), head=head
+    )
+    names = {name: kind.names for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}
 
     def pieces(start: int) -> Iterator[pa.Table]:
         if is_streamed:
@@ -215,7 +390,7 @@ def _hugging_face(url: str) -> Source:
                 yield tables[first : first + _PIECE]
 
     signature = _digest([url, str(total), "" if is_streamed else str(dataset._fingerprint)])
-    return _rows(url, columns, pieces, Path(), signature, total, names)
+    return _rows(url, columns, pieces, Path(), signature, total, notes, names)
 
 
 def _load_dataset(url: str, name: str, options: Mapping[str, str]) -> Any:
@@ -227,7 +402,7 @@ def _load_dataset(url: str, name: str, options: Mapping[str, str]) -> Any:
     path = Path(name)
     streaming = options.get("streaming", "").lower() in ("1", "true", "yes")
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if _is_saved_dataset(path):
             dataset = datasets.load_from_disk(name)
         elif path.is_absolute() and not path.exists():
             raise SourceError(f"{path} does not exist; wanted a dataset saved on disk")
@@ -247,7 +422,9 @@ def _load_dataset(url: str, name: str, options: Mapping[str, str]) -> Any:
         splits = list(dataset)
         split = options.get("split", splits[0] if len(splits) == 1 else "")
         if split not in splits:
-            raise SourceError(f"{url} has the splits {', '.join(splits)}; add one as ?split={splits[0]}")
+            start = url if url.startswith("hf:") else f"hf://{url}"
+            asked = f"{start}{'&' if '?' in start else '?'}split={splits[0]}"
+            raise SourceError(f"{url} has the splits {', '.join(splits)}; give one, such as {asked}")
         dataset = dataset[split]
     return dataset
 
@@ -262,23 +439,94 @@ class _Columns:
     others: pa.Schema
 
     @classmethod
-    def of(cls, schema: pa.Schema, name: str, image: str | None = None, caption: str | None = None) -> _Columns:
+    def of(
+        cls,
+        schema: pa.Schema,
+        name: str,
+        notes: list[str],
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        head: pa.Table | None = None,
+    ) -> _Columns:
+        """The columns by their names, the images' also by the first rows `head`; notes say what is not kept."""
         for asked in (image, caption):
             if asked is not None and asked not in schema.names:
                 raise SourceError(
                     f"{name} has no column {asked!r}{nearest(asked, schema.names)}; it has {_list(schema)}"
                 )
-        image = image or next((column for column in IMAGE_PATH_COLUMNS if _is_image(schema, column)), None)
-        caption = caption or next((column for column in CAPTION_COLUMNS if _is_text(schema, column)), None)
+        by_key: dict[str, str] = {}
+        for column in schema.names:
+            by_key.setdefault(plain_key(column), column)
+        known = [by_key[key] for key in (*_PATHS, *_PICTURE_COLUMNS) if key in by_key]
+        image = image or next((column for column in known if _is_bytes(schema, column)), None)
+        image = image or next((column for column in known if _is_text(schema, column)), None)
+        image = image or _by_content(schema, name, head)
+        texts = [by_key[key] for key in _CAPTIONS if key in by_key and by_key[key] != image]
+        caption = caption or next((column for column in texts if _is_text(schema, column)), None)
+        caption = caption or next((column for column in texts if _is_texts(schema, column)), None)
         if image is None and caption is None:
-            wanted = ", ".join(IMAGE_PATH_COLUMNS + CAPTION_COLUMNS)
-            close = next(
-                (hint for column in schema.names if (hint := nearest(column, (*IMAGE_PATH_COLUMNS, *CAPTION_COLUMNS)))),
-                "",
-            )
+            wanted = ", ".join(dict.fromkeys((*_PATHS, *_CAPTIONS)))
+            close = next((hint for column in by_key if (hint := nearest(column, (*_PATHS, *_CAPTIONS)))), "")
             raise SourceError(f"{name} has the columns {_list(schema)}; wanted one of {wanted}{close}")
-        id = next((column for column in _ID_COLUMNS if column in schema.names), None)
-        return cls(image, caption, id, _plain(schema, without=(image, caption, "id", "image_path", "caption")))
+        if image is not None:
+            _refuse_addresses(name, image, head)
+        id = next((by_key[key] for key in _ID_COLUMNS if key in by_key), None)
+        taken = [column for column in (image, caption, by_key.get("id")) if column is not None]
+        return cls(image, caption, id, _kept(schema, taken, caption, notes))
+
+
+def _by_content(schema: pa.Schema, name: str, head: pa.Table | None) -> str | None:
+    """The only column of pictures, or the only one in which at least half of the first values name image files."""
+    found = [column for column in schema.names if _is_bytes(schema, column, whole=True)]
+    if not found and head is not None:
+        others = [column for column in schema.names if plain_key(column) not in _CAPTIONS]
+        found = [column for column in others if _is_text(schema, column) and _names_images(head, column)]
+    if len(found) > 1:
+        raise SourceError(f"{name} has several columns of images: {', '.join(found)}; name one of them image_path")
+    return found[0] if found else None
+
+
+def _names_images(head: pa.Table, column: str) -> bool:
+    values = [value for value in head.column(column).to_pylist() if value]
+    names = [PurePosixPath(re.split(r"[?#]", value)[0].replace("\\", "/")) for value in values]
+    n = sum(path.suffix.lower() in IMAGE_SUFFIXES and len(path.name) < 256 for path in names)
+    return bool(values) and 2 * n >= len(values)
+
+
+def _refuse_addresses(name: str, image: str, head: pa.Table | None) -> None:
+    """One line instead of a row each where the pictures are still on the web."""
+    values = [] if head is None else [value for value in head.column(image).to_pylist() if isinstance(value, str)]
+    if values and all(_ADDRESS.match(value) and not value.startswith("file:") for value in values):
+        raise SourceError(
+            f"column {image!r} of {name} holds web addresses such as {values[0][:80]}; download the pictures first "
+            f"(img2dataset does), or take the column out to embed the captions alone"
+        )
+
+
+def _kept(schema: pa.Schema, taken: Sequence[str], caption: str | None, notes: list[str]) -> pa.Schema:
+    """The columns that metadata carries: no lists, structs or bytes, but for several captions an image."""
+    import pyarrow as pa
+
+    kept, dropped = [], []
+    for column in schema:
+        if column.name in taken:
+            continue
+        if column.name in ("id", "image_path", "caption"):  # embed writes these
+            dropped.append(column.name)
+        elif pa.types.is_nested(column.type) or _is_bytes(schema, column.name):
+            dropped.append(f"{column.name} ({column.type})")
+        else:
+            kept.append(pa.field(column.name, column.type))
+    if caption is not None and _is_texts(schema, caption) and "captions" not in [column.name for column in kept]:
+        kept.append(pa.field("captions", pa.list_(pa.string())))
+        notes.append("several captions a row: the first is embedded, all are in the column captions")
+    if dropped:
+        notes.append(f"columns not kept: {', '.join(dropped)}")
+    addresses = [column.name for column in kept if plain_key(column.name) in ("url", "image_url", "img_url")]
+    if addresses:
+        notes.append(f"column {addresses[0]} is kept; nothing is downloaded from it")
+    return pa.schema(kept)
 
 
 def _rows(
@@ -288,6 +536,7 @@ def _rows(
     folder: Path,
     signature: str,
     total: int | None,
+    notes: Sequence[str],
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
     """A source of table rows; `names` are those of labels that are stored as numbers."""
@@ -295,86 +544,121 @@ def _rows(
 
     names = {key: value for key, value in (names or {}).items() if key in columns.others.names}
     schema = pa.schema([(field.name, pa.string() if field.name in names else field.type) for field in columns.others])
-    wanted = dict.fromkeys(name for name in (columns.image, columns.caption, columns.id, *schema.names) if name)
 
     def items(start: int) -> Iterator[SourceItem]:
         number = start
         for piece in pieces(start):
-            for row in piece.select(list(wanted)).to_pylist():
-                others = {key: row[key] for key in schema.names}
+            wanted = (columns.image, columns.caption, columns.id, *schema.names)
+            present = dict.fromkeys(name for name in wanted if name in piece.column_names)
+            for row in piece.select(list(present)).to_pylist():
+                others = {key: row[key] for key in schema.names if key in row}
                 for key, labels in names.items():
                     value = others[key]
                     others[key] = labels[value] if value is not None and 0 <= value < len(labels) else None
                 yield _item(row, columns, others, folder, number)
                 number += 1
 
-    return Source(name, columns.image is not None, columns.caption is not None, signature, items, total, schema)
+    return Source(
+        name, columns.image is not None, columns.caption is not None, signature, items, total, schema, tuple(notes)
+    )
 
 
-def _item(
-    row: Mapping[str, Any], columns: _Columns, others: Mapping[str, Any], folder: Path, number: int
-) -> SourceItem:
+def _item(row: Mapping[str, Any], columns: _Columns, others: dict[str, Any], folder: Path, number: int) -> SourceItem:
     image = row[columns.image] if columns.image else None
-    path = None
+    path = damage = None
     if isinstance(image, dict):  # an image feature of the datasets library
         path, image = image.get("path"), image.get("bytes")
         image = path if image is None else image
     if isinstance(image, str):
-        path, image = image, (folder / image if image else None)
+        path = image
+        try:
+            image = _picture_path(folder, image) if image else None
+        except SourceError as err:
+            image, damage = None, str(err)
+    if columns.image and image is None and damage is None:  # img2dataset says why it has no picture
+        said = [str(row[name]) for name in ("status", "error_message") if row.get(name)]
+        damage = ": ".join(said) or None
+    caption = row[columns.caption] if columns.caption else None
+    if isinstance(caption, list):
+        captions = texts_of(caption)
+        caption = next(iter(captions), None)
+        if "captions" not in row:
+            others["captions"] = captions
     given = row[columns.id] if columns.id else None
-    id = str(given) if given is not None else path or str(number)
-    return SourceItem(id, image, row[columns.caption] if columns.caption else None, others)
+    id = str(given) if given not in (None, "") else path or str(number)
+    return SourceItem(id, image, caption, others, damage)
 
 
-def _tars(name: str, paths: Sequence[Path]) -> Source:
-    """The samples of webdataset shards; the first one says whether there are images and captions."""
+def _picture_path(folder: Path, text: str) -> Path:
+    """Where the picture of a table's row lies: a path relative to the table, also with backslashes, or `file:` …"""
+    if text.startswith("file:"):
+        return Path(unquote(urlsplit(text).path))
+    if _ADDRESS.match(text):
+        raise SourceError("a web address; download the picture first")
+    path = folder / text
+    try:
+        is_windows = "\\" in text and not path.exists()
+    except (OSError, ValueError):
+        is_windows = False
+    return folder / text.replace("\\", "/") if is_windows else path
+
+
+def _tars(name: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Source:
+    """The samples of webdataset shards; the first ones say whether there are images and captions."""
     if not paths:
         raise SourceError(f"{name} names no .tar file")
     for path in paths:
         if not path.is_file():
             raise SourceError(f"{path} does not exist; {name} names {len(paths)} shards")
-    first = next((sample for sample in tars.samples(paths) if sample.damage is None), None)
-    if first is None:
-        raise SourceError(f"{name} holds no samples; wanted members like 000001.jpg and 000001.txt")
-    has_images, has_captions = first.image is not None, first.caption is not None
+    first = list(itertools.islice(tars.samples(paths), _SAMPLED))
+    if all(sample.damage is not None for sample in first):
+        reason = f"; {first[0].key}: {first[0].damage}" if first else ""
+        raise SourceError(f"{name} holds no samples; wanted members like 000001.jpg and 000001.txt{reason}")
+    notes = list(notes)
+    has_captions = _has_captions(first, notes)
+    has_images = any(sample.image is not None for sample in first)
     if not has_images and not has_captions:
-        raise SourceError(f"{name}: sample {first.key!r} has neither an image nor a caption (.txt, or in .json)")
+        key = next(sample.key for sample in first if sample.damage is None)
+        raise SourceError(f"{name}: sample {key!r} has neither an image nor a caption (.txt, or in .json)")
 
-    def items(start: int) -> Iterator[SourceItem]:
-        for number, sample in enumerate(tars.samples(paths)):
-            if number >= start:
-                yield SourceItem(sample.key, sample.image, sample.caption, sample.columns, sample.damage)
+    def samples(start: int) -> Iterator[Sample]:
+        return tars.samples(paths, start)
 
-    return Source(name, has_images, has_captions, _file_signature(paths), items)
+    return _sampled(name, has_images, has_captions, _file_signature(paths), samples, None, notes)
 
 
-def _is_image(schema: pa.Schema, column: str) -> bool:
+def _is_bytes(schema: pa.Schema, column: str, *, whole: bool = False) -> bool:
+    """Whether a column holds pictures or, unless `whole`, bytes of any kind."""
     import pyarrow as pa
 
-    if column not in schema.names:
-        return False
     kind = schema.field(column).type
-    has_bytes = pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]
-    return bool(has_bytes or _is_text(schema, column) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if pa.types.is_struct(kind):
+        return "bytes" in [field.name for field in kind]
+    return not whole and bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
 
 
 def _is_text(schema: pa.Schema, column: str) -> bool:
     import pyarrow as pa
 
-    kind = schema.field(column).type if column in schema.names else pa.null()
+    kind = schema.field(column).type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _plain(schema: pa.Schema, *, without: Sequence[str | None]) -> pa.Schema:
-    """The columns that metadata can carry: no lists, structs or bytes."""
+def _is_texts(schema: pa.Schema, column: str) -> bool:
+    """Whether a column holds lists of texts."""
     import pyarrow as pa
 
-    kept = []
-    for column in schema:
-        is_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
-        if column.name not in without and not pa.types.is_nested(column.type) and not is_bytes:
-            kept.append(pa.field(column.name, column.type))
-    return pa.schema(kept)
+    kind = schema.field(column).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return bool(pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _list(schema: pa.Schema) -> str:
@@ -393,11 +677,11 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _file_signature(paths: Sequence[Path]) -> str:
-    """Changes when a file gets another size or other ends: enough to notice that it was replaced."""
+    """Changes when a file gets another size, time or other ends: enough to notice that it was replaced."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
+        digest.update(f"{path.name}:{_state(path)};".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
             digest.update(file.read(_ENDS))
             file.seek(max(0, size - _ENDS))

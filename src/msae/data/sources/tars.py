@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
-from msae.base.errors import MissingDependencyError
-from msae.data.tables import CAPTION_COLUMNS
+from msae.base.errors import MissingDependencyError, SourceError
+from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
+from msae.data.sources.members import SUFFIXES, Sample, described
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-_TEXTS = ("txt", "caption", "text")
-_DAMAGE = (
-    tarfile.TarError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    zlib.error,
-)
-"""What tarfile and webdataset raise when they trip over damaged bytes."""
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """The members of one key."""
-
-    key: str
-    image: bytes | None = None
-    caption: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    damage: str | None = None
+_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error)
+"""What tarfile raises when it trips over damaged bytes."""
+_BLOCK = 512  # bytes; a tar ends in blocks of zeros
+_PIECE = 1 << 20
 
 
 def expand(pattern: str) -> list[Path]:
@@ -48,53 +27,118 @@ def expand(pattern: str) -> list[Path]:
     return [Path(path) for path in braceexpand(pattern)]
 
 
-def samples(paths: Sequence[Path]) -> Iterator[TarSample]:
-    """The samples of the shards in order; a damaged shard gives one that says so, then the next follows."""
-    try:
-        from webdataset import tariterators
-    except ImportError:
-        raise MissingDependencyError.of("webdataset", extra="sources") from None
+def samples(paths: Sequence[Path], start: int = 0) -> Iterator[Sample]:
+    """The samples of the shards from the given position on; what is damaged is a sample that says so.
 
+    Members of one key are one sample wherever in their shard they are. A key is the name without the ending,
+    where that is known: `IMG_2024.05.01.jpg` and `IMG_2024.05.02.jpg` are two samples.
+
+    Raises:
+        SourceError: A compressed shard is not sorted: it would be unpacked once for each of its members.
+    """
     for path in paths:
+        shard = _Shard(path)
         try:
-            with path.open("rb") as stream:  # opened here: webdataset would run a path like `pipe:command`
-                shard = {"url": str(path), "stream": stream}
-                files = tariterators.tar_file_expander([shard], select_files=_is_wanted)
-                for members in tariterators.group_by_keys(files):
-                    yield _sample(members)
-            if not _has_end(path):  # tarfile takes a cut between two members for the end
-                raise tarfile.ReadError("it has no end-of-archive mark")
+            with tarfile.open(path) as tar:
+                shard.read_headers(tar)
+                for key in list(shard.members)[start:]:
+                    yield shard.sample(tar, key)
         except _DAMAGE as err:
-            reason = (str(err.args[0]) if err.args else type(err).__name__).split(" @ ")[0].splitlines()[0]
-            yield TarSample(path.name, damage=f"damaged shard: {reason}; the samples after this point are lost")
+            shard.add_damage(err)
+        start = max(0, start - len(shard.members))
+        yield from shard.lines[start:]
+        start = max(0, start - len(shard.lines))
 
 
-def _has_end(path: Path) -> bool:
-    """Whether a tar ends in its two blocks of zeros; a compressed one is checked as it is unpacked."""
+@dataclass
+class _Shard:
+    """What a shard holds, by key in the order of their first members."""
+
+    path: Path
+    members: dict[str, dict[str, tarfile.TarInfo]] = field(default_factory=dict)
+    lines: list[Sample] = field(default_factory=list)
+    """What is to be said of it: members that are there twice or that are not read, and damage."""
+
+    def read_headers(self, tar: tarfile.TarFile) -> None:
+        """Find the members. What comes before damage is kept."""
+        unknown: dict[str, str] = {}
+        is_plain = _is_plain(self.path)
+        try:
+            while (member := tar.next()) is not None:
+                name = PurePosixPath(member.name)
+                if member.isdir() or name.name.startswith("."):
+                    continue
+                if is_plain and member.isreg() and member.offset_data + member.size > self.path.stat().st_size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if name.suffix.lower() in SUFFIXES or not name.suffix:
+                    self._add(name, member)
+                else:
+                    unknown.setdefault(str(name.with_suffix("")), name.suffix)
+            if is_plain:
+                self._check_end(tar.offset)
+        except _DAMAGE as err:
+            self.add_damage(err)
+        for key, suffix in unknown.items():
+            if key not in self.members and _first_part(key) not in self.members:
+                self.lines.append(Sample(key, damage=f"not read: {suffix} is no image and no text"))
+        offsets = [member.offset for files in self.members.values() for member in files.values()]
+        if not is_plain and offsets != sorted(offsets):
+            raise SourceError(
+                f"{self.path} is compressed and its members are not in the order of their names; "
+                f"unpack it into a folder and give that, or make it again with: tar --sort=name -cf"
+            )
+
+    def _add(self, name: PurePosixPath, member: tarfile.TarInfo) -> None:
+        suffix = name.suffix.lower()
+        key = str(name.with_suffix("")) if suffix else str(name)
+        files = self.members.setdefault(key, {})
+        if suffix in files:
+            self.lines.append(Sample(key, damage=f"the member {name} is there twice; the later one is read"))
+        elif suffix in IMAGE_SUFFIXES and any(other in IMAGE_SUFFIXES for other in files):
+            files = self.members.setdefault(str(name), {})  # a.jpg and a.png are two samples
+        files[suffix] = member
+
+    def _check_end(self, offset: int) -> None:
+        """tarfile takes a cut between two members, a damaged header, and where two tars meet for the end."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            piece = file.read(_PIECE)
+            if len(piece) < _BLOCK:
+                raise tarfile.ReadError("it has no end-of-archive mark")
+            while piece:
+                if any(piece):
+                    raise tarfile.ReadError(f"what follows byte {offset:,} cannot be read as members")
+                piece = file.read(_PIECE)
+
+    def add_damage(self, err: BaseException) -> None:
+        """Say what is wrong with the shard."""
+        reason = (str(err) or type(err).__name__).splitlines()[0]
+        self.lines.append(
+            Sample(self.path.name, damage=f"damaged shard: {reason}; the samples after this point are lost")
+        )
+
+    def sample(self, tar: tarfile.TarFile, key: str) -> Sample:
+        """The sample of a key."""
+        files = {}
+        try:
+            for suffix, member in self.members[key].items():
+                content = tar.extractfile(member)
+                if content is None:
+                    return Sample(key, damage=f"the member {member.name} is no ordinary file")
+                files[suffix] = content.read()
+        except _DAMAGE as err:
+            return Sample(key, damage=f"damaged member: {(str(err) or type(err).__name__).splitlines()[0]}")
+        image = next((files[suffix] for suffix in files if suffix in IMAGE_SUFFIXES or not suffix), None)
+        return described(Sample(key, image), files)
+
+
+def _first_part(key: str) -> str:
+    """What webdataset calls the key: all up to the first dot of the name."""
+    path = PurePosixPath(key)
+    return str(path.with_name(path.name.split(".")[0] or path.name))
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a tar is not compressed."""
     with path.open("rb") as file:
-        is_plain = file.read(512)[257:262] == b"ustar"
-        file.seek(max(0, path.stat().st_size - 1024))
-        return not is_plain or not any(file.read())
-
-
-def _is_wanted(name: str) -> bool:
-    return name.lower().endswith((*_IMAGES, *_TEXTS, "json"))
-
-
-def _sample(members: Mapping[str, Any]) -> TarSample:
-    key = str(members["__key__"])
-    image = next((members[suffix] for suffix in _IMAGES if suffix in members), None)
-    try:
-        text = next((members[suffix].decode("utf-8") for suffix in _TEXTS if suffix in members), None)
-        record = json.loads(members["json"]) if "json" in members else {}
-    except ValueError as err:
-        return TarSample(key, damage=f"damaged .txt or .json: {err}")
-    columns = {name: value for name, value in record.items() if _is_plain(value)} if isinstance(record, dict) else {}
-    for name in ("id", "image_path"):  # the key is the id
-        columns.pop(name, None)
-    found = [columns.pop(name) for name in CAPTION_COLUMNS if isinstance(columns.get(name), str)]
-    return TarSample(key, image, text if text is not None else next(iter(found), None), columns)
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)
+        return file.read(_BLOCK)[257:262] == b"ustar"

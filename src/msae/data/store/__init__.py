@@ -10,20 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import StoreError, nearest
+from msae.base.errors import MissingDependencyError, StoreError, nearest
 from msae.base.files import atomic_path, read_json, write_json
-from msae.data.arrays import ShardedRows, fingerprint, first_bad_row
-from msae.data.store.files import FOLDERS, MODALITIES, Modality, open_file, open_folder
+from msae.base.notices import notice
+from msae.data.arrays import ShardedRows, fingerprint, first_bad_row, hash_files, is_sampled_fingerprint, zero_rows
+from msae.data.store.files import FOLDERS, MODALITIES, Modality, metadata_files, open_file, open_folder
+from msae.data.store.labels import class_names
 from msae.data.store.rows import Row, find_picture
-from msae.data.tables import Metadata, conform, unique_ids
+from msae.data.tables import Metadata, conform, text_column, unique_ids
 
 if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
     import pyarrow as pa
 
 __all__ = [
@@ -43,6 +46,8 @@ SCHEMA_VERSION = 1
 PARTIAL = ".partial"
 """The folder inside a store in which `msae embed` works until the store is finished."""
 
+_ROWS_DESCRIBED = 4096
+"""Rows described at once while a store is iterated over."""
 _ID_COLUMNS = ("id", "key", "image_path")
 
 
@@ -60,7 +65,7 @@ class StorePart(NamedTuple):
     metadata: pa.Table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EmbeddingStore:
     """Embeddings of one or two modalities; row i is the same sample in every modality and in the metadata.
 
@@ -68,24 +73,23 @@ class EmbeddingStore:
     """
 
     path: Path
-    kind: Literal["store", "clip-retrieval", "npy", "parquet", "safetensors"]
+    kind: Literal["store", "clip-retrieval", "npy", "npz", "parquet", "safetensors"]
     rows: Mapping[Modality, ShardedRows] = field(repr=False)
-    fingerprint: str
-    """A hash of the content, the same for the same rows in any kind of file; docs/store-format.md."""
     _metadata: Metadata = field(repr=False)
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What store.json says; empty for files that msae did not make."""
 
     @classmethod
     def open(cls, path: str | Path, *, modality: Modality | None = None) -> EmbeddingStore:
-        """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .parquet or .safetensors file.
+        """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .npz, .parquet or .safetensors file.
 
-        Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet are held in memory: its
-        compressed pages cannot be mapped.
+        Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet or .npz are held in memory:
+        their compressed pages cannot be mapped.
 
         Args:
-            modality: What the rows of a plain file with one modality are. Without it they are text where the
-                metadata has captions, no image paths and no labels, and images otherwise.
+            modality: What the rows of a plain file with one modality are. Without it the file's name says (image,
+                img, text, txt); else they are text where the metadata has captions, no image paths and no labels, and
+                images otherwise. Where captions make this a guess, one line on stderr says so.
 
         Raises:
             StoreError: Nothing is there, it is damaged or unfinished, its parts do not fit each other, or it
@@ -132,6 +136,43 @@ class EmbeddingStore:
         """Number of rows."""
         return len(next(iter(self.rows.values())))
 
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Row]: ...
+    def __getitem__(self, row: int | slice) -> Row | list[Row]:
+        """What the metadata say of one row, or of several; `take` gives embeddings."""
+        if isinstance(row, slice):
+            return self.describe_rows(range(len(self))[row])
+        return self.describe_rows([range(len(self))[row]])[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _ROWS_DESCRIBED):
+            yield from self[start : start + _ROWS_DESCRIBED]
+
+    def __repr__(self) -> str:
+        dtype = next(iter(self.rows.values())).dtype
+        parts = [
+            f"{len(self):,} rows of {self.d_in} numbers ({dtype}) for {' and '.join(self.modalities)}",
+            f"columns {', '.join(self.columns)}" if self.columns else "no metadata",
+            *([f"embedded by {self.encoder}"] if self.encoder else []),
+        ]
+        return f"EmbeddingStore({str(self.path)!r}: {'; '.join(parts)})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The metadata as a table; row i is row i of the embeddings.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: F401
+        except ImportError as err:
+            raise MissingDependencyError(
+                "pandas is not installed but is needed here; type: pip install pandas"
+            ) from err
+        return self.metadata.to_pandas()
+
     def take(self, rows: Int64[np.ndarray, " n"], modality: Modality) -> Float32[np.ndarray, "n d_in"]:
         """The embeddings of `rows`, in their order, read with one indexed read of each shard touched.
 
@@ -154,16 +195,26 @@ class EmbeddingStore:
     ) -> Iterator[Float32[np.ndarray, "n d_in"]]:
         """The rows from `start` on, in order, `batch_size` at a time; the last batch may be smaller.
 
+        After all rows of a store, one line on stderr counts those that are all zeros.
+
         Raises:
             StoreError: A row holds a NaN or an infinity, or `modality` is not there.
         """
         source = self._of(modality)
+        zeros: list[int] = []
         for first in range(start, len(self), batch_size):
             x = source.between(first, first + batch_size)
             bad = first_bad_row(x)
             if bad is not None:
                 raise self._not_finite(first + bad, modality)
+            zeros += (first + zero_rows(x)).tolist()
             yield x
+        if zeros and start == 0:
+            notice(
+                f"{self.path}: {len(zeros):,} of {len(self):,} {modality} rows are all zeros, the first is row "
+                f"{zeros[0]} (id {self.ids[zeros[0]]!r}); they have no direction and pull the mean towards zero: "
+                f"if they stand for inputs that failed, remove them"
+            )
 
     @cached_property
     def ids(self) -> RowIds:
@@ -177,12 +228,32 @@ class EmbeddingStore:
         known = [name for name in _ID_COLUMNS if name in self.columns]
         if not known:
             return RowIds(self, None)
-        column = self._metadata.read(known[:1]).column(known[0]).cast(pa.string())
+        column = text_column(self._metadata.read(known[:1]).column(known[0]))
         if column.null_count or pc.count_distinct(column).as_py() != len(column):
             values = column.to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
             column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
         return RowIds(self, column)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all rows, the same for the same rows in any kind of file; docs/store-format.md.
+
+        Raises:
+            StoreError: The rows are no longer those that were embedded.
+        """
+        found, promised = fingerprint(self.rows), self.record.get("fingerprint")
+        if promised is not None and not is_sampled_fingerprint(str(promised)) and promised != found:
+            raise StoreError(
+                f"{self.path} is damaged: its fingerprint is {found!r} where store.json says {promised!r}; "
+                f"copy the store again or embed again"
+            )
+        return found
+
+    @cached_property
+    def metadata_fingerprint(self) -> str:
+        """A hash of the files that hold ids, captions, labels and all other metadata."""
+        return hash_files(metadata_files(self.path))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -210,6 +281,19 @@ class EmbeddingStore:
             hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
             raise StoreError(f"{self.path} has no column {name!r}{hint}")
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
+
+    def labels(self, name: str) -> list[str | None]:
+        """The classes in one metadata column, as text; None for rows without a label.
+
+        Raises:
+            StoreError: There is no such column, or it holds lists and not one value per row.
+        """
+        import pyarrow as pa
+
+        values = self.column(name)
+        if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
+            raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
+        return class_names(values)
 
     def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
         """What a person sees of `rows`, in their order."""
@@ -244,7 +328,7 @@ class EmbeddingStore:
         if not (path / "store.json").exists():
             _check_is_clip_retrieval(path)
             opened = open_folder(path)
-            return cls(path, "clip-retrieval", opened.rows, fingerprint(opened.rows), opened.metadata)
+            return cls(path, "clip-retrieval", opened.rows, opened.metadata)
         record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError)
         opened = open_folder(path)
         found = _content(opened.rows)
@@ -254,13 +338,13 @@ class EmbeddingStore:
                     f"{path} is damaged: its {key} is {value!r} where store.json says {record.get(key)!r}; "
                     f"copy the store again or embed again"
                 )
-        return cls(path, "store", opened.rows, str(found["fingerprint"]), opened.metadata, record)
+        return cls(path, "store", opened.rows, opened.metadata, record)
 
     @classmethod
     def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
         opened = open_file(path, modality)
-        kind = cast("Literal['npy', 'parquet', 'safetensors']", path.suffix.lower()[1:])
-        return cls(path, kind, opened.rows, fingerprint(opened.rows), opened.metadata)
+        kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", path.suffix.lower()[1:])
+        return cls(path, kind, opened.rows, opened.metadata)
 
     def _of(self, modality: Modality) -> ShardedRows:
         if modality not in self.rows:
@@ -360,7 +444,8 @@ def write_store(
                 np.save(file, array, allow_pickle=False)
         with atomic_path(path / "metadata" / f"metadata_{number}.parquet") as temporary:
             _write_parquet(table, temporary)
-    found = _content(open_folder(path).rows)
+    rows = open_folder(path).rows
+    found = {**_content(rows), "fingerprint": fingerprint(rows)}
     write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
     return EmbeddingStore.open(path)
 
@@ -373,7 +458,6 @@ def _content(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
         "rows": len(first),
         "d_in": first.d_in,
         "dtype": first.dtype,
-        "fingerprint": fingerprint(rows),
     }
 
 

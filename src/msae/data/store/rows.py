@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msae.data.store.labels import is_missing
+from msae.data.tables import CAPTION_COLUMNS
+
 PATH_COLUMNS = ("image_path", "path")
-CAPTION_COLUMNS = ("caption", "text")
+MAX_SHOWN = 100
+"""Characters of a value in the repr of a row."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a store."""
+    """One row of a store: its number, id, picture, caption and other metadata."""
 
     row: int
     id: str
@@ -28,7 +32,17 @@ class Row:
     @property
     def words(self) -> str:
         """What a person reads: the caption, else the label, else the id."""
-        return self.caption or str(self.columns.get("label") or "") or self.id
+        label = self.columns.get("label")
+        return self.caption or ("" if is_missing(label) else str(label)) or self.id
+
+    def __repr__(self) -> str:
+        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
+        shown = [
+            f"{name if name.isidentifier() else repr(name)}={_shortened(value)}"
+            for name, value in known.items()
+            if value is not None
+        ]
+        return f"Row({', '.join([str(self.row), *shown])})"
 
     @classmethod
     def of(cls, row: int, metadata: Mapping[str, Any]) -> Row:
@@ -51,10 +65,17 @@ def find_picture(path: str | None, roots: Iterable[Path]) -> Path | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 2]}…{text[-1]}"

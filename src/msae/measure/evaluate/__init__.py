@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 
 from msae.base.devices import as_device
-from msae.base.progress import progress
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
-from msae.measure.evaluate.kept import Kept, keep, kept_evaluations
+from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
 from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
-from msae.measure.evaluate.probes import Probes, targets_of
+from msae.measure.evaluate.probes import Probes
 from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
-from msae.measure.evaluate.subject import Options, SAELike, StoreLike, Subject, batches_of, open_subject
+from msae.measure.evaluate.subject import Options, StoreLike, Subject, open_subject
 from msae.measure.evaluate.table import Cell, poster_table, table_rows
 from msae.sae.model import SAE, Inference
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
-__all__ = ["Cell", "Evaluation", "Kept", "RecoveryPoint", "evaluate", "kept_evaluations", "poster_table", "table_rows"]
+__all__ = [
+    "Cell",
+    "Evaluation",
+    "Kept",
+    "RecoveryPoint",
+    "current_evaluations",
+    "evaluate",
+    "kept_evaluations",
+    "poster_table",
+    "table_rows",
+]
 
 
 @overload
 def evaluate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one run here
-    sae: SAELike,
+    sae: RunLike,
     on: StoreLike,
     *,
     modality: Modality = ...,
@@ -42,7 +52,7 @@ def evaluate(  # type: ignore[overload-overlap]  # a str is a sequence of str, b
 ) -> Evaluation: ...
 @overload
 def evaluate(
-    sae: Sequence[SAELike],
+    sae: Sequence[RunLike],
     on: StoreLike,
     *,
     modality: Modality = ...,
@@ -57,7 +67,7 @@ def evaluate(
     seed: int = ...,
 ) -> list[Evaluation]: ...
 def evaluate(
-    sae: SAELike | Sequence[SAELike],
+    sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
     modality: Modality = "image",
@@ -80,6 +90,7 @@ def evaluate(
         inference: How z is made: `relu` for every kind as in the poster, `trained`, or `topk` with `k`.
         labels: A metadata column; adds the probe's figures.
         probe_train: Where the probe is trained, on original embeddings; without it, the run's training store.
+            Of the embeddings that are also in `on`, half train the probe and the other half are evaluated.
         recovery: Also the figures of only the k strongest latents of each row, for k = 1, 2, 4, ... d_sae.
         train_store: Where `dead_train` is counted; without it, the run's training store.
         batch_size: Rows at a time; None takes some 64 MB of activations.
@@ -92,36 +103,37 @@ def evaluate(
     """
     options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     store = as_store(on, modality)
-    every = [sae] if isinstance(sae, SAE | str | Path) else list(sae)
+    every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
     subjects = [open_subject(one, store, options) for one in every]
-    truth = None if labels is None else store.column(labels)
-    probes = Probes(options, None if probe_train is None else as_store(probe_train, modality))
-    if train_store is not None:
-        as_store(train_store)  # a wrong path is said now, not after the passes
+    probes = None
+    if labels is not None:
+        probes = Probes(options, None if probe_train is None else as_store(probe_train, modality), store)
+    if train_store is not None:  # a wrong one is said now, not after the passes
+        train_store = as_store(train_store)
+        for subject in subjects:
+            subject.view.run.check_fit(train_store)
     results = []
-    for one, subject in zip(every, subjects, strict=True):
-        found = _evaluate(subject, store, truth, probes, train_store, options)
-        results.append(keep(found, one, store, options))
-    return results[0] if isinstance(sae, SAE | str | Path) else results
+    for subject in subjects:
+        found = _evaluate(subject, store, probes, train_store, options)
+        results.append(keep(found, subject.view, labels, None if probes is None else probes.store_of(subject)))
+    return results[0] if isinstance(sae, Run | SAE | str | Path) else results
 
 
 @torch.no_grad()
 def _evaluate(
     subject: Subject,
     store: EmbeddingStore,
-    truth: list[Any] | None,
-    probes: Probes,
+    probes: Probes | None,
     train_store: StoreLike | None,
     options: Options,
 ) -> Evaluation:
     sae = subject.sae
-    probe = None if truth is None else probes.of(subject)
-    targets = None if truth is None or probe is None else targets_of(probe, truth, store, options)
-    scores = Scores(subject, probe, options)
-    with progress(f"evaluating {subject.name}", total=len(store), unit="rows") as advance:
-        for start, raw in batches_of(store, options.modality, options.rows_at_once(sae.d_sae)):
-            scores.update(raw, None if targets is None else targets[start : start + len(raw)])
-            advance(len(raw))
+    test = None if probes is None else probes.of(subject)
+    scores = Scores(subject, None if test is None else test.probe, options)
+    start = 0
+    for raw in subject.view.raw(title=f"evaluating {subject.name}"):
+        scores.update(raw, None if test is None else test.targets[start : start + len(raw)])
+        start += len(raw)
     cknna = cknna_over_batches(subject, store, options)
     dead_train, note = dead_in_training(subject, store, train_store, scores.use.dead(), options)
     return Evaluation(
@@ -142,6 +154,6 @@ def _evaluate(
         max_decoder_cosine=metrics.max_decoder_cosine(sae.W_dec),
         dead_train=dead_train,
         recovery=scores.recovery_points(cknna.at),
-        notes=tuple(filter(None, [note, cknna.note])),
+        notes=tuple(filter(None, [note, cknna.note, *(test.notes if test is not None else ())])),
         **scores.figures(),
     )

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import RunError
@@ -15,7 +16,7 @@ from msae.base.progress import progress
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
-from msae.measure.evaluate.subject import NoTrainingStoreError, Options, StoreLike, Subject, batches_of, training_store
+from msae.measure.evaluate.subject import NoTrainingStoreError, Options, StoreLike, Subject, training_store
 from msae.measure.probe import Probe
 from msae.sae import activations
 from msae.sae.standardize import Modality
@@ -41,10 +42,10 @@ class Scores:
         self._kl, self._agreement, self._before, self._after = (metrics.RunningMean() for _ in range(4))
         self._left_out = 0
 
-    def update(self, raw: np.ndarray, targets: Int[Tensor, " n"] | None) -> None:
-        sae, modality = self._subject.sae, self._options.modality
-        x = self._subject.standardize(raw, modality)
-        z = self._subject.activate(x, self._options)
+    def update(self, raw: Float[Tensor, "n d_in"], targets: Int[Tensor, " n"] | None) -> None:
+        sae, view = self._subject.sae, self._subject.view
+        x = view.standardize(raw)
+        z = view.activate(x)
         x_hat = sae.reconstruct(z)
         if not bool(torch.isfinite(x_hat).all()):
             raise RunError(
@@ -52,8 +53,8 @@ class Scores:
             )
         self.use.update(z)
         self._reconstruction.update(x, x_hat)
-        raw_hat = sae.standardizer.invert(x_hat, modality)
-        self._fvu_authors.update(metrics.fvu_authors(torch.from_numpy(raw).to(x.device), raw_hat))
+        raw_hat = view.standardizer.invert(x_hat, view.modality)
+        self._fvu_authors.update(metrics.fvu_authors(raw, raw_hat))
         if self._recovery is not None:
             self._recovery.update(x, z)
         if targets is not None:
@@ -139,7 +140,7 @@ def cknna_over_batches(subject: Subject, store: EmbeddingStore, options: Options
     mean, at = metrics.RunningMean(), {}
     with progress(f"CKNNA of {subject.name}", total=n_batches, unit="batches") as advance:
         for number, rows in enumerate(np.sort(chosen, axis=1)):
-            x, z = _encode_rows(subject, store, rows, options)
+            x, z = _encode_rows(subject, rows)
             near_x = metrics.nearest_neighbors(x, CKNNA_NEIGHBORS)
             value = metrics.cknna_of(near_x, metrics.nearest_neighbors(z, CKNNA_NEIGHBORS))
             mean.update(torch.tensor([value], dtype=torch.float64))
@@ -149,13 +150,9 @@ def cknna_over_batches(subject: Subject, store: EmbeddingStore, options: Options
     return _Cknna(mean.summary(), at, None)
 
 
-def _encode_rows(subject: Subject, store: EmbeddingStore, rows: np.ndarray, options: Options) -> tuple[Tensor, Tensor]:
-    size = options.rows_at_once(subject.sae.d_sae)
-    xs, zs = [], []
-    for start in range(0, len(rows), size):
-        xs.append(subject.standardize(store.take(rows[start : start + size], options.modality), options.modality))
-        zs.append(subject.activate(xs[-1], options))
-    return torch.cat(xs), torch.cat(zs)
+def _encode_rows(subject: Subject, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    xs = list(subject.view.rows(rows))
+    return torch.cat(xs), torch.cat([subject.view.activate(x) for x in xs])
 
 
 def _cknna_by_k(near_x: metrics.Neighbors, z: Tensor, value: float) -> dict[int, float]:
@@ -174,7 +171,7 @@ def dead_in_training(
     subject: Subject, on: EmbeddingStore, given: StoreLike | None, dead: int, options: Options
 ) -> tuple[int | None, str | None]:
     """Dead latents on the training store, or why that is unknown."""
-    modality: Modality = subject.trained_with.get("modality", options.modality)
+    modality: Modality = subject.view.run.settings.get("modality", options.modality)
     try:
         store = training_store(subject) if given is None else as_store(given, modality)
     except NoTrainingStoreError as err:
@@ -182,8 +179,6 @@ def dead_in_training(
     if (store.fingerprint, modality) == (on.fingerprint, options.modality):
         return dead, None
     use = metrics.LatentUse(subject.sae.d_sae)
-    with progress(f"dead latents of {subject.name} in training", total=len(store), unit="rows") as advance:
-        for _, raw in batches_of(store, modality, options.rows_at_once(subject.sae.d_sae)):
-            use.update(subject.activate(subject.standardize(raw, modality), options))
-            advance(len(raw))
+    for z in subject.view.on(store, modality).activations(title=f"dead latents of {subject.name} in training"):
+        use.update(z)
     return use.dead(), None

@@ -86,13 +86,13 @@ class Evaluation:
     """Share of rows whose class is predicted, before reconstruction."""
     probe_accuracy_reconstructed: float | None = None
     probe_n: int | None = None
-    """Rows in the probe figures: those that have a label which the probe was trained on."""
+    """Rows in the probe figures: those whose class the probe was trained on, and which it was not itself trained on."""
     probe_left_out: int | None = None
-    """The other rows."""
+    """The other rows; `notes` says why they are left out."""
     probe_classes: int | None = None
     recovery: tuple[RecoveryPoint, ...] | None = None
     notes: tuple[str, ...] = field(default=())
-    """Why a figure is None."""
+    """Why a figure is None, and which rows are left out of the probe's figures."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values by the contract's keys, without those of figures that were not asked for."""

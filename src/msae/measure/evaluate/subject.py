@@ -1,28 +1,25 @@
-"""What is evaluated, and how: options, an SAE with the modality's statistics, its run's training store."""
+"""What is evaluated, and how: options, and the rows of the evaluation store through an SAE."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from msae.base.errors import ConfigError, RunError, StoreError
-from msae.base.files import read_json
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, check_fit
-from msae.sae.standardize import Modality, fit_statistics
+from msae.base.errors import ConfigError
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
+from msae.sae.run import NoTrainingStoreError, Run, RunLike
+from msae.sae.standardize import Modality, Standardizer
+from msae.sae.view import View
 
-RUN_SCHEMA_VERSION = 1
-"""Of a run's config.json, which training writes."""
+__all__ = ["NoTrainingStoreError", "Options", "StoreLike", "Subject", "open_subject", "training_store"]
 
-SAELike = SAE | str | Path
 StoreLike = EmbeddingStore | str | Path
 
 
@@ -52,66 +49,54 @@ class Options:
 
 
 class Subject(NamedTuple):
-    """An SAE under evaluation, on the device, with the statistics of the modality."""
+    """A run under evaluation: the evaluation store's rows through its SAE, on the device."""
 
-    sae: SAE
-    run: str | None
-    trained_with: dict[str, Any]
-    """The run's config.json; empty where there is none."""
-    standardized_by: Literal["run", "evaluation store"]
+    view: View
+
+    @property
+    def sae(self) -> SAE:
+        return self.view.sae
+
+    @property
+    def run(self) -> str | None:
+        """The run as it was given; None for an SAE."""
+        return self.view.run.given
 
     @property
     def name(self) -> str:
-        return self.run or f"the {self.sae.config.kind} SAE"
+        return self.view.run.name
+
+    @property
+    def standardizer(self) -> Standardizer:
+        """The SAE's, with the statistics of the evaluation store where it has none."""
+        return self.view.standardizer
+
+    @property
+    def standardized_by(self) -> Literal["run", "evaluation store"]:
+        return "run" if self.view.standardized_by == "run" else "evaluation store"
 
     def standardize(self, raw: np.ndarray, modality: Modality) -> Float[Tensor, "n d_in"]:
-        return self.sae.standardizer.apply(torch.from_numpy(raw).to(self.sae.W_dec.device), modality)
-
-    def activate(self, x: Float[Tensor, "n d_in"], options: Options) -> Float[Tensor, "n d_sae"]:
-        return self.sae.activate(self.sae.pre_activations(x), inference=options.inference, k=options.k)
+        return self.standardizer.apply(torch.from_numpy(raw).to(self.view.device), modality)
 
 
-def open_subject(sae: SAELike, store: EmbeddingStore, options: Options) -> Subject:
-    run, settings = (None, {}) if isinstance(sae, SAE) else (str(sae), _run_settings(Path(sae)))
-    sae = copy.deepcopy(sae) if isinstance(sae, SAE) else SAE.load(sae)  # the caller's stays as and where it is
-    name = run or f"the {sae.config.kind} SAE"
-    check_fit(sae, store, run=run)
-    if options.k is not None and options.k > sae.d_sae:
-        raise ConfigError(f"--k {options.k} is above the {sae.d_sae} latents of {name}; give a smaller --k")
-    if options.modality in sae.standardizer:
-        return Subject(sae.to(options.device).eval(), run, settings, "run")
-    rows = options.rows_at_once(sae.d_in)
-    statistics = fit_statistics(lambda: map(torch.from_numpy, store.batches(options.modality, rows)))
-    sae.standardizer = sae.standardizer.with_statistics(options.modality, statistics)
-    return Subject(sae.to(options.device).eval(), run, settings, "evaluation store")
-
-
-def _run_settings(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():  # an SAE that was imported or downloaded has no run
-        return {}
-    return read_json(file, schema_version=RUN_SCHEMA_VERSION, error=RunError)
-
-
-class NoTrainingStoreError(Exception):
-    """Says why a run's training store is not to be had."""
+def open_subject(sae: RunLike, store: EmbeddingStore, options: Options) -> Subject:
+    run = Run.open(sae)
+    run.check_fit(store)
+    d_sae = run.sae.d_sae
+    if options.k is not None and options.k > d_sae:
+        raise ConfigError(f"--k {options.k} is above the {d_sae} latents of {run.name}; give a smaller --k")
+    view = View(
+        run,
+        store,
+        options.modality,
+        inference=options.inference,
+        k=options.k,
+        block_rows=options.rows_at_once(d_sae),
+        device=options.device,
+    )
+    return Subject(view)
 
 
 def training_store(subject: Subject) -> EmbeddingStore:
-    path = subject.trained_with.get("store")
-    if path is None:
-        raise NoTrainingStoreError(f"{subject.name} does not say what it was trained on")
-    try:
-        store = as_store(path, subject.trained_with.get("modality"))
-    except StoreError as err:
-        raise NoTrainingStoreError(f"the training store cannot be opened ({err})") from err
-    if store.fingerprint != subject.trained_with.get("store_fingerprint"):
-        raise NoTrainingStoreError(f"{path} is no longer what {subject.name} was trained on")
-    return store
-
-
-def batches_of(store: EmbeddingStore, modality: Modality, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    start = 0
-    for raw in store.batches(modality, size):
-        yield start, raw
-        start += len(raw)
+    """The run's training store; raises `NoTrainingStoreError`."""
+    return subject.view.run.training_store()

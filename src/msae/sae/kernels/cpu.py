@@ -94,12 +94,12 @@ class _Batch:
         widths = np.array(selection.widths, np.int64)
         self.ends = np.empty((self.n, self.n_levels), np.int64)
         share(loops.split_rows, self.n, self.values, self.indices, counts, levels, widths, self.ends)
-        if self.cap:
-            share(loops.cap_rows, self.n, self.values, self.ends, self.cap)
         self.fired = np.zeros(self.d_sae, np.bool_)
         self.active = np.empty(self.n, np.int64)
         smallest = share(loops.summarize_rows, self.n, self.values, self.indices, self.ends, self.fired, self.active)
         self.smallest_kept = min(smallest) if self.fired.any() else 0.0
+        if self.cap:  # after the smallest was found: a threshold is compared with what no cap has touched
+            share(loops.cap_rows, self.n, self.values, self.ends, self.cap)
 
     def decode(self) -> None:
         W_dec = self.parameters.W_dec.contiguous()
@@ -211,8 +211,7 @@ class _DenseBatch(_Batch):
         found = share(dense.rectify_rows, self.n, self.values, self.cap, self.fired, self.active, self.row_sums)
         smallest, is_sound = zip(*found, strict=True)
         self.is_sound = all(is_sound)
-        kept = np.int32(min(smallest)).view(np.float32) if self.fired.any() else np.float32(0)
-        self.smallest_kept = float(self.cap * np.tanh(kept / self.cap) if self.cap else kept)
+        self.smallest_kept = float(np.int32(min(smallest)).view(np.float32)) if self.fired.any() else 0.0
 
     def decode(self) -> None:
         self.error = torch.addmm(self.centred, torch.from_numpy(self.values), self.parameters.W_dec, beta=-1)

@@ -153,7 +153,7 @@ def evaluate(
     norms = x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     l1 = (z.sum(1) / norms).mean() if objective.l1 else x.new_zeros(())
     total = squared @ weights + objective.l1 * l1 + 0.0 * h.sum()  # the last: NaN that no band took
-    loss = _loss(total, squared, errors[-1], z, l1)
+    loss = _loss(total, squared, errors[-1], z, h, l1)
     if not with_gradients:
         return loss, None
     pulls = errors * (weights * (2 / (n * d_in)))[:, None, None]
@@ -187,9 +187,9 @@ def _bands(h: Tensor, selection: Selection) -> Tensor:
     return bands
 
 
-def _loss(total: Tensor, squared: Tensor, error: Tensor, z: Tensor, l1: Tensor) -> SAELoss:
+def _loss(total: Tensor, squared: Tensor, error: Tensor, z: Tensor, h: Tensor, l1: Tensor) -> SAELoss:
     active = z > 0
-    kept = z[active]
+    kept = h[active]
     return SAELoss(
         total=total,
         errors=squared,

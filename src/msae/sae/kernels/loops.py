@@ -213,7 +213,7 @@ def split_rows(
 def summarize_rows(
     values: Array, indices: Array, ends: Array, fired: Array, active: Array, start: int, stop: int,
 ) -> Any:  # fmt: skip
-    """Mark the latents that are active, count them per row; the smallest activation."""
+    """Mark the latents that are active, count them per row; the smallest of their values, before any soft cap."""
     smallest = np.float32(np.inf)
     for b in range(start, stop):
         n = 0

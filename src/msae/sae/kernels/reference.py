@@ -33,7 +33,7 @@ def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss
         count = activations.count_above(h, threshold, bandwidth=bandwidth)
         total = total + objective.l0 * losses.l0_target_penalty(count, target)
     active = z.detach() > 0
-    kept = z.detach()[active]
+    kept = h.detach()[active]
     return SAELoss(
         total=total,
         errors=torch.stack(errors).detach(),

@@ -8,9 +8,9 @@ from typing import Any
 from msae.base.config import from_mapping, read_toml
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
-from msae.sae.train.run import Run, describe_run
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
+from msae.sae.train.training import Training, describe_run
 
 __all__ = [
     "StepResult",
@@ -51,4 +51,4 @@ def train(
         values = {**(read_toml(Path(config)) if config else {}), **options}
         settings = from_mapping(TrainSettings, values, where=str(config) if config else "train")
     store = as_store(store, settings.modality)
-    return Run(Path(out), store, settings.resolve(store)).train(resume=resume)
+    return Training(Path(out), store, settings.resolve(store)).train(resume=resume)

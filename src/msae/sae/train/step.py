@@ -75,7 +75,7 @@ def train_step(
     total = loss.total
     if settings.auxiliary:
         h_dead = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]
-        aid = losses.auxiliary_loss(loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2)
+        aid = losses.auxiliary_loss(loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2, cap=settings.soft_cap)
         total = total + settings.auxiliary * aid
     optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ def train_step(
 
 @torch.no_grad()
 def track_threshold_(threshold: Float[Tensor, ""], smallest_kept: float) -> None:
-    """Move BatchTopK's running threshold towards the smallest activation that a batch kept."""
+    """Move BatchTopK's running threshold towards the smallest pre-activation that a batch kept."""
     if smallest_kept > 0:
         known = float(threshold)
         threshold.fill_(known + 0.01 * (smallest_kept - known) if known > 0 else smallest_kept)

@@ -12,11 +12,11 @@ import numpy as np
 
 from msae.base.errors import ConfigError, RunError
 from msae.concepts.names import ConceptNames, as_names
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
-from msae.use.audit.auditor import N_CONTROLS, N_RESAMPLES, Auditor
-from msae.use.audit.measure import Bench
+from msae.sae.view import View
+from msae.use.audit.auditor import N_CONTROLS, Auditor
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
 from msae.use.audit.sweeping import Sweeper
@@ -65,7 +65,7 @@ def audit(
         classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
         class_texts: For each class a text: CLIP's zero-shot classifier.
         train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
-            half of `on`, and the other half is audited.
+            half of `on`, and the other half is audited. Embeddings that are in both stores are divided likewise.
         positive: The class whose probability is watched; without it the second of two, or all of more.
         names: Names of latents, or where they were saved; without it, those in the run folder.
         n_permutations: At most; None takes 40 per concept, so that one alone can be reported, and at least 2,000.
@@ -76,25 +76,23 @@ def audit(
         RunError: The run is missing or damaged.
         StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
-    model, store = as_sae(sae), as_store(on, modality)
-    check_fit(model, store, run=sae)
+    view = View(sae, on, modality, inference=inference)
     subject = make_subject(
-        model, store, modality, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store,
-        seed=seed,
+        view, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store, seed=seed,
+        positive=positive,
     )  # fmt: skip
-    groups, notes = _groups(sae, model, concept, names, all_latents=all_latents)
-    bench = Bench(model, store, modality, inference, subject, _positive(subject.classifier, positive))
+    groups, notes = _groups(sae, view.sae, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))
-    auditor = Auditor(bench, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
     concepts, sample = auditor.run()
     return Audit(
-        target, str(store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "n_resamples": N_RESAMPLES, "seed": seed,
+            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*notes, *auditor.notes), sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip
 
 
@@ -132,11 +130,3 @@ def _groups(
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
     return groups, []
-
-
-def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
-    if name is None:
-        return 1 if len(classifier.classes) == 2 else None
-    if name not in classifier.classes:
-        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
-    return classifier.classes.index(name)

@@ -12,14 +12,15 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from msae.base.progress import progress
-from msae.use.audit.association import associate, taught, with_q
+from msae.base.statistics import mean_interval
+from msae.use.audit.association import PermutationTests, with_q
 from msae.use.audit.controls import Sizes, control_sizes
-from msae.use.audit.measure import Bench, Measured, Tally, measure_edits, quantiles
-from msae.use.audit.results import Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.measure import Measured, Tally, measure_edits, quantiles
+from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.subjects import Subject
 from msae.use.audit.sweeping import sweep_row
 from msae.use.interventions import Concepts
 
-N_RESAMPLES = 1000
 N_CONTROLS = 20
 SAMPLE_ROWS = 4096
 """Rows of controls and plots: the mean change of a probability is then known to better than .01."""
@@ -27,9 +28,8 @@ ACTIVATION_ENTRIES = 1 << 28
 """Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
 WORST_GROUP_ROWS = 10
 """The accuracy of fewer rows says nothing."""
-Z_95 = 1.959963984540054
 RANKED_BY = ("remove", "set_p50")
-ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "taught")
+ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "train_shift")
 
 
 class _Part(NamedTuple):
@@ -43,24 +43,27 @@ class _Part(NamedTuple):
 
 
 class Auditor:
-    """Audits the concepts `groups` on a bench. Random numbers are drawn from `rng` in a fixed order."""
+    """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order."""
 
     def __init__(
         self,
-        bench: Bench,
+        subject: Subject,
         groups: Mapping[str, tuple[int, ...]],
         n_permutations: int,
         sweep_id: str | None,
         rng: np.random.Generator,
     ) -> None:
-        self.bench, self.subject = bench, bench.subject
+        self.subject, self.view = subject, subject.view
         self.names, self.groups = list(groups), list(groups.values())
-        self.n_permutations, self.rng = n_permutations, rng
-        self.sweep_row = None if sweep_id is None else bench.store.ids.row_of(sweep_id)
+        self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
+        self.rng = rng
+        self.sweep_row = None if sweep_id is None else self.view.store.ids.row_of(sweep_id)
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
         )
         self.notes: list[str] = []
+        self.test: str | None = None
+        """The one test that the audit reports, chosen by what the rows allow, before any p-value is looked at."""
         self.predicted: Int64[np.ndarray, " n"] = np.empty(0, np.int64)
 
     def run(self) -> tuple[list[ConceptAudit], Sample]:
@@ -72,10 +75,11 @@ class Auditor:
                 advance(len(some))
         self._note_predictions()
         controls = control_sizes(
-            self.bench, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
+            self.subject, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
         )
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
+        self.test = next((name for name in TESTS if any(associations[name])), None)
         audits = []
         number = 0
         for part in parts:
@@ -115,19 +119,19 @@ class Auditor:
     def _measure(self, groups: list[tuple[int, ...]]) -> _Part:
         rows, truth = self.subject.rows, self.subject.truth
         latents = [latent for group in groups for latent in group]
-        z = self.bench.activations(rows, latents)
-        mean = torch.zeros(self.bench.sae.d_sae)
+        z = self.view.table(rows, latents)
+        mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
-        concepts = self.bench.concepts(groups, mean)
+        concepts = self.subject.concepts(groups, mean)
         strengths = concepts.strengths(torch.from_numpy(z)).numpy()
         amounts = quantiles(strengths)
-        measured = measure_edits(self.bench, rows, truth, concepts, z, amounts)
+        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts)
         self.predicted = measured.predicted
         sample = strengths[self.sample_places].astype(np.float32)
         return _Part(
             measured,
             amounts,
-            {**self._associations(strengths), "taught": self._taught(strengths, concepts, latents)},
+            {**self._associations(strengths), "train_shift": self._train_shift(strengths, concepts, latents)},
             [self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)],
             sample,
         )
@@ -138,28 +142,21 @@ class Auditor:
         tests = {"by_predicted": (predicted, one_stratum)}
         if truth is not None:
             tests |= {"by_true": (truth, one_stratum), "given_true": (predicted, truth)}
-        found = {
-            name: associate(
-                strengths, labels, strata, self.subject.classifier.classes, positive=self.bench.positive,
-                n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
-            )
-            for name, (labels, strata) in tests.items()
-        }  # fmt: skip
+        found = {name: self.tests.associate(strengths, labels, strata) for name, (labels, strata) in tests.items()}
         return {name: found.get(name, [None] * strengths.shape[1]) for name in ASSOCIATIONS}
 
-    def _taught(
+    def _train_shift(
         self, strengths: Float32[np.ndarray, "n c"], concepts: Concepts, latents: list[int]
     ) -> list[Association | None]:
         training, truth = self.subject.training, self.subject.truth
         if training is None or truth is None:
             return [None] * strengths.shape[1]
-        z = self.bench.activations(training.rows, latents, training.store)
+        z = training.view.table(training.rows, latents)
         theirs = concepts.strengths(torch.from_numpy(z)).numpy()
-        return taught(
-            np.concatenate([theirs, strengths]), np.arange(len(theirs) + len(strengths)) < len(theirs),
-            np.concatenate([training.truth, truth]), self.subject.classifier.classes, positive=self.bench.positive,
-            n_permutations=self.n_permutations, n_resamples=N_RESAMPLES, rng=self.rng,
-        )  # fmt: skip
+        is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
+        return self.tests.train_shift(
+            np.concatenate([theirs, strengths]), is_training, np.concatenate([training.truth, truth])
+        )
 
     def _concept(
         self, part: _Part, column: int, number: int, sizes: Sizes, associations: dict[str, Association | None]
@@ -169,7 +166,8 @@ class Auditor:
         fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
         is_target = name.casefold() in {one.casefold() for one in classes}
         if fires == 0:
-            return ConceptAudit(name, group, is_target, 0.0, note=f"never fires on {self.bench.store.path}")
+            never = f"never fires on {self.view.store.path}"
+            return ConceptAudit(name, group, is_target, 0.0, test=self.test, note=never)
         place = _moved_most(part.measured, column)
         edits = {
             kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
@@ -182,8 +180,9 @@ class Auditor:
         elif associations["given_true"] is None and self.subject.truth is not None:
             note = "rows of one true class are all predicted alike, so nothing is left to test given the truth"
         return ConceptAudit(
-            name, group, is_target, fires, classes[self.bench.watched[place]], effect,
-            associations["by_predicted"], associations["by_true"], associations["given_true"], associations["taught"],
+            name, group, is_target, fires, classes[self.subject.watched[place]], effect,
+            associations["by_predicted"], associations["by_true"], associations["given_true"],
+            associations["train_shift"], self.test,
             edits["remove"], edits["set_p50"], edits["set_p90"], edits["set_p99"], _control(sizes, effect),
             debiasing=None if self.subject.truth is None else _debiasing(part.measured, column, classes),
             sweep=part.sweeps[column], note=note,
@@ -202,7 +201,7 @@ class Auditor:
         p99 = float(amounts["set_p99"][column])
         if p99 <= 0:
             return None
-        this = self.bench.watched[_moved_most(measured, column)]
+        this = self.subject.watched[_moved_most(measured, column)]
         if self.sweep_row is None:
             without = np.flatnonzero(sample[:, column] <= 0)
             candidates = without if len(without) else np.arange(len(sample))
@@ -210,7 +209,7 @@ class Auditor:
             row = int(self._sample_rows[ordered[len(ordered) // 2]])
         else:
             row = self.sweep_row
-        return sweep_row(self.bench, concepts, column, group, row, this, p99)
+        return sweep_row(self.subject, concepts, column, group, row, this, p99)
 
     @cached_property
     def _sample_rows(self) -> Int64[np.ndarray, " m"]:
@@ -218,12 +217,11 @@ class Auditor:
 
     @cached_property
     def _sample_activations(self) -> Float32[np.ndarray, "m d_sae"]:
-        return self.bench.activations(self._sample_rows)
+        return self.view.table(self._sample_rows)
 
     @cached_property
     def _sample_probabilities(self) -> Float32[np.ndarray, "m k"]:
-        x = torch.from_numpy(self.bench.store.take(self._sample_rows, self.bench.modality))
-        return self.subject.classifier.logits(x).softmax(1).numpy()
+        return self.subject.classifier.logits(self.subject.raw(self._sample_rows)).softmax(1).numpy()
 
     def _note_predictions(self) -> None:
         seen = np.unique(self.predicted)
@@ -245,8 +243,8 @@ def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | 
         return None
     mean = float(tally.change[column, place]) / n
     variance = max(0.0, float(tally.change2[column, place]) / n - mean**2)
-    half = Z_95 * (variance / n) ** 0.5
-    return Effect(mean, mean - half, mean + half, float(tally.flips[column]) / n, n, strength)
+    low, high = mean_interval(mean, variance, n, bounds=(-1.0, 1.0))
+    return Effect(mean, low, high, float(tally.flips[column]) / n, n, strength)
 
 
 def _control(sizes: Sizes, effect: float) -> Control | None:

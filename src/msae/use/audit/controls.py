@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 
-from msae.use.audit.measure import Bench, measure_edits, quantiles
+from msae.use.audit.measure import measure_edits, quantiles
+from msae.use.audit.subjects import Subject
 
 Group = tuple[int, ...]
 
@@ -23,7 +24,7 @@ class Sizes(NamedTuple):
 
 
 def control_sizes(
-    bench: Bench,
+    subject: Subject,
     rows: Int64[np.ndarray, " m"],
     groups: Sequence[Group],
     z: Float32[np.ndarray, "m d_sae"],
@@ -44,12 +45,12 @@ def control_sizes(
         nothing = np.empty(0, np.float32)
         return [Sizes(nothing, nothing, nothing) for _ in groups]
     number_of = {group: number for number, group in enumerate(distinct)}
-    concepts = bench.concepts(distinct, torch.from_numpy(z.mean(0)))
+    concepts = subject.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
     strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
     natural = quantiles(strengths)
     amounts = {name: natural[name] for name in Sizes._fields if name in natural}
-    measured = measure_edits(bench, rows, None, concepts, own_z, amounts)
+    measured = measure_edits(subject, rows, None, concepts, own_z, amounts)
     sizes = []
     for name in Sizes._fields:
         tally = measured.tallies[name]

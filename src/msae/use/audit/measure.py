@@ -1,8 +1,8 @@
-"""The passes over the rows: activations, then edits in closed form, tallied batch by batch."""
+"""The pass over the rows: edits in closed form, tallied batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,65 +11,13 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, Inference
-from msae.sae.standardize import Modality
 from msae.use.audit.subjects import Subject
-from msae.use.interventions import Concepts, Push, edited_logits, make_concepts
+from msae.use.classifier import LinearClassifier
+from msae.use.interventions import Concepts, Push, edited_logits
 
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
-BATCH_ENTRIES = 1 << 23
-"""Activations of all latents held at once, 32 MB of them."""
 EDIT_ENTRIES = 1 << 20
 """Edited logits held at once: small enough to stay in a CPU's cache from one operation to the next."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """An SAE, a store and a classifier, ready to be measured."""
-
-    sae: SAE
-    store: EmbeddingStore
-    modality: Modality
-    inference: Inference
-    subject: Subject
-    positive: int | None
-    """The class whose probability is watched; None watches all of them."""
-
-    @property
-    def watched(self) -> list[int]:
-        n = len(self.subject.classifier.classes)
-        return list(range(n)) if self.positive is None else [self.positive]
-
-    def batches(
-        self, rows: Int64[np.ndarray, " n"], size: int, store: EmbeddingStore | None = None
-    ) -> Iterator[tuple[slice, Float[Tensor, "b d_in"]]]:
-        """Raw embeddings of `rows`, with their places among them."""
-        store = store or self.store
-        for first in range(0, len(rows), size):
-            own = slice(first, min(first + size, len(rows)))
-            yield own, torch.from_numpy(store.take(rows[own], self.modality))
-
-    def concepts(self, groups: Sequence[Sequence[int]], mean: Float[Tensor, " d_sae"]) -> Concepts:
-        """`groups` as the classifier sees them."""
-        classifier = self.subject.classifier
-        to_features = classifier.scale / self.sae.standardizer.statistics[self.modality].scale
-        return make_concepts(groups, self.sae.W_dec.detach(), mean, to_features, classifier.weight)
-
-    @torch.no_grad()
-    def activations(
-        self,
-        rows: Int64[np.ndarray, " n"],
-        latents: Sequence[int] | None = None,
-        store: EmbeddingStore | None = None,
-    ) -> Float32[np.ndarray, "n l"]:
-        """Of some latents, or of all; of the kinds whose latents do not compete only those are computed."""
-        chosen = list(range(self.sae.d_sae)) if latents is None else list(latents)
-        z = np.empty((len(rows), len(chosen)), np.float32)
-        size = max(1, min(65_536, BATCH_ENTRIES // self.sae.d_sae))
-        for own, x in self.batches(rows, size, store):
-            z[own] = self.sae.encode(x, self.modality, inference=self.inference)[:, chosen].numpy()
-        return z
 
 
 @dataclass
@@ -122,7 +70,7 @@ def quantiles(strengths: Float32[np.ndarray, "n c"]) -> dict[str, Float[Tensor, 
 
 @torch.no_grad()
 def measure_edits(
-    bench: Bench,
+    subject: Subject,
     rows: Int64[np.ndarray, " n"],
     truth: Int64[np.ndarray, " n"] | None,
     concepts: Concepts,
@@ -135,9 +83,9 @@ def measure_edits(
         z: Activations of the concepts' latents on `rows`.
         amounts: By name of the edit, the strength of each concept.
     """
-    classifier = bench.subject.classifier
+    classifier = subject.classifier
     n_classes = len(classifier.classes)
-    tallies = {name: Tally.empty(concepts.n, len(bench.watched)) for name in ("remove", *amounts)}
+    tallies = {name: Tally.empty(concepts.n, len(subject.watched)) for name in ("remove", *amounts)}
     nothing = torch.zeros(n_classes, 2, concepts.n, dtype=torch.float64)
     counts = [nothing.clone() for _ in range(4)]
     predicted = np.empty(len(rows), np.int64)
@@ -145,9 +93,11 @@ def measure_edits(
     mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
     blocks = _blocks(concepts, 128)
     per_row = max(len(block.concepts.owner) for block in blocks) * n_classes
-    for own, x in bench.batches(rows, max(1, min(8192, EDIT_ENTRIES // per_row))):
-        u = classifier.features(x)
-        batch = _Batch(u, u @ classifier.weight.T, u.square().sum(1), classifier.bias, classifier.unit_norm, bench)
+    size = max(1, min(8192, EDIT_ENTRIES // per_row))
+    for first in range(0, len(rows), size):
+        own = slice(first, first + size)
+        u = classifier.features(subject.raw(rows[own]))
+        batch = _Batch(u, classifier, subject.watched)
         measured.predicted[own] = batch.predicted.numpy()
         labels = None if truth is None else torch.from_numpy(truth[own])
         for block in blocks:
@@ -174,18 +124,20 @@ class _Edited:
 class _Batch:
     """Embeddings with what an edit leaves as it is."""
 
-    def __init__(self, u: Tensor, scores: Tensor, length2: Tensor, bias: Tensor, unit_norm: bool, bench: Bench) -> None:
-        self._scores, self._length2, self._bias, self._unit_norm = scores, length2, bias, unit_norm
-        self._watched = bench.watched
+    def __init__(self, u: Tensor, classifier: LinearClassifier, watched: list[int]) -> None:
+        self._scores, self._length2 = u @ classifier.weight.T, u.square().sum(1)
+        self._classifier, self._watched = classifier, watched
         none = torch.zeros(len(u), 1)
-        logits = edited_logits(
-            scores, length2, bias, Push(torch.zeros(1, 1, len(bias)), none, none), unit_norm=unit_norm
-        )
+        logits = self._logits(Push(torch.zeros(1, 1, len(classifier.bias)), none, none))
         self.predicted: Int[Tensor, " n"] = logits[:, 0].argmax(1)
-        self._before = probabilities(logits, self._watched)
+        self._before = probabilities(logits, watched)
+
+    def _logits(self, push: Push) -> Float[Tensor, "n c k"]:
+        own = self._classifier
+        return edited_logits(self._scores, self._length2, own.bias, push, unit_norm=own.unit_norm)
 
     def edit(self, push: Push) -> _Edited:
-        logits = edited_logits(self._scores, self._length2, self._bias, push, unit_norm=self._unit_norm)
+        logits = self._logits(push)
         change = probabilities(logits, self._watched) - self._before
         # argmax over two classes by hand: an order of magnitude faster
         predicted = (logits[..., 1] > logits[..., 0]).long() if logits.shape[2] == 2 else logits.argmax(2)

@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from msae.base.errors import ConfigError
+from msae.base.errors import ConfigError, nearest
+from msae.base.results import Result, shorten, text_table
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
+TESTS = {
+    "train_shift": "goes with the class in the training rows more than in the audited rows",
+    "given_true": "goes with the predictions among rows of one true class",
+    "by_predicted": "goes with the predictions",
+}
+"""The tests of which one is chosen for an audit, the first that its rows allow, and what each says of a concept."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,14 @@ class Association:
     effect_size: float
     """Cliff's delta of the strength, in [-1, 1]: positive where rows of the class have more of the concept."""
     low: float
-    """Lower end of the 95 % bootstrap interval of `effect_size`."""
+    """Lower end of the 95 % interval of `effect_size`."""
     high: float
     auroc: float
     """Probability that a row of the class has more of the concept than another row; (effect_size + 1) / 2."""
     p: float
     """Of a two-sided permutation test."""
     q: float
-    """`p` adjusted by Benjamini and Hochberg for the number of audited concepts."""
+    """`p` adjusted by Benjamini and Hochberg for the number of concepts that this test was made of."""
     class_: str
     """The class; with more than two classes the one of the largest effect."""
 
@@ -114,8 +121,8 @@ class Sweep:
     probabilities: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class ConceptAudit:
+@dataclass(frozen=True, repr=False)
+class ConceptAudit(Result):
     """Everything about one concept. A None is explained in `note`."""
 
     name: str
@@ -134,8 +141,10 @@ class ConceptAudit:
     by_true: Association | None = None
     given_true: Association | None = None
     """By predicted class among rows of the same true class: what the truth does not explain."""
-    taught: Association | None = None
+    train_shift: Association | None = None
     """By true class, in the training rows beyond the audited ones; where a training store was given."""
+    test: str | None = None
+    """Which of `TESTS` the audit reports, the same for all of its concepts; None where nothing could be tested."""
     remove: Effect | None = None
     set_p50: Effect | None = None
     set_p90: Effect | None = None
@@ -152,14 +161,17 @@ class ConceptAudit:
 
     @property
     def main(self) -> Association | None:
-        """The association that `q` is of: `taught`, else `given_true`, else `by_predicted`, whichever is known."""
-        return self.taught or self.given_true or self.by_predicted
+        """The association that the audit reports, by its one `test`."""
+        found: Association | None = None if self.test is None else getattr(self, self.test)
+        return found
 
     @property
-    def test(self) -> str | None:
-        """The name of `main`."""
-        names = ("taught", "given_true", "by_predicted")
-        return next((name for name in names if getattr(self, name) is not None), None)
+    def towards(self) -> str | None:
+        """Where more of the concept moves the prediction: `towards CLASS`, `away from CLASS`; None where not edited."""
+        change = self.set_p50.change if self.set_p50 else -self.remove.change if self.remove else 0.0
+        return (
+            None if change == 0 or self.class_ is None else f"{'towards' if change > 0 else 'away from'} {self.class_}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
@@ -170,11 +182,43 @@ class ConceptAudit:
             "effect_size": main and main.effect_size,
             "p": main and main.p,
             "q": main and main.q,
-            "test": self.test,
             "flip_rate": self.remove and self.remove.flip_rate,
         }
         rest: dict[str, Any] = _plain(self)
         return first | rest
+
+    def records(self) -> list[dict[str, Any]]:
+        """The concept's row of the audit's table."""
+        main, groups = self.main, self.debiasing
+        return [
+            {
+                "name": self.name,
+                "latents": ", ".join(f"#{latent}" for latent in self.latents),
+                "is_target": self.is_target,
+                "towards": self.towards,
+                "effect": self.effect,
+                "largest_control": self.control and self.control.largest,
+                "effect_size": main and main.effect_size,
+                "low": main and main.low,
+                "high": main and main.high,
+                "p": main and main.p,
+                "q": main and main.q,
+                "firing_rate": self.firing_rate,
+                "flip_rate": self.remove and self.remove.flip_rate,
+                "worst": groups and groups.worst,
+                "worst_removed": groups and groups.worst_removed,
+                "worst_levelled": groups and groups.worst_levelled,
+                "note": self.note,
+            }
+        ]
+
+    def to_text(self) -> str:
+        """Every figure of the concept that is no table of its own, one a line."""
+        values = {key: value for key, value in self.records()[0].items() if value is not None}
+        width = max(map(len, values))
+        return "\n".join(
+            f"{key:<{width}}  {f'{value:.3g}' if isinstance(value, float) else value}" for key, value in values.items()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +232,8 @@ class Sample:
     """In the order of `Audit.concepts`."""
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(Result):
     """What a classifier relies on, concept by concept, the strongest causal effect first.
 
     Concepts that bear the name of a class come last: a classifier of squares should react to squares.
@@ -209,10 +253,24 @@ class Audit:
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> ConceptAudit:
-        return next(concept for concept in self.concepts if concept.name == name)
+        """The audit of one concept, by its name in any letter case.
+
+        Raises:
+            ConfigError: No such concept was audited; the message names the nearest.
+        """
+        known = {concept.name.casefold(): concept for concept in self.concepts}
+        found = known.get(name.casefold().strip())
+        if found is None:
+            names = [concept.name for concept in self.concepts]
+            hint = nearest(name, names) or f"; {len(names)} were, such as {', '.join(map(repr, names[:3]))}"
+            raise ConfigError(f"no concept {name!r} was audited{hint}")
+        return found
 
     def reported(self, level: float = 0.05) -> list[ConceptAudit]:
-        """The concepts whose q-value is below `level`."""
+        """The concepts whose q-value is below `level`, by the audit's one test (`settings["test"]`).
+
+        Among them the share that is false is at most `level`, on average over audits.
+        """
         return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,43 +289,76 @@ class Audit:
         if len(text) > MAX_JSON:
             raise ConfigError(f"{where} has {len(text):,} characters, more than any audit; make it with --json")
         try:
-            return typing.cast("Audit", _built(cls, json.loads(text)))
+            found = typing.cast("Audit", _built(cls, json.loads(text)))
         except (ValueError, TypeError, KeyError, RecursionError) as err:
             raise ConfigError(
                 f"{where} is not what msae audit writes ({type(err).__name__}: {err}); make it with --json"
             ) from err
+        unknown = next((one.test for one in found.concepts if one.test not in (None, *TESTS)), None)
+        if unknown is not None:
+            raise ConfigError(f"{where} reports the test {unknown!r} of another version of msae; audit again")
+        return found
 
-    def table(self, n: int = 20) -> str:
-        """The ranked table in Markdown."""
-        head = (
-            "concept", "class", "effect", "remove", "set p50", "set p99", "controls to", "flips", "delta", "q",
-            "q of errors", "worst group",
-        )  # fmt: skip
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(_cells(concept)) + " |" for concept in self.concepts[:n]]
+    def records(self) -> list[dict[str, Any]]:
+        """One record for each concept, in the order of `concepts`."""
+        return [row for concept in self.concepts for row in concept.records()]
+
+    def to_text(self, n: int = 20) -> str:
+        """The strongest `n` concepts in a table of six columns, and what the columns mean."""
+        accuracy = self.classifier.get("accuracy")
+        facts = [f"{self.n:,} rows of {self.on}", str(self.classifier.get("source", ""))]
+        facts += [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
+        facts += [f"{self.n_left_out:,} rows without a known label left out"] if self.n_left_out else []
+        head = ("concept", "pushes", "by", "q", "rows", "worst group")
+        lines = ["; ".join(fact for fact in facts if fact), ""]
+        lines += text_table(head, [_cells(concept, self.n) for concept in self.concepts[:n]], right=(2, 3, 4))
         if len(self.concepts) > n:
-            lines.append(f"\n{len(self.concepts) - n} more concepts; --json FILE writes all")
-        return "\n".join([*lines, *(f"\nnote: {note}" for note in self.notes)])
+            lines.append(f"{len(self.concepts) - n} more concepts; --json FILE writes all")
+        lines += ["", *self._legend(), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def _legend(self) -> list[str]:
+        test = next((concept.test for concept in self.concepts if concept.test), None)
+        lines = [
+            "pushes: which class more of the concept makes likelier or less likely; (class) marks a class's own name",
+            "by: mean change of the class's probability when the concept is removed or set; "
+            "in brackets the largest of random latents",
+            "rows: in how many rows the concept fires",
+        ]
+        if test is not None:
+            lines.insert(
+                2, f"q: the smallest false discovery rate at which one may say: it {TESTS[test]} (test {test})"
+            )
+        if any(concept.debiasing for concept in self.concepts):
+            lines.append(
+                "worst group: accuracy of the worst group now, and with the concept removed or levelled (at its mean)"
+            )
+        return lines
 
 
-def _cells(concept: ConceptAudit) -> list[str]:
-    main, control, groups = concept.main, concept.control, concept.debiasing
+def _cells(concept: ConceptAudit, n: int) -> list[str]:
+    main, control = concept.main, concept.control
+    largest = f" ({control.largest:.3f})" if control and control.largest is not None else ""
     return [
-        concept.name.replace("|", "\\|") + (" (target)" if concept.is_target else ""),
-        concept.class_ or "",
-        f"{concept.effect:.3f}",
-        *(f"{edit.change:+.3f}" if edit else "-" for edit in (concept.remove, concept.set_p50, concept.set_p99)),
-        "-" if control is None else _number(control.largest),
-        "-" if concept.remove is None else f"{concept.remove.flip_rate:.3f}",
-        "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
+        shorten(concept.name) + (" (class)" if concept.is_target else ""),
+        concept.towards or "-",
+        f"{concept.effect:.3f}{largest}" if concept.remove or concept.set_p50 else "-",
         "-" if main is None else f"{main.q:.2g}",
-        "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
-        "-" if groups is None or groups.worst is None else f"{groups.worst:.3f} > {groups.worst_levelled:.3f}",
+        f"{round(concept.firing_rate * n):,}",
+        _help(concept.debiasing),
     ]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _help(groups: Debiasing | None) -> str:
+    """The worst group's accuracy, and by which of the two ways it rises."""
+    if groups is None or groups.worst is None:
+        return "-"
+    ways = {"levelled": groups.worst_levelled, "removed": groups.worst_removed}
+    better = {way: value for way, value in ways.items() if value is not None and value > groups.worst}
+    if not better:
+        return f"{groups.worst:.3f}, nothing helps"
+    way = max(better, key=lambda way: better[way])
+    return f"{groups.worst:.3f} > {better[way]:.3f} {way}"
 
 
 def _plain(value: Any) -> Any:

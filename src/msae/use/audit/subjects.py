@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from msae.base.errors import ConfigError, nearest
-from msae.data.store import EmbeddingStore, as_store
-from msae.data.store.rows import CAPTION_COLUMNS, PATH_COLUMNS
+from msae.data.store import EmbeddingStore
+from msae.data.store.labels import class_names
+from msae.data.store.rows import PATH_COLUMNS
+from msae.data.tables import CAPTION_COLUMNS
+from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.classifier import LinearClassifier
+from msae.use.interventions import Concepts, make_concepts
 
 MAX_CLASSES = 50
 """More are no classes but, say, ages; each costs a column of every table."""
@@ -33,7 +38,7 @@ TEXT_LOGIT_SCALE = 100.0
 class Training(NamedTuple):
     """Labelled rows of the training store; of more than `MAX_TRAINING`, a random sample."""
 
-    store: EmbeddingStore
+    view: View
     rows: Int64[np.ndarray, " n"]
     truth: Int64[np.ndarray, " n"]
     """Numbers in the classifier's classes."""
@@ -41,8 +46,9 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """Rows to audit with their true classes, and the classifier that is audited on them."""
+    """Rows to audit, seen by the SAE, with their true classes, and the classifier that is audited on them."""
 
+    view: View
     rows: Int64[np.ndarray, " n"]
     """Positions in the store, ascending."""
     truth: Int64[np.ndarray, " n"] | None
@@ -52,17 +58,36 @@ class Subject:
     n_train: int | None
     """Rows that the classifier was trained on here."""
     training: Training | None = None
-    """Where it was trained, if that is another store."""
+    """Where it was trained, if a training store was given."""
+    notes: tuple[str, ...] = ()
+    """Which rows were held out."""
+    positive: int | None = None
+    """The class whose probability is watched; None watches all of them."""
+
+    @property
+    def watched(self) -> list[int]:
+        """Numbers of the classes whose probabilities are watched."""
+        return list(range(len(self.classifier.classes))) if self.positive is None else [self.positive]
+
+    def raw(self, rows: Int64[np.ndarray, " n"]) -> Float[Tensor, "n d_in"]:
+        """Embeddings of some rows of the store, as the classifier reads them."""
+        return torch.from_numpy(self.view.store.take(rows, self.view.modality))
+
+    def concepts(self, groups: Sequence[Sequence[int]], mean: Float[Tensor, " d_sae"]) -> Concepts:
+        """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
+        view, classifier = self.view, self.classifier
+        to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
+        return make_concepts(groups, view.sae.W_dec.detach(), mean, to_features, classifier.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
-    """The classes in a metadata column; empty text and NaN are missing.
+    """The classes in a metadata column, as `EmbeddingStore.labels` gives them.
 
     Raises:
         ConfigError: Fewer than two classes, or more than are classes.
-        StoreError: There is no such column.
+        StoreError: There is no such column, or it holds lists.
     """
-    labels = [None if _is_missing(value) else str(value) for value in store.column(column)]
+    labels = store.labels(column)
     counts = Counter(label for label in labels if label is not None)
     if len(counts) < 2:
         found = f"only {next(iter(counts))!r} in {counts.total():,} labelled rows" if counts else "no labels"
@@ -76,33 +101,75 @@ def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
 
 
 def target_columns(store: EmbeddingStore) -> dict[str, int]:
-    """The metadata columns that `labels_of` takes, with their numbers of classes; not ids, paths and captions."""
+    """The metadata columns that can be audited, with their numbers of classes; `refused_columns` has the others."""
+    return {name: found for name, found in _judged_columns(store).items() if isinstance(found, int)}
+
+
+def refused_columns(store: EmbeddingStore) -> dict[str, str]:
+    """The metadata columns that `target_columns` leaves out, with the reason of each."""
+    return {name: found for name, found in _judged_columns(store).items() if isinstance(found, str)}
+
+
+def _judged_columns(store: EmbeddingStore) -> dict[str, int | str]:
+    """Each metadata column's number of classes, or why it cannot be audited."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = {}
+    found: dict[str, int | str] = {}
     for name in store.columns:
         column = store.metadata.column(name)
-        if name in ("id", *PATH_COLUMNS, *CAPTION_COLUMNS) or pa.types.is_nested(column.type):
+        if name in ("id", *PATH_COLUMNS, *CAPTION_COLUMNS):
+            found[name] = "names or describes single rows"
             continue
-        n = len({str(value) for value in pc.unique(column).to_pylist() if not _is_missing(value)})
-        if 2 <= n <= MAX_CLASSES:
+        if pa.types.is_nested(column.type):
+            found[name] = "holds lists and not one class per row"
+            continue
+        n = len({label for label in class_names(pc.unique(column).to_pylist()) if label is not None})
+        if n < 2:
+            found[name] = "has the same value in every row" if n else "has no labels"
+        elif n > MAX_CLASSES:
+            found[name] = f"has {n:,} different values; an audit takes at most {MAX_CLASSES}"
+        else:
             found[name] = n
     return found
 
 
 def make_subject(
-    sae: SAE,
-    store: EmbeddingStore,
-    modality: Modality,
+    view: View,
     *,
     target: str | None,
     classifier: LinearClassifier | str | Path | None,
     class_texts: Mapping[str, str] | None,
     train_store: EmbeddingStore | str | Path | None,
     seed: int,
+    positive: str | None = None,
 ) -> Subject:
-    """The rows and the classifier that the options of `audit` name."""
+    """The rows and the classifier that the options of `audit` name.
+
+    Without a training store, the classifier is trained on one half of the store and audited on the other.
+    """
+    found = _make_subject(view, target, classifier, class_texts, train_store, seed)
+    return dataclasses.replace(found, positive=_positive(found.classifier, positive))
+
+
+def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
+    if name is None:
+        return 1 if len(classifier.classes) == 2 else None
+    if name not in classifier.classes:
+        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
+    return classifier.classes.index(name)
+
+
+def _make_subject(
+    view: View,
+    target: str | None,
+    classifier: LinearClassifier | str | Path | None,
+    class_texts: Mapping[str, str] | None,
+    train_store: EmbeddingStore | str | Path | None,
+    seed: int,
+) -> Subject:
+    sae, store, modality = view.sae, view.store, view.modality
+    sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)  # says what is missing where there are no statistics
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
         raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
     given = None
@@ -115,35 +182,40 @@ def make_subject(
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store)
     if given is not None:
-        return _with_given(store, labels, given)
+        return _with_given(view, labels, given)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
-    labelled = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
+    other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
+    theirs = labels if other is view else labels_of(other.store, target)
+    held = hold_out(other.store, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
+    source = f"half of {store.path}" if train_store is None else str(other.store.path)
+    fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
+    subject = _with_given(view, labels, fitted, rows=held.on, n_train=len(held.train))
     if train_store is None:
-        shuffled = np.random.default_rng(seed).permutation(labelled)
-        train, rows = np.sort(shuffled[::2]), np.sort(shuffled[1::2])
-        fitted = _fit(sae, store, modality, [labels[row] for row in train], train, f"half of {store.path}", seed)
-        n_train = len(train)
-    else:
-        other = as_store(train_store, modality)
-        theirs = labels_of(other, target)
-        n_train = sum(label is not None for label in theirs)
-        fitted = _fit(sae, other, modality, theirs, np.arange(len(other)), str(other.path), seed)
-        subject = _with_given(store, labels, fitted, rows=labelled, n_train=n_train)
-        return dataclasses.replace(subject, training=_training(other, theirs, fitted, seed))
-    return _with_given(store, labels, fitted, rows=rows, n_train=n_train)
+        return subject
+    training = _training(other, theirs, held.train, fitted, seed)
+    return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
 
 
-def _training(store: EmbeddingStore, labels: Sequence[str | None], classifier: LinearClassifier, seed: int) -> Training:
+def _labelled(labels: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
+    return np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
+
+
+def _training(
+    view: View,
+    labels: Sequence[str | None],
+    rows: Int64[np.ndarray, " n"],
+    classifier: LinearClassifier,
+    seed: int,
+) -> Training:
     number_of = {name: number for number, name in enumerate(classifier.classes)}
-    rows = np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
     if len(rows) > MAX_TRAINING:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_TRAINING, replace=False))
-    return Training(store, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
+    return Training(view, rows, np.array([number_of[labels[row] or ""] for row in rows], dtype=np.int64))
 
 
 def _with_given(
-    store: EmbeddingStore,
+    view: View,
     labels: list[str | None] | None,
     classifier: LinearClassifier,
     *,
@@ -151,9 +223,9 @@ def _with_given(
     n_train: int | None = None,
 ) -> Subject:
     if labels is None:
-        return Subject(np.arange(len(store)), None, 0, classifier, None)
+        return Subject(view, np.arange(len(view)), None, 0, classifier, None)
     number_of = {name: number for number, name in enumerate(classifier.classes)}
-    candidates = np.arange(len(store)) if rows is None else rows
+    candidates = np.arange(len(view)) if rows is None else rows
     truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
     kept = truth >= 0
     if not kept.any():
@@ -163,23 +235,17 @@ def _with_given(
             f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
         )
     n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
-    return Subject(candidates[kept], truth[kept], n_missing, classifier, n_train)
+    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train)
 
 
 def _fit(
-    sae: SAE,
-    store: EmbeddingStore,
-    modality: Modality,
-    labels: Sequence[str | None],
-    rows: Int64[np.ndarray, " n"],
-    source: str,
-    seed: int,
+    view: View, labels: Sequence[str | None], rows: Int64[np.ndarray, " n"], source: str, seed: int
 ) -> LinearClassifier:
     def standardized(chosen: Any) -> torch.Tensor:
-        x = torch.from_numpy(store.take(rows[np.asarray(chosen)], modality))
-        return sae.standardizer.apply(x, modality)
+        return view.standardize(torch.from_numpy(view.store.take(rows[np.asarray(chosen)], view.modality)))
 
-    return from_probe(fit_probe(standardized, labels, seed=seed), sae, modality, f"logistic regression on {source}")
+    probe = fit_probe(standardized, labels, seed=seed)
+    return from_probe(probe, view.sae, view.modality, f"logistic regression on {source}")
 
 
 def from_probe(probe: Probe, sae: SAE, modality: Modality, source: str) -> LinearClassifier:
@@ -212,23 +278,18 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
 
     Raises:
         ConfigError: There are fewer than two texts, or nothing says which model made the embeddings.
+        StoreError: That model has other weights now.
     """
     if len(texts) < 2:
         raise ConfigError(
             f"{len(texts)} class text; give two or more, for example --class-texts 'man=a man' 'woman=a woman'"
         )
-    encoder = store.encoder or sae.config.encoder
-    if encoder is None:
-        raise ConfigError(
-            f"{store.path} does not say which model made its embeddings, so the class texts cannot be embedded; "
-            f"embed again with msae embed, or give --classifier FILE"
-        )
-    from msae.data.embedder import Embedder
+    from msae.data.embedder import embedder_for
 
-    embedder = Embedder.load(encoder, revision=store.encoder_revision or sae.config.encoder_revision)
+    embedder = embedder_for(store, sae.config, need="--class-texts")
     weight = TEXT_LOGIT_SCALE * torch.from_numpy(embedder.embed_texts(list(texts.values())))
     nothing = torch.zeros(store.d_in)
-    source = f"zero-shot texts of {encoder}"
+    source = f"zero-shot texts of {embedder.id}"
     return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
 
 
@@ -260,7 +321,3 @@ def concept_groups(
             hint = nearest(concept.casefold(), by_case) or f"; {len(known)} names are known"
             raise ConfigError(f"no latent is named {concept!r}{hint}; #123 is latent 123")
     return found
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

@@ -10,39 +10,40 @@ import numpy as np
 import torch
 
 from msae.base.errors import ConfigError
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
-from msae.use.audit.measure import Bench, probabilities
+from msae.sae.view import View
+from msae.use.audit.measure import probabilities
 from msae.use.audit.results import ConceptAudit, Sweep
-from msae.use.audit.subjects import make_subject
+from msae.use.audit.subjects import Subject, make_subject
 from msae.use.interventions import Concepts
 
 SWEEP_POINTS = 33
 
 
 def sweep_row(
-    bench: Bench, concepts: Concepts, column: int, group: Sequence[int], row: int, class_: int, p99: float
+    subject: Subject, concepts: Concepts, column: int, group: Sequence[int], row: int, class_: int, p99: float
 ) -> Sweep:
     """The sweep of the concept `column` of `concepts`, whose latents are `group`, in a row of the store.
 
     Args:
-        class_: Whose probability is told.
+        class_: Whose probability is computed.
         p99: Of the concept's natural strengths.
     """
     own = np.array([row], dtype=np.int64)
     members = concepts.owner == column
-    z = torch.from_numpy(bench.activations(own, group))
+    z = torch.from_numpy(subject.view.table(own, group))
     strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
-    classifier = bench.subject.classifier
-    u = classifier.features(torch.from_numpy(bench.store.take(own, bench.modality)))
+    classifier = subject.classifier
+    u = classifier.features(subject.raw(own))
     move = strengths[:, None] * concepts.pattern[members] - z
     edited = u + move @ concepts.rows[members]
     if classifier.unit_norm:
         edited = torch.nn.functional.normalize(edited, dim=1)
     found = probabilities(edited @ classifier.weight.T + classifier.bias, [class_])[:, 0]
     strength = float((z[0] * concepts.reader[members]).sum())
-    return Sweep(str(bench.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
+    return Sweep(str(subject.view.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
 
 
 class Sweeper:
@@ -59,12 +60,8 @@ class Sweeper:
         seed: int = 0,
     ) -> None:
         """The arguments are those of `msae.audit`, and so is what is raised."""
-        model, store = as_sae(sae), as_store(on, modality)
-        check_fit(model, store, run=sae)
-        subject = make_subject(
-            model, store, modality, target=target, classifier=None, class_texts=None, train_store=None, seed=seed
-        )
-        self.bench = Bench(model, store, modality, inference, subject, None)
+        view = View(sae, on, modality, inference=inference)
+        self.subject = make_subject(view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed)
         self._concepts = lru_cache(256)(self._made)
 
     def of(self, concept: ConceptAudit, id: str) -> Sweep | None:
@@ -74,18 +71,18 @@ class Sweeper:
             ConfigError: The audit is of another classifier.
             StoreError: No row has that id.
         """
-        classes = self.bench.subject.classifier.classes
+        classes = self.subject.classifier.classes
         if concept.sweep is None or concept.class_ is None:
             return None
         if concept.class_ not in classes:
             raise ConfigError(f"there is no class {concept.class_!r} here; the classes are {', '.join(classes)}")
-        row = self.bench.store.ids.row_of(id)
+        row = self.subject.view.store.ids.row_of(id)
         made = self._concepts(concept.latents)
         p99 = concept.sweep.natural_p99
-        return sweep_row(self.bench, made, 0, concept.latents, row, classes.index(concept.class_), p99)
+        return sweep_row(self.subject, made, 0, concept.latents, row, classes.index(concept.class_), p99)
 
     def _made(self, group: tuple[int, ...]) -> Concepts:
-        mean = torch.zeros(self.bench.sae.d_sae)
-        z = self.bench.activations(self.bench.subject.rows, group)
+        mean = torch.zeros(self.subject.view.sae.d_sae)
+        z = self.subject.view.table(self.subject.rows, group)
         mean[list(group)] = torch.from_numpy(z.mean(0))
-        return self.bench.concepts([group], mean)
+        return self.subject.concepts([group], mean)

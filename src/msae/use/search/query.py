@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, is_other_encoder, told_encoder
+from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 
 if TYPE_CHECKING:
@@ -94,38 +94,11 @@ def _row_of(store: EmbeddingStore, id: str) -> int:
 
 
 def _embedder(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
-    """The encoder that made the store's embeddings, as far as store and SAE know it.
+    from msae.data.embedder import embedder_for
 
-    Raises:
-        ConfigError: Nothing says which it is.
-        StoreError: The one that was given or found is another, by `is_other_encoder`.
-    """
-    embedder = ask.embedder or _load(ask, store, sae, kind)
-    mine = (embedder.id, embedder.revision)
-    for wanted, owner in (
-        ((store.encoder, store.encoder_revision), f"{store.path} was embedded by"),
-        ((sae.config.encoder, sae.config.encoder_revision), "the SAE reads embeddings of"),
-    ):
-        if is_other_encoder(mine, wanted):
-            raise StoreError(
-                f"--{kind} would be embedded by {told_encoder(mine)}, but {owner} {told_encoder(wanted)}; give "
-                f"--encoder the folder or id of that one, or embed the store again"
-            )
-    return embedder
-
-
-def _load(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
-    encoder = ask.encoder or store.encoder or sae.config.encoder
-    if encoder is None:
-        raise ConfigError(
-            f"neither {store.path} nor the SAE says which encoder made the embeddings, which --{kind} needs; "
-            f"give --encoder ID"
-        )
-    from msae.data.embedder import Embedder
-
-    revision = store.encoder_revision if encoder == store.encoder else None
-    is_local = encoder == "demo" or Path(encoder).is_dir()  # its revision is a hash, not something to check out
-    return Embedder.load(encoder, revision=None if is_local else revision)
+    return embedder_for(
+        store, sae.config, need=f"--{kind}", option="--encoder", encoder=ask.encoder, embedder=ask.embedder
+    )
 
 
 def _embed_image(path: Path, embedder: Embedder) -> NDArray[np.float32]:

@@ -55,10 +55,9 @@ def explore(
 def offline() -> Iterator[None]:
     """The libraries of the Hugging Face hub ask no other machine for anything, whether or not they are loaded yet."""
     known = {name: os.environ.get(name) for name in OFFLINE}
-    loaded = [(name, attribute) for name, attribute in READ_ONCE if name in sys.modules]
-    before = {place: getattr(sys.modules[place[0]], place[1], False) for place in loaded}
+    before = {place: getattr(sys.modules[place[0]], place[1]) for place in _places()}
     os.environ.update(OFFLINE)
-    for module, attribute in loaded:
+    for module, attribute in before:
         setattr(sys.modules[module], attribute, True)
     try:
         yield
@@ -69,6 +68,10 @@ def offline() -> Iterator[None]:
             else:
                 os.environ[name] = value
         was_offline = (known["HF_HUB_OFFLINE"] or "").upper() in ("1", "ON", "YES", "TRUE")
-        for module, attribute in READ_ONCE:
-            if module in sys.modules:
-                setattr(sys.modules[module], attribute, before.get((module, attribute), was_offline))
+        for module, attribute in _places():
+            setattr(sys.modules[module], attribute, before.get((module, attribute), was_offline))
+
+
+def _places() -> list[tuple[str, str]]:
+    """Those of `READ_ONCE` that are loaded."""
+    return [(module, attribute) for module, attribute in READ_ONCE if hasattr(sys.modules.get(module), attribute)]

@@ -15,7 +15,7 @@ from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report import figures
-from msae.web.report.facts import HEADINGS, read_metrics
+from msae.web.report.facts import HEADINGS
 from msae.web.report.figures import RecoveryMeasure, TrainingMeasure
 
 RECOVERY: tuple[RecoveryMeasure, ...] = ("fvu_per_sample", "cosine", "cknna")
@@ -31,7 +31,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     except MsaeError as err:
         values["problem"] = err
     try:
-        by_run = {run.label: rows for run in world.runs.values() if (rows := read_metrics(run.folder))}
+        by_run = {run.label: rows for run in world.runs.values() if (rows := run.opened.metrics)}
         values["training"] = [figures.training_curves(by_run, measure) for measure in TRAINING] if by_run else []
     except MsaeError as err:
         values["damaged"] = err

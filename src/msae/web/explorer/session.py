@@ -20,15 +20,15 @@ from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples
-from msae.data.embedder import Embedder
+from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.store import EmbeddingStore, as_store, find_picture
 from msae.data.store.rows import PATH_COLUMNS
-from msae.measure.evaluate import Evaluation, evaluate, kept_evaluations
-from msae.sae.model import SAE, check_fit, weights_hash
+from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
+from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit, Sweeper, audit
-from msae.use.audit.subjects import target_columns
+from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
 from msae.web.report.facts import read_trained
@@ -51,10 +51,11 @@ class LoadedRun:
 
     def __init__(self, folder: Path, label: str, store: EmbeddingStore | None) -> None:
         self.folder, self.label, self.store = folder, label, store
-        self.sae = SAE.load(folder)
-        self.names: ConceptNames | None = names_of(folder, self.sae.d_sae)
+        self.opened = Run.open(folder)
+        self.sae = self.opened.sae
+        self.names: ConceptNames | None = names_of(self.opened)
         if store is not None:
-            check_fit(self.sae, store, run=folder)
+            self.opened.check_fit(store)
         self.slow, self.preparing = threading.RLock(), threading.RLock()
         self._searchers: dict[Modality, Searcher] = {}
         self._audits: dict[str, Audit] = {}
@@ -67,7 +68,7 @@ class LoadedRun:
     @property
     def config(self) -> dict[str, Any]:
         """The run's config.json; empty for an SAE that was imported."""
-        return read_trained(self.folder)
+        return read_trained(self.opened)
 
     @cached_property
     def samples(self) -> dict[Modality, TopSamples]:
@@ -75,12 +76,7 @@ class LoadedRun:
         with self.slow:
             if self.store is None:
                 return {}
-            return {m: top_samples(self.folder, self.store, modality=m, n=KEPT_SAMPLES) for m in self.modalities}
-
-    @cached_property
-    def weights(self) -> str:
-        """Tells these weights from any others."""
-        return weights_hash(self.sae)
+            return {m: top_samples(self.opened, self.store, modality=m, n=KEPT_SAMPLES) for m in self.modalities}
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -90,7 +86,7 @@ class LoadedRun:
     def tree(self) -> ConceptTree | None:
         """How the latents nest on the store; takes seconds for a wide SAE."""
         with self.slow:
-            return None if self.store is None else concept_tree(self.folder, self.store)
+            return None if self.store is None else concept_tree(self.opened, self.store)
 
     @cached_property
     def known_names(self) -> list[str]:
@@ -173,29 +169,33 @@ class World:
     @cached_property
     def left_out(self) -> dict[str, str]:
         """Columns that cannot be audited, with the reasons."""
-        return {}
+        return {} if self.store is None else refused_columns(self.store)
 
     def evaluations(self) -> list[Evaluation]:
-        """What `msae evaluate` left in the run folders of their present weights, as far as it can be compared.
+        """What `msae evaluate` left of the runs and is still true, as far as it can be compared.
 
         That is on one store, with one modality and inference: those of most runs, then this store's, then any with
-        recovery.
+        recovery. Figures of probes are shown where they are of one column and one training store.
 
         Raises:
             RunError: A record is damaged.
         """
-        by_subject: dict[tuple[str, ...], dict[str, Evaluation]] = {}
-        for label, run in self.runs.items():
-            for kept in kept_evaluations(run.folder):
-                if kept.sae == run.weights:
-                    by_subject.setdefault(kept.subject, {})[label] = replace(kept.evaluation, run=label)
+        known = [(label, kept) for label, run in self.runs.items() for kept in current_evaluations(run.opened)]
         shown = self.store.fingerprint if self.store else None
-
-        def worth(subject: tuple[str, ...]) -> tuple[int, bool, bool]:
-            found = by_subject[subject]
-            return len(found), subject[0] == shown, any(one.recovery for one in found.values())
-
-        return list(by_subject[max(by_subject, key=worth)].values()) if by_subject else []
+        tables = []
+        for _, reference in known:
+            compared = {label: one for label, kept in known if (one := kept.compared_with(reference)) is not None}
+            worth = (
+                len(compared),
+                reference.origin.fingerprint == shown,
+                any(one.recovery for one in compared.values()),
+                sum(one.probe_n is not None for one in compared.values()),
+            )
+            tables.append((worth, compared))
+        if not tables:
+            return []
+        _, best = max(tables, key=lambda table: table[0])
+        return [replace(one, run=label) for label, one in best.items()]
 
     def evaluate_now(self) -> list[Evaluation]:
         """All runs on the store with recovery; raises what `msae.evaluate` raises."""
@@ -208,7 +208,11 @@ class World:
     @cached_property
     def version(self) -> str:
         """Changes with the store: a browser must not show another store's pictures out of its cache."""
-        known = "" if self.store is None else f"{self.store.path.resolve()} {self.store.fingerprint}"
+        known = (
+            ""
+            if self.store is None
+            else f"{self.store.path.resolve()} {self.store.fingerprint} {self.store.metadata_fingerprint}"
+        )
         return hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
 
     def is_picture(self, path: str | None) -> bool:
@@ -259,17 +263,16 @@ class World:
         """The model that made the store's embeddings, from this machine's disk alone.
 
         Raises:
-            MsaeError: Neither store nor SAE says which it is, or it is not here.
+            MsaeError: Neither store nor SAE says which it is, it is not here, or its weights are others now.
         """
         with self._encoder_lock:
             return self._embedder
 
     @cached_property
     def _embedder(self) -> Embedder:
-        encoder = (self.store.encoder if self.store else None) or self.first.sae.config.encoder
-        if encoder is None:
+        if self.why_no_encoder():
             raise ConfigError(NO_ENCODER)
-        return Embedder.load(encoder)
+        return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
 def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:

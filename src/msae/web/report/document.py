@@ -14,9 +14,9 @@ from msae.base.errors import ConfigError, MissingDependencyError, RunError, Stor
 from msae.concepts.gallery.mining import SAMPLES_FOLDER
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore, as_store
-from msae.measure.evaluate import Cell, Kept, table_rows
+from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.table import COLUMNS, meanings_of
-from msae.sae.model import check_fit, weights_hash
+from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
 from msae.web import page
@@ -150,19 +150,17 @@ def _look(facts: Facts, on: EmbeddingStore | str | Path | None) -> Looked | None
         store = as_store(on)
         check_fit(facts.sae, store, run=facts.folder)
         return Looked.at(facts, store)
-    weights = weights_hash(facts.sae)
     known: dict[str, tuple[EmbeddingStore, dict[Modality, TopSamples]]] = {}
-    for file in sorted((facts.folder / SAMPLES_FOLDER).glob("[!.]*.json")):
+    for file in facts.run.cached_files(SAMPLES_FOLDER):
         try:
             samples = TopSamples.load(file)
             origin = samples.origin
-            if origin.sae != weights or origin.inference != "trained":
-                continue
             store = as_store(origin.store, origin.modality)
+            is_true = origin.inference == "trained" and facts.run.holds(origin, store)
         except (RunError, StoreError):
             continue  # a cache may be damaged, and a store may have moved: the report says what is missing
-        if store.fingerprint == origin.fingerprint:
-            known.setdefault(origin.fingerprint, (store, {}))[1][origin.modality] = samples
+        if is_true:
+            known.setdefault(origin.fingerprint, (store, {}))[1].setdefault(origin.modality, samples)
     return Looked(*next(iter(known.values()))) if known else None
 
 
@@ -234,8 +232,8 @@ class _Draft:
     def _tables(self) -> list[Table]:
         tables = []
         for kept in self.facts.evaluations[:MAX_TABLES]:
-            compared = self._of_subject(kept.subject)
-            rows = table_rows([replace(one.evaluation, run=name) for name, one in compared.items()])
+            compared = self._compared_with(kept)
+            rows = table_rows([replace(one, run=name) for name, one in compared.items()])
             arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
             titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
@@ -252,10 +250,13 @@ class _Draft:
             )
         return tables
 
-    def _of_subject(self, subject: tuple[str, ...]) -> dict[str, Kept]:
-        """The evaluations that may be compared, by the name of their run."""
+    def _compared_with(self, kept: Kept) -> dict[str, Evaluation]:
+        """The evaluations that may be compared with one, by the name of their run."""
         return {
-            name: kept for name, facts in self.runs.items() for kept in facts.evaluations if kept.subject == subject
+            name: evaluation
+            for name, facts in self.runs.items()
+            for one in facts.evaluations
+            if (evaluation := one.compared_with(kept)) is not None
         }
 
     def _recovery(self) -> list[str]:
@@ -273,9 +274,9 @@ class _Draft:
             )
             return []
         curves = {
-            name: [asdict(point) for point in one.evaluation.recovery]
-            for name, one in self._of_subject(known.subject).items()
-            if one.evaluation.recovery
+            name: [asdict(point) for point in one.recovery]
+            for name, one in self._compared_with(known).items()
+            if one.recovery
         }
         measures: list[figures.RecoveryMeasure] = ["fvu", "cknna"]
         return [figures.recovery_curves(curves, measure) for measure in measures]

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import RunError
-from msae.base.files import read_json
 from msae.concepts.names import ConceptNames, names_of
-from msae.measure.evaluate import Kept, kept_evaluations
-from msae.measure.evaluate.subject import RUN_SCHEMA_VERSION
-from msae.sae.model import SAE, SAEConfig, weights_hash
+from msae.measure.evaluate import Kept, current_evaluations
+from msae.sae.model import SAE, SAEConfig
+from msae.sae.run import Run
 
 KINDS: Mapping[str, str] = {
     "matryoshka": "Matryoshka SAE",
@@ -39,6 +38,7 @@ HEADINGS: Mapping[str, str] = {
 class Facts:
     """One run: its SAE, how it was trained, and what was found about it so far."""
 
+    run: Run
     folder: Path
     sae: SAE
     trained: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Facts:
     metrics: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
     evaluations: tuple[Kept, ...]
-    """Of the weights that are in the folder now."""
+    """Those that are still true of the weights in the folder and of the store."""
     names: ConceptNames | None
     dataset: str | None
     """Of the hub, where the training store was made from one."""
@@ -124,30 +124,29 @@ def facts_of(folder: Path) -> Facts:
     """
     if not folder.is_dir():
         raise RunError(f"{folder} is no run folder; give one that msae train made, such as runs/photos")
-    sae = SAE.load(folder)
-    trained = read_trained(folder)
-    weights = weights_hash(sae)
+    run = Run.open(folder)
+    trained = read_trained(run)
     return Facts(
+        run=run,
         folder=folder,
-        sae=sae,
+        sae=run.sae,
         trained=trained,
-        metrics=read_metrics(folder),
-        evaluations=tuple(kept for kept in kept_evaluations(folder) if kept.sae == weights),
-        names=names_of(folder, sae.d_sae),
+        metrics=run.metrics,
+        evaluations=tuple(current_evaluations(run)),
+        names=names_of(run),
         dataset=_dataset(trained),
     )
 
 
-def read_trained(folder: Path) -> dict[str, Any]:
-    """A run's config.json; empty for an SAE that was imported.
+def read_trained(run: Run) -> dict[str, Any]:
+    """A run's config.json, with all that a report tells of it; empty for an SAE that was imported.
 
     Raises:
         RunError: It is damaged.
     """
-    file = folder / "config.json"
-    if not file.exists():
+    trained = run.settings
+    if not trained:
         return {}
-    trained = read_json(file, schema_version=RUN_SCHEMA_VERSION, error=RunError)
     lacks = {"n_rows", "modality", "train"} - set(trained)
     settings = trained.get("train")
     if not isinstance(settings, dict):
@@ -155,26 +154,11 @@ def read_trained(folder: Path) -> dict[str, Any]:
     else:
         lacks |= {"epochs", "batch_size", "lr", "seed", "recipe"} - set(settings)
     if lacks:
-        raise RunError(f"{file} lacks {', '.join(sorted(lacks))}; restore it, or delete it if this SAE was imported")
+        raise RunError(
+            f"{run.folder}/config.json lacks {', '.join(sorted(lacks))}; "
+            f"restore it, or delete it if this SAE was imported"
+        )
     return trained
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where it was not trained here.
-
-    Raises:
-        RunError: It is damaged.
-    """
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return []
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise RunError(f"{file} is damaged ({err}); delete it to go without the training curves") from err
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-        raise RunError(f"{file} has a line that is no step of training; delete it to go without the training curves")
-    return rows
 
 
 def _dataset(trained: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""A run folder while it is being trained: the loop, its checkpoints, and what may go on in it."""
+"""The training of one run folder: the loop, its checkpoints, and what may go on in it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from torch import Tensor
 
 from msae.base.config import to_mapping
 from msae.base.errors import Interrupted, RunError, TrainingError
-from msae.base.files import atomic_folder, read_json, remove_leftovers, write_json
+from msae.base.files import atomic_folder, locked, read_json, remove_leftovers, write_json
 from msae.base.loggers import Loggers, check_installed
 from msae.base.progress import progress
+from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, SAEConfig
+from msae.sae.model import SAE, SAEConfig, first_not_finite
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.train.settings import TrainSettings
-from msae.sae.train.step import StepResult, learning_rate, shuffled_batches, train_step
+from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
 
 SCHEMA_VERSION = 1
 DIVERGED = 1e4
-"""A loss above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
+"""A squared error above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
+_RESUME = "the same command with --resume (in Python: resume=True)"
 THRESHOLD_PACE = 20.0
 """Learning rate of log thresholds over that of the weights: they must travel a factor of ten or more."""
 
@@ -49,7 +51,7 @@ class _State:
     step: int = 0
 
 
-class Run:
+class Training:
     """A run folder while it is being trained."""
 
     def __init__(self, folder: Path, store: EmbeddingStore, settings: TrainSettings) -> None:
@@ -67,13 +69,25 @@ class Run:
         )
         self.steps_per_epoch = len(store) // settings.batch_size
         self.n_steps = self.steps_per_epoch * settings.epochs
+        self._is_unproven = True
+        """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
         check_installed(self.settings.loggers)
-        is_begun = self._is_begun(resume=resume)
-        if (self.folder / "sae.json").exists():
+        if self._is_finished():  # before the lock: a finished run may lie where nothing can be written
+            self._is_begun(resume=resume)
             return SAE.load(self.folder)
+        with locked(self.folder, error=RunError):
+            return self._train(resume=resume)
+
+    def _train(self, *, resume: bool) -> SAE:
+        is_begun = self._is_begun(resume=resume)
+        if self._is_finished():  # another process has just finished it
+            return SAE.load(self.folder)
+        if is_begun:
+            remove_leftovers(self.folder)
+            remove_leftovers(self.folder / "checkpoints")
         state = self._latest_checkpoint() or self._start()
         if not is_begun:  # only now: a store that cannot be trained on leaves no folder behind
             write_json(self.folder / "config.json", self._identity(), schema_version=SCHEMA_VERSION)
@@ -82,7 +96,7 @@ class Run:
         )
         try:
             with _matmul_precision(self.settings.precision):
-                self._loop(state, loggers)
+                self._loop(state, loggers, how="the same command again" if resume else _RESUME)
         finally:
             loggers.close()
         state.sae.save(self.folder)
@@ -90,7 +104,12 @@ class Run:
             _remove_folder(checkpoint)
         return state.sae.cpu().eval()
 
-    def _loop(self, state: _State, loggers: Loggers) -> None:
+    def _loop(self, state: _State, loggers: Loggers, *, how: str) -> None:
+        """Every step that is still to do.
+
+        Args:
+            how: What to type to go on after Ctrl-C.
+        """
         settings, device = self.settings, torch.device(self.settings.device)
         recent: list[StepResult] = []
         saved_at = time.monotonic()
@@ -105,6 +124,8 @@ class Run:
                 state.step += 1
                 advance(1)
                 is_last = state.step == self.n_steps
+                if is_last:  # no step comes after it that would notice that it diverged
+                    self._check_sound(state, x)
                 is_due = (
                     state.step % settings.checkpoint_every == 0
                     if settings.checkpoint_every
@@ -118,8 +139,7 @@ class Run:
                     saved_at = time.monotonic()
                 if pressed() and not is_last:
                     raise Interrupted(
-                        f"interrupted at step {state.step} of {self.n_steps}, which is saved; "
-                        f"to go on, type the same command with --resume"
+                        f"interrupted at step {state.step} of {self.n_steps}, which is saved; to go on, type {how}"
                     )
 
     def _figures(self, state: _State, recent: list[StepResult], x: Tensor) -> dict[str, float]:
@@ -140,20 +160,41 @@ class Run:
         }
 
     def _step(self, state: _State, x: Tensor) -> StepResult:
-        """One step, refused where the loss diverged; the weights before it are in no checkpoint then."""
+        """One step. Its loss also tells whether the weights before it, of which there may be a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
             result = train_step(state.sae, x, state.optimizer, self.settings, dead)
-            if not result.loss < DIVERGED:
-                raise TrainingError(f"the loss is {result.loss:.3g}")
         except TrainingError as err:
-            kept = self._checkpoints()
-            raise TrainingError(
-                f"training diverged at step {state.step + 1} of {self.n_steps} ({err}); "
-                f"{f'{kept[-1]} is kept' if kept else 'no checkpoint had been made'}; "
-                f"start again in another --out with a lower --lr than {self.settings.lr:g}"
-            ) from err
+            raise self._diverged(state, str(err)) from err
+        if not result.reconstruction < DIVERGED:
+            raise self._diverged(state, f"the squared error is {result.reconstruction:.3g}")
+        if self._is_unproven:
+            self._is_unproven = False
+            for checkpoint in self._checkpoints()[:-1]:
+                _remove_folder(checkpoint)
         return result
+
+    @torch.no_grad()
+    def _check_sound(self, state: _State, x: Tensor) -> None:
+        """Refuse weights whose loss on `x` diverged."""
+        try:
+            error = float(objective_of(self.settings)(state.sae, x).errors[-1])
+        except TrainingError as err:
+            raise self._diverged(state, str(err)) from err
+        if not error < DIVERGED:
+            raise self._diverged(state, f"the squared error is {error:.3g}")
+
+    def _diverged(self, state: _State, what: str) -> TrainingError:
+        """The error that says so; a checkpoint of the very weights whose loss diverged goes first."""
+        unsound = self._checkpoint_path(state.step)
+        if unsound.exists():
+            _remove_folder(unsound)
+        kept = self._checkpoints()
+        return TrainingError(
+            f"training diverged at step {max(1, state.step)} of {self.n_steps} ({what}); "
+            f"{f'{kept[-1]} is kept' if kept else 'there is no checkpoint from before'}; "
+            f"start again in another --out with a lower --lr than {self.settings.lr:g}"
+        )
 
     def _batches(self, first_step: int) -> Iterator[NDArray[np.int64]]:
         assert self.settings.batch_size is not None
@@ -183,9 +224,10 @@ class Run:
             raise RunError(f"{self.folder} already holds a run; add --resume to go on with it, or give another --out")
         theirs = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
         _refuse_other_settings(self.folder, self._identity(), theirs)
-        remove_leftovers(self.folder)
-        remove_leftovers(self.folder / "checkpoints")
         return True
+
+    def _is_finished(self) -> bool:
+        return (self.folder / "config.json").exists() and (self.folder / "sae.json").exists()
 
     def _start(self) -> _State:
         standardizer = Standardizer()
@@ -208,15 +250,21 @@ class Run:
         return _State(sae, optimizer, torch.zeros(sae.d_sae, dtype=torch.int64, device=self.settings.device))
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("step-*"))
+        """Oldest first. Of two, the newer is of weights whose loss is not known yet."""
+        return sorted((self.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+
+    def _checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def _save_checkpoint(self, state: _State) -> None:
-        older = self._checkpoints()
+        broken = first_not_finite(state.sae.state_dict())
+        if broken:
+            raise self._diverged(state, f"{broken} has NaN or infinite values")
         tensors = {"rows_since_fired": state.rows_since_fired}
         for name, parameter in state.sae.named_parameters():
             for key, value in state.optimizer.state[parameter].items():
                 tensors[f"adamw.{name}.{key}"] = value
-        path = self.folder / "checkpoints" / f"step-{state.step:06d}"
+        path = self._checkpoint_path(state.step)
         if path.exists():
             return
         with atomic_folder(path) as temporary:
@@ -225,8 +273,7 @@ class Run:
                 {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors"
             )
             write_json(temporary / "state.json", {"step": state.step}, schema_version=SCHEMA_VERSION)
-        for checkpoint in older:
-            _remove_folder(checkpoint)
+        self._is_unproven = True
 
     def _latest_checkpoint(self) -> _State | None:
         found = self._checkpoints()
@@ -249,7 +296,13 @@ class Run:
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if theirs.get("store_fingerprint") != mine["store_fingerprint"]:
+    promised = theirs.get("store_fingerprint")
+    if promised != mine["store_fingerprint"]:
+        if is_sampled_fingerprint(str(promised)):
+            raise RunError(
+                f"{folder} was begun by an earlier msae, which did not record all rows of its store; "
+                f"give another --out to train anew"
+            )
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )
