@@ -191,6 +191,14 @@ def test_an_audit_is_read_back_as_it_was_written(world):
     assert "<table" in audit_page.loaded(json.dumps(found.to_dict()))
 
 
+def test_every_column_can_be_audited_or_the_page_says_why_not(explorer, world):
+    assert set(world.targets) | set(world.left_out) == set(world.store.columns) and world.targets
+    page = show(explorer, page="audit")
+    assert all(f'<option value="{name}">' in page for name in world.targets)
+    assert all(f"<dt>{name}</dt><dd>{html.escape(why)}</dd>" in page for name, why in world.left_out.items())
+    assert world.left_out["caption"] == "names or describes single rows"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"concepts": [1]}', "[" * 5000, HOSTILE, '{"target": {}}'])
 def test_what_is_no_audit_is_said_to_be_none(text):
     with pytest.raises(ConfigError, match=r"x\.json is not what msae audit writes"):
