@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ LONGEST = 240
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template with `values`, of which whatever is no `Markup` is escaped."""
+    """A template with `values`, of which whatever is no `Markup` is escaped; in a `.md` the filter `md` escapes."""
     return Markup(_environment().get_template(template).render(**values))  # noqa: S704 - escaped by the template
 
 
@@ -33,6 +34,17 @@ def shorten(value: object, length: int = LONGEST) -> str:
     """Text on one line, cut where it is long, for captions and names can hold anything."""
     text = " ".join(_CONTROL.sub(" ", str(value)).split())
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def one_line(value: object) -> str:
+    """Text of printable characters on one line."""
+    return "".join(character if character.isprintable() else " " for character in shorten(value))
+
+
+def markdown(value: object) -> str:
+    """Text that Markdown and HTML show as it is."""
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", one_line(value))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -51,10 +63,13 @@ def share(value: float | None) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(default=True, disabled_extensions=("md",)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": shorten, "number": number, "share": share, "count": lambda n: f"{n:,}"}
+    environment.filters |= {
+        "short": shorten, "number": number, "share": share, "count": lambda n: f"{n:,}",
+        "line": one_line, "md": markdown, "json": lambda value: json.dumps(value, ensure_ascii=False),
+    }  # fmt: skip
     return environment

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msae.data.store import EmbeddingStore
+else:
+    EmbeddingStore = Any  # not imported before the address answers; the command line reads the signature
 
 __all__ = ["explore"]
 

@@ -56,6 +56,12 @@ class Facts:
         return self.folder.resolve().name or "run"
 
     @property
+    def place(self) -> str:
+        """A path of the folder that opens it from where the report is made."""
+        folder, here = self.folder.resolve(), Path.cwd()
+        return (folder.relative_to(here) if folder.is_relative_to(here) else folder).as_posix()
+
+    @property
     def config(self) -> SAEConfig:
         return self.sae.config
 
