@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from msae.base.errors import ConfigError
+from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.store import EmbeddingStore
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
+from msae.sae.view import View
 from msae.use.edits import Edit, apply, parse_change
-from msae.use.search.handles import Handles
 from results import write_section
 
 TOP = 20
@@ -145,19 +146,20 @@ def measure(
     concept = "|".join(word for word in target.words if knows(names, word))
     if not concept:
         return False
-    wide, strict = (Handles(sae, store, "image", names, strict=is_strict) for is_strict in (False, True))
-    handle, bare = wide.of(concept), strict.of(concept)
+    view = View(sae, store, "image", block_rows=BLOCK_ROWS)
+    wide, strict = (ConceptSet(view, names, strict=is_strict) for is_strict in (False, True))
+    group, bare = wide[concept], strict[concept]
     x, has = space.x[queries], target.has
     p99, twice = parse_change("p99"), parse_change("2xp99")
     text = space.words[next(word for word in target.words if word in space.words)] - space.word_mean
     text = text / text.norm()
-    rivals = wide.removals(Edit(handle, p99))
+    rivals = [Edit(rival, parse_change(0)) for rival in wide.rivals(group)]
     edits = {
         "as it is": [],
-        "p99": [Edit(handle, p99)],
+        "p99": [Edit(group, p99)],
         "p99 strict": [Edit(bare, p99)],
-        "p99 exclusive": [*rivals, Edit(handle, p99)],
-        "2xp99": [Edit(handle, twice)],
+        "p99 exclusive": [*rivals, Edit(group, p99)],
+        "2xp99": [Edit(group, twice)],
     }
     edited = {key: apply(sae, x, "image", value) for key, value in edits.items()}
     for key in ("p99", "2xp99"):
@@ -173,7 +175,7 @@ def measure(
     centre = space.x.mean(0)
     removed = {
         "as it is": x,
-        "removed": apply(sae, x, "image", [Edit(handle, parse_change(0))]),
+        "removed": apply(sae, x, "image", [Edit(group, parse_change(0))]),
         "removed strict": apply(sae, x, "image", [Edit(bare, parse_change(0))]),
         "text removed": x - ((x - centre) @ text)[:, None] * text,
     }

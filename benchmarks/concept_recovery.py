@@ -24,6 +24,7 @@ from msae.base.statistics import wilson
 from msae.concepts import evidence
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
+from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
@@ -283,7 +284,7 @@ def plain_methods(world: World) -> dict[str, Scores]:
     fit, judge = (world.stores[key].take(np.arange(len(world.stores[key])), "image") for key in ("train", "judge"))
     mean = fit.mean(0)
     pca = PCA(random_state=0).fit(fit)
-    dictionary = evidence.unit_rows(np.random.default_rng(0).standard_normal((1024, fit.shape[1])).astype(np.float32))
+    dictionary = unit_rows(np.random.default_rng(0).standard_normal((1024, fit.shape[1])).astype(np.float32))
     return {
         "text direction": text_directions(fit, judge, world),
         "linear probe": linear_probes(fit - mean, judge - mean, world),
@@ -296,7 +297,7 @@ def plain_methods(world: World) -> dict[str, Scores]:
 def text_directions(fit: np.ndarray, judge: np.ndarray, world: World) -> Scores:
     """The cosine of each scene with the attribute's own plainest word."""
     store = world.stores["words"]
-    rows = evidence.unit_rows(store.take(np.arange(len(store)), "text"))
+    rows = unit_rows(store.take(np.arange(len(store)), "text"))
     own = {target: VOCABULARY[target.attribute][value][0] for target, value in targets_with_values()}
     texts = store.column("caption")
     place = np.array([texts.index(own[target]) for target in world.truth["judge"]])

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.concepts.evidence import unit_rows
 from msae.concepts.naming import name
+from msae.data.arrays import unit_rows
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from results import write_section

@@ -1,6 +1,7 @@
 """Stability: the matching is the best of all, found from candidates; consensus is what every seed has."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from scipy.optimize import linear_sum_assignment
 
 from msae.base.errors import ConfigError, RunError
 from msae.cli import main
+from msae.concepts.evidence import unit_rows
 from msae.concepts.names import Concept, ConceptNames
-from msae.concepts.stability import match, stability, unit_rows
+from msae.concepts.stability import match, stability
 from msae.sae.model import SAE, SAEConfig
+from msae.sae.train import train
 
 
 def rows(n, d_in=16, seed=0):
@@ -116,6 +119,28 @@ def test_result_is_json_with_the_promised_keys():
     assert {"a", "b", "decoder", "encoder"} <= set(pair) and isinstance(pair["decoder"], float)
     assert pair["decoder_quantiles"]["p5"] <= pair["decoder_quantiles"]["p95"]
     assert data["consensus"] and len(data["consensus"][0]["latents"]) == 2
+
+
+def test_runs_from_the_same_initial_weights_are_no_measure_of_stability(tmp_path, capsys):
+    """Two kinds from one seed stay near their common start and are matched number by number; other seeds are not."""
+    x = torch.from_numpy(rows(400, 16, seed=5))
+    np.save(tmp_path / "x.npy", x.numpy())
+    options = {"d_sae": 64, "epochs": 2, "batch_size": 64, "device": "cpu"}
+    for name, seed, kind in (("a", 0, "relu"), ("b", 0, "topk"), ("c", 1, "relu")):
+        train(tmp_path / "x.npy", out=tmp_path / name, seed=seed, kind=kind, **options)
+    found = stability([tmp_path / name for name in "abc"])
+    assert [pair.same_start for pair in found.pairs] == [True, False, False]
+    pairs = found.to_dict()["pairs"]
+    assert [pair["same_start"] for pair in pairs] == [True, False, False]
+    assert pairs[0]["matched_in_place"] > 0.5 > 8 / 64 > pairs[1]["matched_in_place"]
+    with pytest.raises(SystemExit):
+        main(["stability", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert re.search(
+        "NOT A MEASURE OF STABILITY: .*a and .*b began from the same weights .* another --seed", capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit):
+        main(["stability", str(tmp_path / "a"), str(tmp_path / "c")])
+    assert "NOT A MEASURE" not in capsys.readouterr().out
 
 
 def test_means_are_those_of_decoder_and_encoder_each_matched_by_itself():

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from msae.base.errors import ConfigError, RunError, StoreError
+from msae.concepts.names import Concept, ConceptNames
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
@@ -268,6 +269,19 @@ def test_one_test_is_reported_for_all_concepts_and_its_q_values_are_one_family(s
     assert {one.test for one in without.concepts} == {"given_true"} == {without.settings["test"]}
 
 
+def test_a_concept_that_fires_in_training_rows_alone_is_in_the_family_of_q_values(sae, folder, biased):
+    x, labels = world(400, seed=8)
+    silent = (sae.encode(torch.from_numpy(x))[:, 1] == 0).numpy()
+    without = make_store(folder / "without.store", x[silent], [labels[i] for i in np.flatnonzero(silent)])
+    result = audit(sae, without, "y", train_store=biased, names=NAMES, n_permutations=400)
+    planted = result["planted"]
+    assert planted.note == f"never fires on {without.path}" and planted.remove is None
+    assert planted.main is planted.train_shift and planted.main.q < 0.05 and planted in result.reported()
+    tested = [one.train_shift for one in result.concepts if one.train_shift]
+    wanted = scipy.stats.false_discovery_control([one.p for one in tested])
+    assert [one.q for one in tested] == pytest.approx(list(wanted))
+
+
 def test_a_concept_is_found_by_its_name_in_any_case_and_an_unknown_one_is_one_line(found):
     assert found["Planted"] is found["planted"]
     with pytest.raises(ConfigError, match="no concept 'plantd' was audited; did you mean 'planted'"):
@@ -336,6 +350,14 @@ def test_without_names_every_latent_is_audited(sae, store, biased):
     assert len(result.concepts) == D_SAE and "every latent" in result.notes[0]
     few = audit(sae, store, "y", train_store=biased, concept=["#3"], n_permutations=20)
     assert [one.latents for one in few.concepts] == [(3,)]
+
+
+def test_names_of_other_weights_are_refused(sae, store, tmp_path):
+    sae.save(tmp_path)
+    names = ConceptNames("evidence", D_SAE, (Concept(1, "planted", 0.9, None),), record={"sae": "other weights"})
+    names.save(tmp_path)
+    with pytest.raises(RunError, match=r"names the latents of other weights than .* has now; type: msae name"):
+        audit(tmp_path, store, "y", n_permutations=20)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -459,5 +481,4 @@ def test_columns_of_every_type_that_has_classes_can_be_audited(tmp_path):
     np.save(tmp_path / "rows.npy", x)
     pa.parquet.write_table(table, tmp_path / "rows.parquet")
     store = EmbeddingStore.open(tmp_path / "rows.npy")
-    assert pa.types.is_dictionary(store.metadata.column("category").type)
     assert target_columns(store) == {"y": 2, "category": 2, "flag": 2}

@@ -115,6 +115,24 @@ def test_a_store_that_an_earlier_version_made_is_searched_and_checked(encoders, 
         ways(run, store)["search"]()
 
 
+def test_a_finished_store_of_an_earlier_version_is_recognised(encoder, tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("\n".join(WORDS) + "\n")
+    monkeypatch.chdir(tmp_path)
+    options = {"encoder": "clip", "out": tmp_path / "words.store", "device": "cpu", "dtype": "float32"}
+    msae.embed("words.txt", **options)
+    file = tmp_path / "words.store" / "store.json"
+    record = {
+        **json.loads(file.read_text()),
+        "encoder": "clip",
+        "encoder_revision": revision_of(encoder, like="0" * 32),
+    }
+    file.write_text(json.dumps(record))
+    assert len(msae.embed("words.txt", **options)) == 3
+    make_encoder(encoder, seed=1)
+    with pytest.raises(StoreError, match="is already there, made of encoder revision"):
+        msae.embed("words.txt", **options)
+
+
 @pytest.fixture
 def hub(encoders, tmp_path, monkeypatch):
     """The hub's cache with acme/clip: `main` has moved on from the commit aaaa to bbbb; there is no network."""

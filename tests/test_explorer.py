@@ -172,6 +172,10 @@ def test_without_an_encoder_rows_are_searched_and_words_say_why_not(tmp_path, wo
     assert 'data-row="5"' not in found and found.count("data-row=") == search_page.HITS and "range" in found
 
 
+def test_several_latents_are_one_slider(explorer):
+    assert show(explorer, page="search", add="#1|#2", set="#1|#2=1.5").count('data-concept="#1|#2"') == 1
+
+
 def test_many_at_once_get_what_one_gets(explorer, world):
     name = next(iter(world.first.names)).name
     asked = [{"page": "search", "row": world.store.ids[i % 5], "set": f"{name}={i % 4}"} for i in range(40)]

@@ -124,6 +124,18 @@ def test_rows_without_a_label_are_no_class_and_are_counted(tmp_path):
     assert result.n_left_out == n_missing and result.classes == ("class 0", "class 1", "class 2")
 
 
+def test_codes_that_look_like_numbers_are_classes_as_they_are_written(tmp_path):
+    codes = ["001", "1", "1E5", "100000"]
+    classes = np.random.default_rng(0).integers(4, size=N)
+    x = (4 * np.eye(4, D_IN)[classes] + 0.1 * noise()).astype(np.float32)
+    store = write(tmp_path / "codes.npy", x, [codes[k] for k in classes])
+    assert set(store.labels("label")) == set(codes)
+    sae = make_sae(store.path)
+    found = evaluate(sae, store, labels="label", probe_train=store)
+    assert (found.probe_classes, found.probe_accuracy) == (4, 1.0)
+    assert audit(sae, store, "label", all_latents=True, n_permutations=20).classes == tuple(sorted(codes))
+
+
 def test_a_training_store_of_another_width_is_one_line(random_world, tmp_path):
     store, run = random_world
     narrow = write(tmp_path / "narrow.npy", noise(d=7), random_labels())

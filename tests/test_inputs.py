@@ -134,9 +134,15 @@ def test_a_member_that_is_there_twice_is_named_and_the_later_one_read(clip, tmp_
     assert skipped(store) == {"0001": "the member 0001.jpg is there twice; the later one is read"}
 
 
-def test_two_pictures_of_one_key_are_two_samples(tmp_path):
-    found = items(tar(tmp_path / "x.tar", [("a.jpg", PICTURES[0]), ("a.png", encoded(1, "PNG"))]))
-    assert [(item.id, item.image) for item in found] == [("a", PICTURES[0]), ("a.png", encoded(1, "PNG"))]
+def test_pictures_of_one_key_are_samples_of_their_own(tmp_path):
+    found = items(
+        tar(tmp_path / "x.tar", [("a.jpg", PICTURES[0]), ("a.png", encoded(1, "PNG")), ("a.JPG", PICTURES[2])])
+    )
+    assert [(item.id, item.image) for item in found] == [
+        ("a", PICTURES[0]),
+        ("a.png", encoded(1, "PNG")),
+        ("a.JPG", PICTURES[2]),
+    ]
 
 
 def test_a_cls_member_is_the_label_as_written(clip, tmp_path):
@@ -313,10 +319,11 @@ def test_a_folder_that_datasets_saved_is_that_dataset(tmp_path):
         (PICTURES[i], WORDS[i], "ab"[i % 2]) for i in range(6)
     ]
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(SourceError, match="has the splits train, test; give one, such as hf://") as told:
-        open_source(tmp_path / "splits")
-    asked = str(told.value).split("such as ")[1]
-    assert [item.caption for item in items(asked)] == WORDS  # what the message says works
+    for source in (str(tmp_path / "splits"), f"hf://{tmp_path}/splits", f"hf://{tmp_path}/splits?caption=text"):
+        with pytest.raises(SourceError, match="has the splits train, test; give one, such as hf://") as told:
+            open_source(source)
+        asked = str(told.value).split("such as ")[1]
+        assert [item.caption for item in items(asked)] == WORDS  # what the message says works
 
 
 def test_a_picture_replaced_under_its_name_is_another_source(tmp_path):

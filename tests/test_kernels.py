@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from msae.base.errors import ConfigError, TrainingError
+from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.sae import activations, kernels, losses
-from msae.sae.kernels import Selection, adamw_step_, sae_loss
+from msae.sae.kernels import Selection, adamw_step_, loading, reference, sae_loss
+from msae.sae.kernels.selection import Objective
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 needs_interpreter = pytest.mark.skipif(
@@ -42,6 +44,13 @@ KINDS = {
     "jumprelu in widths": {"selection": Selection(widths=(20, 100), bandwidth=0.2), "weights": (1, 2), "l1": 0.01},
     "batchtopk in levels": {"selection": Selection(levels=(4, 9, 30), batch_k=8), "weights": (3, 0, 1)},
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel_was_given_up():
+    """A kernel that fails is left for the reference, which would then be compared with itself."""
+    yield
+    assert not loading._given_up
 
 
 def parameters(d_in: int, d_sae: int, *, with_threshold: bool, seed: int = 0) -> list[nn.Parameter]:
@@ -395,6 +404,54 @@ def test_without_numba_the_reference_goes_on_with_one_line_in_the_log():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.count("\n") == 1
     assert "going on in plain torch" in done.stderr
+
+
+BROKEN_TRITON = """
+import logging, os, sys, types
+logging.basicConfig()
+os.environ["TRITON_INTERPRET"] = "1"
+class Kernel:
+    def __getitem__(self, grid): raise RuntimeError("PassManager::run failed\\nat line 3")
+triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+triton.jit, triton.language = lambda function: Kernel(), language
+triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
+triton.knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=True))
+triton.__spec__ = types.SimpleNamespace()
+sys.modules.update({"triton": triton, "triton.language": language})
+import torch
+from msae.sae.kernels import Selection, sae_loss
+W, x = torch.ones(3, 2), torch.ones(4, 2)
+losses = [
+    float(sae_loss(x, W.T, torch.zeros(3), W, torch.zeros(2), selection=Selection(levels=(2,)), kernel=kernel).total)
+    for kernel in ("reference", "cuda", "cuda")
+]
+print(*losses)
+"""
+
+
+def test_a_kernel_that_fails_to_launch_leaves_the_loss_to_the_reference_with_one_warning():
+    done = subprocess.run([sys.executable, "-c", BROKEN_TRITON], capture_output=True, text=True, check=True)
+    assert len(set(done.stdout.split())) == 1 and len(done.stdout.split()) == 3
+    assert done.stderr.count("\n") == 1
+    assert "the cuda kernel cannot be used (RuntimeError: PassManager::run failed), going on" in done.stderr
+
+
+def test_auto_never_takes_triton_which_has_not_run_on_a_gpu():
+    on_gpu = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))  # all that the choice asks of rows
+    assert kernels._choose("auto", on_gpu, Objective(Selection(), (1.0,))) is reference
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+def test_a_named_kernel_whose_package_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    weights = parameters(8, 20, with_threshold=False)
+    with pytest.raises(MissingDependencyError, match="kernel cuda needs triton, which is not installed"):
+        sae_loss(rows_of(3, 8), *weights, **MATRYOSHKA, kernel="cuda")
+
+
+def test_msae_kernels_losses_and_metrics_are_there_after_import_msae():
+    program = "import msae; msae.kernels.sae_loss; msae.losses.level_weights; msae.metrics.decoder_orthogonality"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_importing_msae_kernels_does_not_import_numba():

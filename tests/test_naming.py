@@ -15,7 +15,7 @@ from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import Agreement, ConceptNames, as_names
-from msae.concepts.naming import _agrees, name
+from msae.concepts.naming import NameSettings, _agrees, name
 from msae.data.store import StorePart
 from msae.data.store import write_store as write_embeddings
 from msae.sae.model import SAE, SAEConfig
@@ -488,6 +488,8 @@ def test_another_encoder_is_refused(world, tmp_path, ours, theirs, fits):
         ({"candidates": 0}, "--candidates 0 is not positive"),
         ({"centre": "sae"}, "no text statistics here"),
         ({"colour": 1}, "unknown setting 'colour'"),
+        ({"settings": NameSettings(), "colour": 1}, "unknown setting 'colour'"),
+        ({"settings": NameSettings(), "candidates": 9}, "settings and candidates are both given"),
     ],
 )
 def test_wrong_settings_are_one_line(world, options, message):
@@ -500,10 +502,11 @@ import resource
 import numpy as np
 import torch
 from msae.concepts import evidence
+from msae.data.arrays import unit_rows
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
-words = evidence.unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))
-rows = evidence.unit_rows(rng.standard_normal((40_000, 8), dtype=np.float32))
+words = unit_rows(rng.standard_normal((3000, 8), dtype=np.float32))
+rows = unit_rows(rng.standard_normal((40_000, 8), dtype=np.float32))
 groups = np.arange(len(words))
 evidence.nearest_words(rows[:2000], words, groups, top=5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

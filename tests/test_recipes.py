@@ -41,7 +41,8 @@ def run(command: str) -> None:
 def world(tmp_path_factory):
     """The working directory of every command, in which those of the demo have run, on fewer scenes and one SAE."""
     folder = tmp_path_factory.mktemp("recipes")
-    (folder / "words.txt").write_text("\n".join(["red", "green", "hat", "grass", "sky", "sand", "night", "brick"]))
+    values = [str(value) for name in ("shape", "colour", "size", "texture", "background") for value in ATTRIBUTES[name]]
+    (folder / "words.txt").write_text("\n".join([*values, "hat", "frame", "shadow"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(chain, "N_SCENES", {"scenes": 500, "holdout": 200})

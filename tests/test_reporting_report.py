@@ -241,7 +241,7 @@ def test_a_tree_that_is_deep_wide_and_large_is_cut_and_says_so():
 
 
 def test_an_album_has_room_for_so_much_and_no_more(world):
-    from msae.web.report.pictures import Album
+    from msae.data.thumbnails import Album
 
     album = Album([world], 64, room=2000)
     uris = [album.uri(f"pictures/{i}.png") for i in range(10, 20)]

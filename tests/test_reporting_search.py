@@ -13,7 +13,7 @@ EVIL = "<script>alert('x')</script>\"><img src=x onerror=y>"
 
 
 def hit(rank, path=None, caption=None, before=1):
-    return Hit(rank, f"id{rank}{EVIL}", 0.9, before, 0.8, rank, path, caption, (Shared(EVIL, 1.0, 1.0),))
+    return Hit(rank, f"id{rank}{EVIL}", path, caption, {}, rank, 0.9, before, 0.8, (Shared(EVIL, 1.0, 1.0),))
 
 
 def result(roots=(), hits=None, before=()):

@@ -24,11 +24,11 @@ def pictures(tmp_path):
     for i, size in enumerate([(40, 40), (300, 20), (16, 200)]):
         Image.new("RGB", size, (255, 0, 10 * i)).save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
-    return [Sample(f"id-{i}", 3.0 - i, i, str(path), f"a red thing {i}") for i, path in enumerate(paths)]
+    return [Sample(i, f"id-{i}", str(path), f"a red thing {i}", {}, 3.0 - i) for i, path in enumerate(paths)]
 
 
 def test_sheet_holds_every_picture(tmp_path, pictures):
-    texts = [Sample(f"t{i}", 1.0, i, None, "words " * 40) for i in range(16)]
+    texts = [Sample(i, f"t{i}", None, "words " * 40, {}, 1.0) for i in range(16)]
     write_sheet(make_gallery(pictures, texts), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(100_000)}
@@ -39,8 +39,8 @@ def test_picture_that_is_gone_or_broken_is_a_grey_field(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nonsense")
     (tmp_path / "cut.png").write_bytes(png()[:60])
     names = ("gone.png", "broken.png", "cut.png", "")
-    samples = [Sample(str(i), 1.0, i, str(tmp_path / name), None) for i, name in enumerate(names)]
-    samples += [Sample("x", 1.0, 9, None, None), Sample("y", 1.0, 9, "https://example.org/y.png", None)]
+    samples = [Sample(i, str(i), str(tmp_path / name), None, {}, 1.0) for i, name in enumerate(names)]
+    samples += [Sample(9, "x", None, None, {}, 1.0), Sample(9, "y", "https://example.org/y.png", None, {}, 1.0)]
     sheet = draw_sheet(make_gallery(samples, name=None))
     assert {colour: n for n, colour in sheet.getcolors(100_000)}[(0xD8, 0xD8, 0xD8)] >= len(samples) * 128 * 128
 
@@ -49,6 +49,17 @@ def png():
     data = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(data, format="PNG")
     return data.getvalue()
+
+
+def test_a_gallery_is_text_a_table_and_pictures(pictures):
+    evil = Sample(7, "<script>", None, "<script>", {"label": "x"}, 0.5)
+    found = make_gallery(pictures, [evil])
+    assert repr(found) == found.to_text()
+    table = found.to_pandas()
+    assert list(table["activation"]) == [3.0, 2.0, 1.0, 0.5] and list(table["modality"]) == ["image"] * 3 + ["text"]
+    shown = found._repr_html_()
+    assert shown.count('<img src="data:image/jpeg;base64,') == 3 and "latent 3: red" in shown
+    assert "<script" not in shown and "&lt;script&gt;" in shown
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 17])
@@ -62,7 +73,7 @@ def test_any_number_of_images_and_texts_makes_a_sheet(pictures, n):
 
 def test_page_is_whole_in_itself_and_nothing_from_the_store_is_markup(tmp_path):
     evil = '<script>alert("x")</script>" onerror="y'
-    sample = Sample(evil, 1.0, 0, "gone.png", evil)
+    sample = Sample(0, evil, "gone.png", evil, {}, 1.0)
     write_sheet(make_gallery([sample], [sample], name=evil), tmp_path / "sheet.html")
     page = (tmp_path / "sheet.html").read_text()
     assert "<script" not in page and 'onerror="' not in page and page.count("&lt;script&gt;") >= 4

@@ -299,7 +299,7 @@ def test_a_query_is_embedded_by_the_encoder_of_the_sae_where_the_store_does_not_
         ({"like": "row7777"}, StoreError, "did you mean 'row77"),
         ({"like": "row7", "n": 0}, ConfigError, "n is 0"),
         ({"like": "row7", "set": ["rde=3"]}, ConfigError, "did you mean 'red'"),
-        ({"like": "row7", "set": ["#7=3"]}, ConfigError, "latents #0 to #6"),
+        ({"like": "row7", "set": ["#7=3"]}, ConfigError, "has #0 to #6"),
         ({"like": "row7", "set": ["red=lots"]}, ConfigError, "cannot be set to 'lots'"),
         ({"like": "row7", "set": ["red"]}, ConfigError, "not CONCEPT=VALUE"),
         ({"like": "row7", "where": "colour = 'red'"}, ConfigError, "at character 8"),
@@ -367,7 +367,7 @@ def test_json_and_table_hold_the_answer(run, store):
     assert data["edits"][0]["concept"] == "green" and data["edits"][0]["value"] == "p99"
     assert [hit["rank"] for hit in data["hits"]] == list(range(1, 21))
     assert {"id", "score", "rank_before", "score_before", "path", "caption", "shared"} <= set(data["hits"][0])
-    lines = result.table().splitlines()
+    lines = result.to_text().splitlines()
     assert len(lines) == 4 + 20 and all(hit.id in line for hit, line in zip(result.hits, lines[4:], strict=True))
 
 
@@ -418,4 +418,4 @@ def test_one_searcher_for_many_searches_answers_as_a_new_one_does(run, store):
     with ThreadPoolExecutor(5) as pool:
         found = list(pool.map(one, asked))
     assert found == [search(run, store, like=id, set=[edit], n=8).to_dict() for id, edit in asked]
-    assert set(searcher.handles("image")._made) == {"red", "sky", "blue", "#2"}
+    assert set(searcher.concepts("image")._made) == {"red", "sky", "blue", "#2"}

@@ -1,11 +1,13 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msae.base.errors import ConfigError, RunError
+from msae.base.errors import ConfigError, RunError, StoreError
+from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 
@@ -92,6 +94,67 @@ def test_contradicting_configs_are_refused(changes, message):
 def test_wrong_width_is_refused():
     with pytest.raises(ConfigError, match="width 13, but this SAE reads width 12"):
         make().encode(torch.zeros(2, 13))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_array_or_a_store_gives_the_activations_of_the_tensor_as_an_array(kind, tmp_path):
+    sae = make(kind)
+    np.save(tmp_path / "x.npy", X.numpy())
+    wanted = sae.encode(X)
+    assert isinstance(wanted, torch.Tensor)
+    for given in (
+        X.numpy(),
+        X.double().numpy(),
+        tmp_path / "x.npy",
+        EmbeddingStore.open(tmp_path / "x.npy"),
+    ):
+        z = sae.encode(given)
+        assert isinstance(z, np.ndarray) and z.dtype == np.float32
+        assert np.allclose(z, wanted, atol=1e-6)  # the order of a sum may depend on where in memory its rows begin
+    assert np.allclose(sae.encode(X.numpy(), k=2), sae.encode(X, k=2), atol=1e-6)
+    assert np.allclose(sae.decode(wanted.numpy()), sae.decode(wanted), atol=1e-5)
+
+
+def test_a_single_vector_gives_a_single_row_of_activations():
+    sae = make()
+    assert sae.encode(X[3]).shape == (48,) and sae.encode(X[3].numpy()).shape == (48,)
+    assert torch.allclose(
+        sae.encode(X[3]), sae.encode(X)[3], atol=1e-6
+    )  # a product of one row may sum in another order
+    assert sae.decode(sae.encode(X[3])).shape == (12,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((2, 13)), "width 13, but this SAE reads width 12"),
+        (np.zeros((2, 3, 12)), r"shape \(2, 3, 12\); give rows, \(n, 12\)"),
+        (torch.tensor(1.0), r"shape \(\); give rows"),
+        (np.array([["a"] * 12]), "cannot be read as numbers"),
+    ],
+)
+def test_what_cannot_be_encoded_is_one_line(given, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make().encode(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_decoded_or_is_a_store_of_another_width_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"shape \(2, 12\); this SAE has 48 latents"):
+        make().decode(torch.zeros(2, 12))
+    np.save(tmp_path / "x.npy", np.eye(13, dtype=np.float32))
+    with pytest.raises(StoreError, match="13-dim embeddings, but this SAE reads 12-dim ones"):
+        make().encode(tmp_path / "x.npy")
+
+
+def test_its_repr_says_what_it_is():
+    assert (
+        repr(make(soft_cap=2.0)) == "SAE(matryoshka, 12 -> 48, levels 4 16 48, soft_cap 2, standardises image and text)"
+    )
+    assert repr(make("topk", encoder="owner/clip", encoder_revision="0123456789abcdef")) == (
+        "SAE(topk, 12 -> 48, k 5, standardises image and text, embeddings of owner/clip at 0123456789ab)"
+    )
+    assert repr(SAE(SAEConfig(4, 8, kind="relu"))) == "SAE(relu, 4 -> 8, standardises nothing)"
 
 
 def damage_json(folder):

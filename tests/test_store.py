@@ -207,7 +207,7 @@ def test_a_guess_from_captions_is_said_in_one_line_and_the_option_settles_it(tmp
     assert as_store(path).modalities == ("text",)
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: its rows are taken for text embeddings (column 'caption', no image paths, no labels); "
-        f"if they are not, give --modality image"
+        f"if they are not, give --modality image or write 'image' into the file's name"
     ]
     caplog.clear()
     assert as_store(path, "image").modalities == ("image",)
@@ -248,6 +248,16 @@ def test_an_archive_is_opened_by_known_names_or_by_its_only_table(key, tmp_path)
     store = as_store(tmp_path / "a.npz")
     assert np.array_equal(store.take(np.arange(N), "image"), IMAGE.astype(np.float32))
     assert (store.kind, store.modalities, store.columns) == ("npz", ("image",), ())
+
+
+def test_the_metadata_of_an_archive_have_a_fingerprint_of_their_own(tmp_path):
+    found = []
+    for label in ("a", "b"):
+        np.savez(tmp_path / "a.npz", embeddings=IMAGE, label=np.full(N, label))
+        store = as_store(tmp_path / "a.npz")
+        assert store.labels("label") == [label] * N
+        found.append((store.fingerprint, store.metadata_fingerprint))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 def test_the_names_of_transformers_are_the_two_modalities(tmp_path):
@@ -491,7 +501,7 @@ def test_every_row_enters_the_fingerprint(tmp_path):
     x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     before = as_store(tmp_path / "x.npy").fingerprint
-    for row in (0, 5, 1234, 2999):
+    for row in (0, 5, 1230, 2999):
         changed = x.copy()
         changed[row, 2] += 1
         np.save(tmp_path / "x.npy", changed)
@@ -567,3 +577,11 @@ def test_a_picture_is_found_in_the_first_folder_that_has_it_and_never_above(tmp_
     assert find_picture(str(inside / "a.png"), roots) == inside / "a.png"
     for path in (None, "b.png", "../secret.png", "x/../../secret.png", "."):
         assert find_picture(path, roots) is None
+
+
+def test_an_error_is_one_line_whatever_the_names_in_a_file(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGE)
+    pq.write_table(pa.table({"a\nb": ["x"] * N}), tmp_path / "x.parquet")
+    with pytest.raises(StoreError) as caught:
+        as_store(tmp_path / "x.npy").column("zzzzzz")
+    assert "it has a b" in str(caught.value)

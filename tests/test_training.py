@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -5,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
+from msae.cli import main
 from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
-from msae.sae.train import TrainSettings, learning_rate, shuffled_batches, train, train_step
+from msae.sae.run import Run
+from msae.sae.train import TrainOptions, TrainSettings, learning_rate, shuffled_batches, train, train_step
 from msae.sae.train.training import Training
+from msae.web.report.figures import training_curves
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
 KINDS = {
@@ -24,6 +30,7 @@ KINDS = {
     "batchtopk": {"k": 8},
     "jumprelu": {"k": 8},
     "relu": {},
+    "widths": {"kind": "matryoshka", "widths": (8, 16, 64), "k": 8},
 }
 
 
@@ -48,7 +55,7 @@ def lines_of(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_reconstructs_better_and_keeps_unit_rows(kind, store, tmp_path):
-    sae = train(store, out=tmp_path / "run", kind=kind, **SMALL, **KINDS[kind])
+    sae = train(store, out=tmp_path / "run", **{"kind": kind, **SMALL, **KINDS[kind]})
     lines = lines_of(tmp_path / "run")
     assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
@@ -106,7 +113,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(store, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_run_equals_uninterrupted_run(kind, store, tmp_path):
-    options = {**SMALL, **KINDS[kind], "kind": kind, "checkpoint_every": 7, "auxiliary": 0.03}
+    options = {"kind": kind, **SMALL, **KINDS[kind], "checkpoint_every": 7, "auxiliary": 0.03}
     train(store, out=tmp_path / "whole", **options)
     # A real SIGINT to this process once two checkpoints were made.
     stop = _interrupt_when(lambda: (tmp_path / "cut/checkpoints/step-000014").exists())
@@ -237,7 +244,8 @@ def test_a_jumprelu_that_begins_far_too_dense_is_not_taken_for_a_diverged_one(st
 
 def test_two_trainings_cannot_write_into_one_folder(store, tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from msae.base.files import locked; from msae.base.errors import RunError\n"
+        "import sys\nfrom pathlib import Path\nfrom msae.base.errors import RunError\n"
+        "from msae.base.files import locked\n"
         "with locked(Path(sys.argv[1]), error=RunError): print('locked', flush=True); sys.stdin.read()\n"
     )
     out = tmp_path / "deep/run"
@@ -318,6 +326,12 @@ def test_the_poster_recipe_is_the_papers():
         ({"levels": (4, 8), "weights": (1.0,)}, ConfigError, "one weight for each"),
         ({"weights": (1.0,)}, ConfigError, "--weights without --levels"),
         ({"kind": "topk", "weighting": "reverse"}, ConfigError, "belong to matryoshka"),
+        ({"kind": "topk", "widths": (4, 64)}, ConfigError, "belong to matryoshka"),
+        ({"levels": (4, 64), "widths": (4, 64)}, ConfigError, "two different Matryoshka SAEs"),
+        ({"widths": (4, 32)}, ConfigError, "the last of --widths is 32; give all latents, 64"),
+        ({"levels": (4, 64), "weights": (1.0, 9.0), "weighting": "reverse"}, ConfigError, "give one of them"),
+        ({"k": 8}, ConfigError, "--k belongs to topk, batchtopk, jumprelu and --widths, but the kind is matryoshka"),
+        ({"kind": "topk", "l1": 0.1}, ConfigError, "--l1 belongs to relu, but the kind is topk"),
         ({"lr": -1.0}, ConfigError, "--lr -1.0 is not positive"),
         ({"epochs": 0}, ConfigError, "--epochs 0 is not positive"),
         ({"decay": 2.0}, ConfigError, "a share of the steps"),
@@ -384,8 +398,95 @@ def test_tensorboard_gets_the_figures_of_the_jsonl_file(store, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"lr": 1e-9, "nonsense": 3}, "train: unknown setting 'nonsense'"),
+        ({"lr": 1e-9, "epoch": 3}, "train: unknown setting 'epoch'; did you mean 'epochs'?"),
+        ({"lr": 1e-9}, "train: settings and lr are both given; put it into the TrainSettings, or leave settings out"),
+        ({"lr": 1e-9, "config": "f.toml"}, "train: settings and config, lr are both given; put them into"),
+        ({"settings": {"lr": 1e-9}}, "train: settings is a dict; give a TrainSettings, or its fields"),
+    ],
+)
+def test_settings_beside_options_are_refused_for_one_would_be_ignored(others, message, store, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        train(store, out=tmp_path / "run", **{"settings": TrainSettings(**SMALL), **others})
+    assert message in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_keywords_of_train_are_the_settings():
+    hints = typing.get_type_hints(TrainSettings)
+    assert typing.get_type_hints(TrainOptions) == {f.name: hints[f.name] for f in dataclasses.fields(TrainSettings)}
+    assert typing.get_type_hints(train)["options"] == typing.Unpack[TrainOptions]
+
+
+def test_a_run_trains_again_from_its_own_settings(store, tmp_path):
+    train(store, out=tmp_path / "a", **SMALL, levels=(4, 64), weighting="reverse")
+    settings = from_mapping(TrainSettings, json.loads((tmp_path / "a/config.json").read_text())["train"], where="a")
+    train(store, out=tmp_path / "b", settings=settings)
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
+def test_nested_widths_make_each_prefix_of_the_dictionary_a_good_sae(store, tmp_path):
+    """Beside a BatchTopK SAE of the same k, whose first eight latents are as good as any eight."""
+    options = {**SMALL, "k": 8, "epochs": 20}
+    nested = train(store, out=tmp_path / "nested", **options, widths=(8, 16, 64))
+    plain = train(store, out=tmp_path / "plain", **options, kind="batchtopk")
+    x = torch.from_numpy(np.load(store)).float()
+    x = nested.standardizer.apply(x, "image")
+    errors = []
+    for sae in (nested, plain):
+        with torch.no_grad():
+            z = sae.activate(sae.pre_activations(x))
+            z[:, 8:] = 0
+            errors.append(float((sae.reconstruct(z) - x).square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+    assert SAE.load(tmp_path / "nested").config.widths == (8, 16, 64)
+
+
+def test_the_figures_are_json_even_where_one_is_not_a_number(tmp_path, capsys):
+    """A batch of one row has no variance, so its FVU is unknown."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32))
+    options = {"d_sae": 16, "batch_size": 1, "epochs": 2, "log_every": 1, "device": "cpu"}
+    train(tmp_path / "x.npy", out=tmp_path / "run", **options)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=refuse) for line in written]
+    assert [line["fvu"] for line in lines] == [None] * 12 and all(line["loss"] > 0 for line in lines)
+    assert Run.open(tmp_path / "run").metrics == lines
+    assert "</svg>" in training_curves({"run": lines}, "fvu")
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "again"), "--d-sae", "16", "--batch-size", "1"])
+    assert left.value.code == 0 and "FVU unknown" in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_figures_is_one_line_at_resume(store, tmp_path):
+    stop = _interrupt_when(lambda: (tmp_path / "run/checkpoints/step-000007").exists())
+    with pytest.raises(Interrupted):
+        train(store, out=tmp_path / "run", checkpoint_every=7, **SMALL)
+    stop()
+    file = tmp_path / "run/metrics.jsonl"
+    file.write_text("odd\n" + file.read_text())
+    with pytest.raises(RunError, match=r"metrics\.jsonl has a line that is no step of training \('odd'\)"):
+        train(store, out=tmp_path / "run", checkpoint_every=7, resume=True, **SMALL)
+
+
+def test_a_store_of_another_width_is_one_line_at_resume(store, tmp_path):
+    train(store, out=tmp_path / "run", **SMALL)
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(100, 17)).astype(np.float32))
+    with pytest.raises(
+        RunError, match=r"run was trained on 16-dim embeddings \(.*x\.npy\), but .*wide\.npy holds 17-dim"
+    ):
+        train(tmp_path / "wide.npy", out=tmp_path / "run", resume=True, **SMALL)
+
+
 def test_settings_file_and_options_meet(store, tmp_path):
     file = tmp_path / "f.toml"
     file.write_text('kind = "topk"\nk = 8\nd_sae = 64\nepochs = 1\nbatch-size = 64\n')
+    with pytest.raises(ConfigError, match="train: unknown setting 'kk'; did you mean 'k'"):  # not in the file
+        train(store, out=tmp_path / "run", config=file, kk=5)
     sae = train(store, out=tmp_path / "run", config=file, k=5)
     assert (sae.config.kind, sae.config.k, sae.d_sae) == ("topk", 5, 64)

@@ -35,14 +35,47 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     Raises:
         ConfigError: A key is unknown, or a value is not of its field's type.
     """
+    return _make(cls, _checked(cls, values, where=where), where=where)
+
+
+def settings_from(
+    cls: type[T], settings: T | None, options: Mapping[str, Any], *, config: str | Path | None = None, where: str
+) -> T:
+    """`settings`, or an instance of the dataclass `cls` from a TOML file and from `options`, which win over it.
+
+    Raises:
+        ConfigError: `settings` are given beside a file or options, so one of the two would be ignored; a key is
+            unknown, or a value is not of its field's type.
+    """
+    chosen = _checked(cls, options, where=where)
+    if settings is None:
+        read = _checked(cls, read_toml(Path(config)), where=str(config)) if config is not None else {}
+        return _make(cls, {**read, **chosen}, where=where)
+    if not isinstance(settings, cls):
+        raise ConfigError(f"{where}: settings is a {type(settings).__name__}; give a {cls.__name__}, or its fields")
+    others = [*(["config"] if config is not None else []), *chosen]
+    if others:
+        raise ConfigError(
+            f"{where}: settings and {', '.join(others)} are both given; put {'it' if len(others) == 1 else 'them'} "
+            f"into the {cls.__name__}, or leave settings out"
+        )
+    return settings
+
+
+def _checked(cls: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """`values` by the names of the fields of `cls`, each converted to its field's type."""
     hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
     checked = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known:
             raise ConfigError(f"{where}: unknown setting {key!r}{nearest(name, known)}")
         checked[name] = _convert(value, known[name], where=f"{where}: {key}")
+    return checked
+
+
+def _make(cls: type[T], checked: Mapping[str, Any], *, where: str) -> T:
     try:
         return cls(**checked)
     except TypeError as err:

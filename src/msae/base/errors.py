@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class MsaeError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names out of files may hold line breaks
+
 
 class ConfigError(MsaeError):
     """A setting is unknown, out of range, or contradicts another."""

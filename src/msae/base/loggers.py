@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from msae.base.errors import MissingDependencyError
+from msae.base.errors import MissingDependencyError, RunError
 from msae.base.files import atomic_path
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
@@ -31,16 +32,20 @@ def check_installed(names: Sequence[LoggerName]) -> None:
 
 
 class JsonlLogger:
-    """One JSON object a line. Lines after `resume_step` are dropped first, so a resumed run logs no step twice."""
+    """One JSON object a line. Lines after `resume_step` are dropped first, so a resumed run logs no step twice.
+
+    A figure that is not finite, as the FVU of a batch of one row, is null: JSON knows neither NaN nor Infinity.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
+        kept = [line for line in _complete_lines(path) if _step_of(line, path) <= resume_step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -96,6 +101,13 @@ class Loggers:
     def close(self) -> None:
         for logger in self._loggers:
             logger.close()
+
+
+def _step_of(line: str, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise RunError(f"{path} has a line that is no step of training ({line[:40]!r}); delete that line") from err
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -90,11 +90,17 @@ def aurocs(
 
 
 def auroc_interval(
-    value: ArrayLike, n_with: ArrayLike, n_without: ArrayLike, *, standard_error: ArrayLike = 0.0
+    value: ArrayLike,
+    n_with: ArrayLike,
+    n_without: ArrayLike,
+    *,
+    untied: ArrayLike = 1.0,
+    standard_error: ArrayLike = 0.0,
 ) -> Interval:
     """95 % score intervals of AUROCs, which stay inside 0 to 1 and have a width even at 1.
 
     Args:
+        untied: Share of the variance of ranks that equal values leave, in 0 to 1; 1 where all values differ.
         standard_error: Of `value`, estimated from the rows. Newcombe's own assumes that both classes are spread alike;
             where this one is larger, the interval is as much wider.
 
@@ -102,8 +108,8 @@ def auroc_interval(
     """
     value, n_with, n_without = (np.asarray(one, dtype=np.float64) for one in (value, n_with, n_without))
     assumed = _newcombe_error(value, n_with, n_without)
-    ratio = np.divide(standard_error, assumed, out=np.ones_like(assumed), where=assumed > 0)
-    reach = Z_95 * np.maximum(1.0, ratio)
+    ratio = np.divide(standard_error, assumed, out=np.zeros_like(assumed), where=assumed > 0)
+    reach = Z_95 * np.maximum(np.sqrt(untied), ratio)
 
     def end(outer: float) -> NDArray[np.float64]:
         inner, limit = value, np.full_like(assumed, outer)
@@ -164,10 +170,10 @@ def cliffs_delta_interval(
 ) -> Interval:
     """95 % interval of Cliff's delta, which has a width even where every positive row has more than every other.
 
-    In each stratum Newcombe's interval for the AUROC, at least as wide as DeLong's standard error makes it. Where the
-    classes are separated no spread can be estimated, and Feng and Cliff's bound holds: Wilson's for as many rows as the
-    smaller class has. Over strata the distances from the ends are added in squares, weighted by pairs. There must be a
-    pair.
+    In each stratum Newcombe's interval for the AUROC, corrected for ties and at least as wide as DeLong's standard
+    error makes it. Where the classes are separated no spread can be estimated, and Feng and Cliff's bound holds:
+    Wilson's for as many rows as the smaller class has. Over strata the distances from the ends are added in squares,
+    weighted by pairs. There must be a pair.
 
     Source: Newcombe 2006, doi:10.1002/sim.2324; DeLong et al. 1988, doi:10.2307/2531595; Feng & Cliff 2004,
     Journal of Modern Applied Statistical Methods 3(2); for the sum, Zou & Donner 2008, doi:10.1002/sim.3095.
@@ -178,18 +184,22 @@ def cliffs_delta_interval(
         own = strata == stratum
         has, n_with = is_positive[own], int(is_positive[own].sum())
         n_without = len(has) - n_with
+        few = min(n_with, n_without)
         if not n_with or not n_without:
             continue
-        chosen, one = values[own], np.zeros(len(has), np.int64)
+        wins = net_wins(values[own], np.zeros(len(has), np.int64)).astype(np.float64)
+        # As in Mann and Whitney's test with ties; but that values are tied in few rows does not show that all are.
+        untied = 3 * np.square(wins).sum(0) / (len(has) ** 3 - len(has))
+        untied = wilson(untied * few, few).high
         # Each row's mean over its opponents: 1 where it has more than all of them (less, for rows of the other class).
-        against = (net_wins(chosen, one) - net_wins(chosen, has.astype(np.int64))).astype(np.float64)
+        against = wins - net_wins(values[own], has.astype(np.int64))
         with_, without = against[has] / n_without, -against[~has] / n_with
         variance = sum(side.var(0, ddof=1) / len(side) for side in (with_, without) if len(side) > 1)
         here = with_.mean(0)
         value = (here + 1) / 2
-        ends = auroc_interval(value, n_with, n_without, standard_error=np.sqrt(variance) / 2)
-        few, is_separated = min(n_with, n_without), np.abs(here) == 1
-        low, high = np.where(is_separated, wilson(few * value, few), ends)
+        error = np.sqrt(variance) / 2
+        ends = auroc_interval(value, n_with, n_without, untied=untied, standard_error=error)
+        low, high = np.where(np.abs(here) == 1, wilson(few * value, few), ends)
         weight = n_with * n_without / pairs
         delta += weight * here
         below += np.square(weight * 2 * (value - low))

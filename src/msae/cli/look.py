@@ -38,7 +38,7 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
             run: A run folder, or a hub repository with an SAE.
             on: The store whose samples to show.
             latent: Which latent; or
-            concept: the name of one, as msae name gave it.
+            concept: the name of one, #12, or several of these divided by |; the nearest to its name is shown.
             n: Samples of each modality.
             inference: trained is the activation of training; relu keeps every positive latent.
             sheet: Also make a contact sheet of the latent, a .png or an .html that opens offline.
@@ -125,7 +125,7 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
             sae: A run folder, or a hub repository with an SAE.
             on: The store whose rows are audited.
             target: A metadata column of true classes.
-            concept: A name, or a latent as '#123'; may be given several times. Without it, every named concept.
+            concept: A name, #123 or several divided by |; may be given several times. Without it, every named concept.
             classifier: A .npz or .safetensors file of coefficients.
             class_texts: A text for each class, for CLIP's zero-shot classifier.
             train_store: Where a classifier is trained; without it, on half of the rows of --on.
@@ -158,7 +158,6 @@ def search_verb(_: list[str]) -> Callable[..., None]:
     import tyro
 
     from msae.use.search import search
-    from msae.web.report.search import write_page
 
     def run(
         run: str,
@@ -195,7 +194,7 @@ def search_verb(_: list[str]) -> Callable[..., None]:
             n: Rows to find.
             no_residual: Drop what the SAE does not reconstruct of the query.
             exclusive: Also set to 0 the concepts of the same kind as one that is raised.
-            strict: Turn the latents that bear a name alone, without what moves with them.
+            strict: Edit only the named latents; leave correlated latents unchanged.
             where: Only rows whose metadata fit, such as "split == 'test' and size in (1, 2)".
             space: embedding is by cosine, latent by the L1 distance of activations.
             modality: What is searched; images where the store has them.
@@ -210,8 +209,10 @@ def search_verb(_: list[str]) -> Callable[..., None]:
             exclusive=exclusive, strict=strict, encoder=encoder,
         )  # fmt: skip
         if html is not None:
+            from msae.web.report.search import write_page
+
             write_page(result, html)
-        report(result.table(), result.to_dict(), json)
+        report(result.to_text(), result.to_dict(), json)
 
     return run
 

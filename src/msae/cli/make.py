@@ -125,7 +125,8 @@ def train_verb(arguments: list[str]) -> Callable[..., None]:
         last = json_format.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         text = (
             f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
-            f"FVU {last['fvu']:.3f} at sparsity {last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
+            f"FVU {'unknown' if last['fvu'] is None else format(last['fvu'], '.3f')} at sparsity "
+            f"{last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
         )
         report(text, {"run": str(out), "settings": to_mapping(settings), "last": last}, json)
 

@@ -17,17 +17,12 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from msae.base.progress import progress
+from msae.data.arrays import unit_rows
 
 BLOCK_ENTRIES = 8_000_000
 """Cosines held at once, 32 MB of them: what bounds memory, whatever the number of words and latents."""
 DRAWN_ROWS = 4096
 """Random directions that are drawn at once, in float64."""
-
-
-def unit_rows(x: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    """Rows of norm one; a row of zeros stays zero."""
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.asarray(x / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 # --- Nearest words

@@ -115,8 +115,20 @@ class ConceptNames(Result):
         return iter(self.concepts)
 
     def __getitem__(self, name: str) -> list[int]:
-        """The latents of a name, as `latents_of`."""
+        """The latents of that name; see `latents_of`."""
         return self.latents_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a latent has that name, or a synonym of it."""
+        return isinstance(name, str) and name.casefold().strip() in self._by_name
+
+    @property
+    def by_name(self) -> dict[str, list[int]]:
+        """The latents of each name, synonyms apart, in the order of the names."""
+        found: dict[str, list[int]] = {name: [] for name in sorted({concept.name for concept in self.concepts})}
+        for concept in self.concepts:
+            found[concept.name].append(concept.latent)
+        return found
 
     def concept_of(self, latent: int) -> Concept | None:
         """The concept of a latent, or None where the latent is unnamed.

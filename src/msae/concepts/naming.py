@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float32, Int64
 
 from msae.base import statistics
-from msae.base.config import from_mapping
+from msae.base.config import settings_from
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
+from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, Inference, as_sae, check_fit, weights_hash
+from msae.sae.model import SAE, Inference, check_fit, weights_hash
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality, Statistics, fit_statistics
 from msae.sae.view import View
 
@@ -83,7 +85,7 @@ class NameSettings:
 
 
 def name(
-    sae: SAE | str | Path,
+    sae: RunLike,
     vocabulary: EmbeddingStore | str | Path,
     *,
     on: EmbeddingStore | str | Path | None = None,
@@ -104,18 +106,19 @@ def name(
 
     Raises:
         StoreError: A store is of another encoder or width, or has no words or no captions.
-        ConfigError: A setting is out of range, or the SAE has no statistics for what is asked.
+        ConfigError: A setting is unknown or out of range, `settings` are given beside `options`, or the SAE has no
+            statistics for what is asked.
     """
-    settings = settings or from_mapping(NameSettings, options, where="name")
-    folder = Path(sae) if not isinstance(sae, SAE) else None
-    sae = as_sae(sae)
+    settings = settings_from(NameSettings, settings, options, where="name")
+    run = Run.open(sae)
+    sae = run.sae
     store = as_store(vocabulary, "text")
     words = read_words(sae, store, settings)
     if settings.rule == "poster":
         names = _by_poster(sae, words, settings)
     else:
-        names = _by_evidence(View(sae, store, "text", inference=INFERENCE), words, on, settings)
-    target = out or (folder if folder is not None and folder.is_dir() else None)
+        names = _by_evidence(View(run, store, "text", inference=INFERENCE), words, on, settings)
+    target = out or run.names_file
     if target is not None:
         names.save(target)
     return names
@@ -153,12 +156,12 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     n_rows = np.bincount(row_words)
     mean = np.zeros((len(texts), sae.d_in))
     # Unit rows, so that no prompt template of a word weighs more than another.
-    np.add.at(mean, row_words, evidence.unit_rows(raw) * np.linalg.norm(raw, axis=1).mean())
+    np.add.at(mean, row_words, unit_rows(raw) * np.linalg.norm(raw, axis=1).mean())
     mean = (mean / n_rows[:, None]).astype(np.float32)
     centred = _standardize(mean, _origin(sae, mean, settings.centre, vocabulary))
     read = _standardize(mean, _origin(sae, mean, "sae" if "text" in sae.standardizer else "vocabulary", vocabulary))
     b_dec = sae.b_dec.detach().cpu().numpy() if settings.subtract_b_dec else np.float32(0)
-    groups = evidence.synonym_groups(evidence.unit_rows(mean - mean.mean(0)), threshold=settings.synonyms)
+    groups = evidence.synonym_groups(unit_rows(mean - mean.mean(0)), threshold=settings.synonyms)
     record = {
         "vocabulary": str(vocabulary.path),
         "vocabulary_fingerprint": vocabulary.fingerprint,
@@ -167,7 +170,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
         "n_words": len(texts),
         "n_synonym_groups": int(groups.max()) + 1,
     }
-    return Words(texts, evidence.unit_rows(centred - b_dec), groups, read, record)
+    return Words(texts, unit_rows(centred - b_dec), groups, read, record)
 
 
 def _origin(sae: SAE, words: Float32[np.ndarray, "m d_in"], centre: Centre, vocabulary: EmbeddingStore) -> Statistics:
@@ -452,7 +455,7 @@ def _names(
 
 
 def _decoder(sae: SAE) -> Float32[np.ndarray, "d_sae d_in"]:
-    return evidence.unit_rows(sae.W_dec.detach().cpu().float().numpy())
+    return unit_rows(sae.W_dec.detach().cpu().float().numpy())
 
 
 def _blocks(n: int, width: int, entries: int) -> list[slice]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.progress import progress
+from msae.concepts.evidence import unit_rows
 from msae.concepts.names import names_of
 from msae.sae.model import SAE, as_sae, run_folder
 
@@ -23,6 +24,9 @@ TOLERANCE = 1e-6
 """Of a cosine: the rounding of float32 products."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PRINTED_CONCEPTS = 20
+SAME_START = 8
+"""Latents matched to the one of the same number. Unrelated dictionaries have one of them on average (Poisson), and 8 or
+more by chance once in 100,000 pairs."""
 _BLOCK = 1024
 
 
@@ -40,6 +44,11 @@ class Matching(NamedTuple):
     def mean(self) -> float:
         return float(self.cosine.mean())
 
+    @property
+    def n_in_place(self) -> int:
+        """Rows whose partner has the same number."""
+        return int((self.partner == np.arange(len(self.partner))).sum())
+
     def quantiles(self) -> dict[str, float]:
         """The distribution of the cosines of matched pairs."""
         values = np.quantile(self.cosine, QUANTILES).tolist()
@@ -55,10 +64,20 @@ class Pair:
     decoder: Matching
     encoder: Matching
 
+    @property
+    def same_start(self) -> bool:
+        """Whether the two began from the same initial weights, by their latents being matched number by number.
+
+        Then they agree because neither moved far from its start, which says nothing about stability between seeds.
+        """
+        return max(self.decoder.n_in_place, self.encoder.n_in_place) >= SAME_START
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "a": self.a,
             "b": self.b,
+            "same_start": self.same_start,
+            "matched_in_place": self.decoder.n_in_place / len(self.decoder.partner),
             "decoder": self.decoder.mean,
             "encoder": self.encoder.mean,
             "decoder_quantiles": self.decoder.quantiles(),
@@ -114,6 +133,13 @@ class Stability:
                 f"{title:<52} {pair.decoder.mean:7.3f}  ({spread['p5']:.3f} to {spread['p95']:.3f})"
                 f"  {pair.encoder.mean:7.3f}"
             )
+        lines += [
+            f"NOT A MEASURE OF STABILITY: {pair.a} and {pair.b} began from the same weights "
+            f"({pair.decoder.n_in_place:,} of {self.d_sae:,} latents are matched to the same number); "
+            f"train one of them with another --seed"
+            for pair in self.pairs
+            if pair.same_start
+        ]
         lines.append(
             f"{len(self.consensus):,} of {self.d_sae:,} latents come back in all {len(self.runs)} runs "
             f"(decoder cosine at least {self.threshold:g})"
@@ -137,7 +163,9 @@ class Stability:
 def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> Stability:
     """Match the latents of every two runs, and find the concepts that come back in all of them.
 
-    The mean cosine of the matched decoder rows is the poster's figure. Memory grows with d_sae, not with its square.
+    The mean cosine of the matched decoder rows is the poster's figure. Runs that began from the same weights, as those
+    of one seed do, agree for that reason alone: such pairs are marked (`Pair.same_start`). Memory grows with d_sae, not
+    with its square.
 
     Args:
         runs: At least two run folders or SAEs of one size.
@@ -162,7 +190,7 @@ def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> St
                 f"{saes[0].d_sae}; only runs of one size can be matched: leave one of them out"
             )
     decoders = [unit_rows(sae.W_dec.detach().cpu().float().numpy()) for sae in saes]
-    encoders = [unit_rows(sae.W_enc.detach().cpu().float().numpy().T) for sae in saes]
+    encoders = [unit_rows(sae.W_enc.detach().cpu().float().T.contiguous().numpy()) for sae in saes]
     chosen = list(itertools.combinations(range(len(saes)), 2))
     pairs = []
     with progress("matching", total=2 * len(chosen), unit="pairs") as advance:
@@ -177,12 +205,6 @@ def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> St
     names = [(lambda _: None) if one is None else one.name_of for one in known]
     consensus = _consensus(decoders, from_first, names, threshold)
     return Stability(titles, saes[0].d_sae, threshold, tuple(pairs), tuple(consensus))
-
-
-def unit_rows(rows: NDArray[np.float32]) -> Float32[np.ndarray, "d_sae d_in"]:
-    """Rows of norm one; a zero row stays zero."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.ascontiguousarray(rows / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
 def match(a: Float32[np.ndarray, "d_sae d_in"], b: Float32[np.ndarray, "d_sae d_in"]) -> Matching:

@@ -122,6 +122,8 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, field.type))
+        elif table.column(field.name).type == field.type:  # pyarrow's cast of a list of nulls is damaged
+            columns.append(table.column(field.name))
         elif pa.types.is_string(field.type):
             columns.append(text_column(table.column(field.name)))
         else:

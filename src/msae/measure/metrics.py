@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import vecdot
+from torch.nn import functional
 
 from msae.base.errors import ConfigError
 
@@ -284,7 +285,7 @@ def decoder_orthogonality(W_dec: Float[Tensor, "d_sae d_in"]) -> float:
     Random rows score about 1/d_in. The squares of all products of rows add up to the squared Frobenius norm of the
     (d_in, d_in) Gram matrix, so no (d_sae, d_sae) matrix is made.
     """
-    rows = _unit_rows(W_dec.double())
+    rows = functional.normalize(W_dec.double(), dim=1)
     total = (rows.T @ rows).square().sum()
     diagonal = rows.square().sum(1).square().sum()
     return max(float(total - diagonal), 0.0) / len(rows) ** 2  # orthogonal rows leave rounding of either sign
@@ -296,18 +297,13 @@ def max_decoder_cosine(W_dec: Float[Tensor, "d_sae d_in"], *, block: int = 1024)
 
     1 where every latent has a twin; 0 where all are orthogonal, or there is only one.
     """
-    rows = _unit_rows(W_dec.double()).float()
+    rows = functional.normalize(W_dec.double(), dim=1).float()
     total = 0.0
     for start in range(0, len(rows), block):
         cosines = (rows[start : start + block] @ rows.T).abs_()
         cosines.diagonal(start).zero_()
         total += float(cosines.amax(1).double().sum())
     return total / len(rows)
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    norms: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 # --- CKNNA

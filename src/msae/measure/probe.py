@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msae.base.errors import ConfigError
-from msae.data.store.labels import class_names
+from msae.data.store.labels import class_names, labelled_rows
 
 C = 100.0
 """Inverse strength of the L2 penalty, as in scikit-learn: summed cross-entropy + ||weight||^2 / (2 C).
@@ -83,7 +83,7 @@ def fit_probe(
         ConfigError: There are fewer than two classes, or no class has two rows.
     """
     every = class_names(labels)
-    labelled = np.array([row for row, name in enumerate(every) if name is not None], dtype=np.int64)
+    labelled = labelled_rows(every)
     names = [name for name in every if name is not None]
     counts = Counter(names)
     if len(counts) < 2:

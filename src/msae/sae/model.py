@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path, read_json, write_json
 from msae.data.embedder import is_other_encoder, told_encoder
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
 
@@ -36,9 +39,11 @@ class SAEConfig:
     d_sae: int
     kind: Kind = "matryoshka"
     k: int | None = None
-    """Active latents of `topk`, mean active latents of `batchtopk` and `jumprelu`; None for the others."""
+    """Active latents of `topk`, mean active latents of `batchtopk`, `jumprelu` and `widths`; None for the others."""
     levels: tuple[int, ...] | None = None
     """Sparsity levels of `matryoshka`; None for the others."""
+    widths: tuple[int, ...] | None = None
+    """Nested prefixes of the dictionary, instead of levels: the other Matryoshka SAE, by BatchTopK."""
     soft_cap: float | None = None
     """Largest activation, by `c * tanh(z / c)`."""
     encoder: str | None = None
@@ -48,16 +53,22 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise ConfigError(f"d_in {self.d_in} and d_sae {self.d_sae} must be at least 1; check the sizes given")
-        if self.kind in ("topk", "batchtopk", "jumprelu"):
+        if self.kind in ("topk", "batchtopk", "jumprelu") or self.widths:
             if self.k is None:
-                raise ConfigError(f"kind {self.kind} needs the number of active latents; give --k, for example --k 64")
+                what = "an SAE of widths" if self.widths else f"kind {self.kind}"
+                raise ConfigError(f"{what} needs the number of active latents; give --k, for example --k 64")
             if not 1 <= self.k <= self.d_sae:
                 raise ConfigError(f"k {self.k} is not between 1 and d_sae {self.d_sae}; give a smaller --k")
-        if self.kind == "matryoshka":
+        if self.kind == "matryoshka" and not self.widths:
             if not self.levels:
                 raise ConfigError("kind matryoshka needs levels; give --levels, for example --levels 64 128 256")
             if self.levels[-1] > self.d_sae:
                 raise ConfigError(f"level {self.levels[-1]} is above d_sae {self.d_sae}; give smaller --levels")
+        if self.widths and (self.kind != "matryoshka" or self.levels or self.widths[-1] > self.d_sae):
+            raise ConfigError(
+                f"widths {list(self.widths)} do not fit kind {self.kind}, d_sae {self.d_sae} and levels {self.levels}; "
+                "give them to matryoshka, without levels and none above d_sae"
+            )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
 
@@ -78,7 +89,7 @@ class SAE(nn.Module):
     log_threshold: Float[Tensor, " d_sae"] | None
     """JumpReLU's learnt thresholds."""
     threshold: Float[Tensor, ""] | None
-    """BatchTopK's running threshold, which makes inference independent of the batch; 0 before training."""
+    """Running threshold of BatchTopK and of widths: makes inference independent of the batch; 0 before training."""
 
     def __init__(self, config: SAEConfig, standardizer: Standardizer | None = None, *, seed: int = 0) -> None:
         """Initial weights: biases 0, encoder the transposed decoder with rows of norm 0.1, decoder rows of norm 1."""
@@ -97,7 +108,8 @@ class SAE(nn.Module):
         self.log_threshold = None
         if config.kind == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if config.kind == "batchtopk" else None)
+        has_threshold = config.kind == "batchtopk" or config.widths
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if has_threshold else None)
 
     @property
     def d_in(self) -> int:
@@ -119,7 +131,7 @@ class SAE(nn.Module):
         Args:
             inference: `relu` keeps every positive latent, as in the poster's tables, for every kind. `trained` is the
                 activation of training: ReLU for matryoshka and relu, the k largest for topk, the thresholds for
-                batchtopk and jumprelu. `topk` keeps the `k` largest.
+                batchtopk, jumprelu and a matryoshka of widths. `topk` keeps the `k` largest.
             k: For `topk`.
         """
         z = self._uncapped(h, inference, k)
@@ -143,29 +155,92 @@ class SAE(nn.Module):
         """`x_hat` in the standardised space."""
         return torch.addmm(self.b_dec, z, self.W_dec)
 
+    @overload
+    def encode(
+        self, x: Tensor, modality: Modality = ..., k: int | None = ..., *, inference: Inference = ...
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        x: NDArray[Any] | EmbeddingStore | str | Path,
+        modality: Modality = ...,
+        k: int | None = ...,
+        *,
+        inference: Inference = ...,
+    ) -> NDArray[np.float32]: ...
+
     @torch.no_grad()
     def encode(
         self,
-        x: Float[Tensor, "n d_in"],
+        x: Tensor | NDArray[Any] | EmbeddingStore | str | Path,
         modality: Modality = "image",
         k: int | None = None,
         *,
         inference: Inference = "trained",
-    ) -> Float[Tensor, "n d_sae"]:
+    ) -> Tensor | NDArray[np.float32]:
         """Activations of raw embeddings; with `k`, of only the `k` strongest latents of each row.
+
+        Args:
+            x: Rows as a tensor, which gives a tensor; as an array, or a store with all of its rows, which give an
+                array. A single vector gives a single row of activations.
+            modality: What the embeddings are of: it chooses the statistics that standardise them, and the rows of a
+                store.
 
         Raises:
             ConfigError: The width differs from `d_in`, or the SAE has no statistics of `modality`.
+            StoreError: The store is of another width or encoder, or has no embeddings of `modality`.
         """
-        if x.shape[-1] != self.d_in:
-            raise ConfigError(f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others")
-        h = self.pre_activations(self.standardizer.apply(x.float(), modality))
-        return self.activate(h, inference="topk" if k is not None else inference, k=k)
+        if isinstance(x, Tensor):
+            if x.ndim not in (1, 2):
+                raise ConfigError(f"embeddings of shape {tuple(x.shape)}; give rows, (n, {self.d_in}), or one vector")
+            if x.shape[-1] != self.d_in:
+                raise ConfigError(
+                    f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others"
+                )
+            rows = self.standardizer.apply(x.float().reshape(-1, self.d_in).to(self.b_dec.device), modality)
+            z = self.activate(self.pre_activations(rows), inference="topk" if k is not None else inference, k=k)
+            return z[0] if x.ndim == 1 else z
+        if not isinstance(x, EmbeddingStore | str | Path):
+            return self.encode(_as_tensor(x), modality, k, inference=inference).cpu().numpy()
+        store = as_store(x, modality)
+        check_fit(self, store)
+        batches = (torch.from_numpy(batch) for batch in store.batches(modality, 8192))
+        return np.concatenate([self.encode(rows, modality, k, inference=inference).cpu().numpy() for rows in batches])
+
+    @overload
+    def decode(self, z: Tensor, modality: Modality = ...) -> Tensor: ...
+
+    @overload
+    def decode(self, z: NDArray[Any], modality: Modality = ...) -> NDArray[np.float32]: ...
 
     @torch.no_grad()
-    def decode(self, z: Float[Tensor, "n d_sae"], modality: Modality = "image") -> Float[Tensor, "n d_in"]:
-        """Raw embeddings of activations."""
-        return self.standardizer.invert(self.reconstruct(z), modality)
+    def decode(self, z: Tensor | NDArray[Any], modality: Modality = "image") -> Tensor | NDArray[np.float32]:
+        """Raw embeddings of activations: a tensor of a tensor, an array of an array.
+
+        Raises:
+            ConfigError: The width differs from `d_sae`, or the SAE has no statistics of `modality`.
+        """
+        if not isinstance(z, Tensor):
+            return self.decode(_as_tensor(z), modality).cpu().numpy()
+        if z.ndim not in (1, 2) or z.shape[-1] != self.d_sae:
+            raise ConfigError(f"activations of shape {tuple(z.shape)}; this SAE has {self.d_sae} latents: give so many")
+        rows = z.to(self.b_dec.device, self.b_dec.dtype).reshape(-1, self.d_sae)
+        x = self.standardizer.invert(self.reconstruct(rows), modality)
+        return x[0] if z.ndim == 1 else x
+
+    def __repr__(self) -> str:
+        """Its kind and sizes in one line."""
+        config = self.config
+        parts = [f"{config.kind}, {config.d_in} -> {config.d_sae}"]
+        for name in ("levels", "widths", "k", "soft_cap"):
+            value = getattr(config, name)
+            if value is not None:
+                parts.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else f'{value:g}'}")
+        parts.append(f"standardises {' and '.join(self.standardizer.modalities) or 'nothing'}")
+        if config.encoder:
+            parts.append(f"embeddings of {told_encoder((config.encoder, config.encoder_revision))}")
+        return f"SAE({', '.join(parts)})"
 
     def save(self, folder: str | Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`, each atomically.
@@ -219,6 +294,16 @@ class SAE(nn.Module):
             raise RunError(f"{folder / WEIGHTS_FILE} has NaN or infinite values in {broken}; restore it or train again")
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def _as_tensor(array: Any) -> Tensor:
+    """A float32 tensor of an array, or of what numpy takes for one."""
+    try:
+        return torch.from_numpy(np.array(array, dtype=np.float32))
+    except (TypeError, ValueError) as err:
+        raise ConfigError(
+            f"a {type(array).__name__} cannot be read as numbers ({err}); give an array or tensor"
+        ) from err
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

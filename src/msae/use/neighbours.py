@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from msae.base.errors import MissingDependencyError, StoreError
 from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
+from msae.data.arrays import unit_rows
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4
@@ -103,7 +104,7 @@ class NeighbourIndex:
             query: Any raw vector but zero.
             keep: Which rows may be found; all without it.
         """
-        unit = _unit(query[None])
+        unit = unit_rows(query[None])
         n_kept = self.n_rows if keep is None else int(keep.sum())
         n = min(n, n_kept)
         n_candidates = min(n + AT_FIRST, n_kept)
@@ -119,9 +120,9 @@ class NeighbourIndex:
 
     def cosines(self, query: Float32[np.ndarray, " d_in"], rows: Int64[np.ndarray, " m"]) -> NDArray[np.float32]:
         """Of the query and some rows, in float32."""
-        unit = _unit(query[None])[0]
+        unit = unit_rows(query[None])[0]
         blocks = (rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK))
-        return np.concatenate([np.empty(0, np.float32), *(_unit(self._rows(block)) @ unit for block in blocks)])
+        return np.concatenate([np.empty(0, np.float32), *(unit_rows(self._rows(block)) @ unit for block in blocks)])
 
     def ranks(
         self,
@@ -136,7 +137,7 @@ class NeighbourIndex:
         """
         radius = float(scores.min()) - ERROR if len(scores) else 2.0
         parameters = self._parameters(keep)
-        _, found, _ = self._faiss.range_search(_unit(query[None]), radius, params=parameters)
+        _, found, _ = self._faiss.range_search(unit_rows(query[None]), radius, params=parameters)
         ascending = np.sort(found)
         ranks: NDArray[np.int64] = 1 + len(found) - np.searchsorted(ascending, scores, side="right")
         return ranks
@@ -161,12 +162,6 @@ def _load_faiss() -> Any:
     except ImportError as err:
         raise MissingDependencyError.of("faiss-cpu", extra="search") from err
     return faiss
-
-
-def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The rows at length one; a row of zeros has no direction and stays, at cosine 0 to everything."""
-    unit: NDArray[np.float32] = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return unit
 
 
 def _read(faiss: Any, file: Path, wanted: dict[str, Any]) -> Any:
@@ -194,7 +189,7 @@ def _build(faiss: Any, file: Path, wanted: dict[str, Any], batches: Iterable[NDA
     with atomic_path(file) as temporary, temporary.open("wb") as out:
         out.write(_header(faiss, wanted["d_in"], wanted["rows"]))
         for x in batches:
-            out.write(_unit(x).astype("<f2").tobytes())
+            out.write(unit_rows(x).astype("<f2").tobytes())
         n_bytes = out.tell()
     write_json(record, {**wanted, "bytes": n_bytes}, schema_version=SCHEMA_VERSION)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import itertools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.base.results import Result
+from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
 from msae.concepts.gallery.mining import check_n, top_samples
 from msae.concepts.gallery.tree import ConceptTree, concept_tree
-from msae.concepts.names import names_of
+from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, check_latent, describe
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, Row, as_store
+from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
@@ -34,24 +38,17 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Row):
     """One sample of a gallery."""
 
-    id: str
     activation: float
-    row: int
-    path: str | None
-    """Of the picture, where the store knows it."""
-    caption: str | None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else the store's metadata says, such as labels."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Gallery:
+@dataclass(frozen=True, repr=False)
+class Gallery(Result):
     """The samples that activate one latent most, images and texts side by side."""
 
     latent: int
@@ -72,15 +69,36 @@ class Gallery:
         """Share of the rows that fire the latent: of the images, or of the texts where there are no images."""
         return float(next(iter(self.statistics.values()))["firing_rate"])
 
+    @property
+    def title(self) -> str:
+        return f"latent {self.latent}: {self.name or 'unnamed'}"
+
     def to_text(self) -> str:
         """What the command line prints: a line of statistics for each modality, then images and texts side by side."""
-        title = f"latent {self.latent}: {self.name or 'unnamed'}"
         others = f"  (also {', '.join(map(str, self.alike))})" if self.alike else ""
-        lines = [title + others, *(_summary(m, known) for m, known in self.statistics.items())]
+        lines = [self.title + others, *(_summary(m, known) for m, known in self.statistics.items())]
         sides = [side for side in (self.images, self.texts) if side]
         rows = itertools.zip_longest(*([_line(sample) for sample in side] for side in sides), fillvalue="")
         lines += ["  ".join(f"{cell:<{_WIDTH}}" for cell in row).rstrip() for row in rows]
         return "\n".join([*lines, *self.notes])
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each sample, with the metadata's columns beside its activation."""
+        found = []
+        for modality, samples in (("image", self.images), ("text", self.texts)):
+            for sample in samples:
+                record = sample.to_dict()
+                found.append({**record.pop("columns"), **record, "modality": modality})
+        return found
+
+    def _repr_html_(self) -> str:
+        """The pictures, then the texts, for a notebook."""
+        album = Album(self.roots, NOTEBOOK_SIDE)
+        parts = [f"<p>{html.escape(self.title)}</p>"]
+        if self.images:
+            parts.append(figures_html([(f"{sample.activation:.3f}", sample) for sample in self.images], album))
+        parts += [f"<p>{html.escape(_line(sample).strip())}</p>" for sample in self.texts]
+        return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -112,7 +130,7 @@ def gallery(
         sae: A run folder, or an SAE.
         on: Any store; of both modalities, images and texts are each standardised with their own statistics.
         latent: Which latent, or
-        concept: the name of one, from the run's names.json; of several with that name the nearest to it.
+        concept: the name of one, `#12`, or several of these divided by `|`; the nearest to its name is shown.
         n: Samples of each modality.
         inference: `trained` is the activation of training, `relu` every positive latent.
 
@@ -125,17 +143,11 @@ def gallery(
     check_n(n)
     run, store = Run.open(sae), as_store(on)
     run.check_fit(store)
-    d_sae, folder = run.sae.d_sae, run.folder
+    d_sae = run.sae.d_sae
     names = names_of(run)
     alike: tuple[int, ...] = ()
     if concept is not None:
-        if names is None:
-            raise ConfigError(
-                f"{folder or 'this SAE'} has no names.json, so {concept!r} is unknown; "
-                f"type msae name {folder or 'RUN'} --vocabulary STORE first, or give --latent"
-            )
-        cosine = {latent: known.cosine for latent in names.latents_of(concept) if (known := names.concept_of(latent))}
-        latent, *others = sorted(cosine, key=lambda latent: -cosine[latent])
+        latent, *others = _nearest_first(latents_of(concept, names, d_sae), names)
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, d_sae)
@@ -152,13 +164,16 @@ def gallery(
     )
 
 
+def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[int]:
+    """The latents by falling cosine to their names, then those without one in their order."""
+    known = {latent: names.concept_of(latent) if names is not None else None for latent in latents}
+    return sorted(latents, key=lambda latent: -(one.cosine if (one := known[latent]) else -1.0))
+
+
 def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
     rows = store.describe_rows([sample.row for sample in top])
-    return tuple(
-        Sample(row.id, sample.activation, row.row, row.path, row.caption, row.columns)
-        for sample, row in zip(top, rows, strict=True)
-    )
+    return tuple(Sample(**vars(row), activation=sample.activation) for sample, row in zip(top, rows, strict=True))
 
 
 def _notes(samples: TopSamples) -> list[str]:

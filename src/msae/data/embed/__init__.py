@@ -187,8 +187,11 @@ class _Asked:
             found["asked_revision"] = self.asked_revision
         if self.precision != "auto":
             found["precision"] = self.precision
+        earlier = dict(record)
+        if isinstance(record.get("encoder"), str):  # earlier versions recorded a folder as it was typed
+            earlier["encoder"] = full_name(record["encoder"])
         for key, value in found.items():
-            if record.get(key) != value:
+            if earlier.get(key) != value:
                 return f"{key.replace('_', ' ')} {record.get(key)}"
         return None
 

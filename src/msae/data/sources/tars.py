@@ -41,8 +41,12 @@ def samples(paths: Sequence[Path], start: int = 0) -> Iterator[Sample]:
         try:
             with tarfile.open(path) as tar:
                 shard.read_headers(tar)
-                for key in list(shard.members)[start:]:
-                    yield shard.sample(tar, key)
+                # what a damaged compressed file gives depends on what was read of it before
+                n_unread = start if _is_plain(path) else 0
+                for number, key in enumerate(list(shard.members)[n_unread:], n_unread):
+                    sample = shard.sample(tar, key)
+                    if number >= start:
+                        yield sample
         except _DAMAGE as err:
             shard.add_damage(err)
         start = max(0, start - len(shard.members))
@@ -92,10 +96,11 @@ class _Shard:
         suffix = name.suffix.lower()
         key = str(name.with_suffix("")) if suffix else str(name)
         files = self.members.setdefault(key, {})
+        if suffix in IMAGE_SUFFIXES and any(o in IMAGE_SUFFIXES and m.name != member.name for o, m in files.items()):
+            key = str(name)  # a.jpg and a.png are two samples
+            files = self.members.setdefault(key, {})
         if suffix in files:
             self.lines.append(Sample(key, damage=f"the member {name} is there twice; the later one is read"))
-        elif suffix in IMAGE_SUFFIXES and any(other in IMAGE_SUFFIXES for other in files):
-            files = self.members.setdefault(str(name), {})  # a.jpg and a.png are two samples
         files[suffix] = member
 
     def _check_end(self, offset: int) -> None:

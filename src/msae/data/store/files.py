@@ -97,8 +97,10 @@ def metadata_files(path: Path) -> list[Path]:
     """The files from which the metadata of the STORE at `path` are read."""
     if path.is_dir():
         return list(_numbered(path / "metadata", ".parquet").values())
-    beside = [path] if path.suffix.lower() == ".parquet" else [path.with_suffix(".csv"), path.with_suffix(".parquet")]
-    return [file for file in beside if file.is_file()][:1]
+    if path.suffix.lower() == ".parquet":
+        return [path]
+    own = [path] if path.suffix.lower() == ".npz" else []
+    return [file for file in (_table_beside(path), *own) if file is not None][:1]
 
 
 def _check_counts(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
@@ -124,12 +126,18 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def _table_beside(path: Path) -> Path | None:
+    """The table with the stem of `path`, if there is one."""
+    files = [path.with_suffix(suffix) for suffix in (".csv", ".parquet")]
+    return next((file for file in files if file.is_file()), None)
+
+
 def _beside(path: Path) -> Metadata:
-    """The metadata table with the stem of `path`, if there is one."""
-    tables = metadata_files(path)
-    if tables and tables[0].suffix == ".csv":
-        return Metadata.of(read_table(tables[0], StoreError))
-    return Metadata.open(tables, StoreError) if tables else Metadata.none()
+    """The metadata in the table with the stem of `path`, if there is one."""
+    table = _table_beside(path)
+    if table is None:
+        return Metadata.none()
+    return Metadata.of(read_table(table, StoreError)) if table.suffix == ".csv" else Metadata.open([table], StoreError)
 
 
 def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
@@ -150,7 +158,10 @@ def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modal
     if is_asked:
         why = f"column {caption!r}" + (" and column 'label'" if guess == "image" else ", no image paths, no labels")
         other = "text" if guess == "image" else "image"
-        notice(f"{path}: its rows are taken for {guess} embeddings ({why}); if they are not, give --modality {other}")
+        notice(
+            f"{path}: its rows are taken for {guess} embeddings ({why}); "
+            f"if they are not, give --modality {other} or write {other!r} into the file's name"
+        )
     return guess
 
 

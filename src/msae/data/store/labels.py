@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
 
 _WRITTEN_NAN = ("nan", "<na>")
 """What a missing value becomes when it is written as text, in lower case."""
@@ -24,3 +27,8 @@ def class_names(values: Iterable[Any]) -> list[str | None]:
     Classes are compared by their names, so the number 1 and the text `1` are one class.
     """
     return [None if is_missing(value) else str(value) for value in values]
+
+
+def labelled_rows(names: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
+    """The rows that have a label."""
+    return np.array([row for row, name in enumerate(names) if name is not None], dtype=np.int64)

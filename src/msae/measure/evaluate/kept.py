@@ -36,11 +36,6 @@ class Kept:
     """The store that the probe was trained on."""
 
     @property
-    def sae(self) -> str:
-        """A hash of the weights that were evaluated."""
-        return self.origin.sae
-
-    @property
     def rows(self) -> tuple[str, ...]:
         """What evaluations must share for their figures without a probe to be compared."""
         e = self.evaluation

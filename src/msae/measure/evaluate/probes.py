@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from msae.base.errors import ConfigError, StoreError
 from msae.data.store import EmbeddingStore
+from msae.data.store.labels import labelled_rows
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, Subject, training_store
 from msae.measure.holdout import hold_out
 from msae.measure.probe import Probe, fit_probe
@@ -50,7 +51,7 @@ class Probes:
         labels = store.labels(self._column)
         held = hold_out(
             store, self._on, options.modality,
-            train_rows=_labelled(labels), on_rows=_labelled(self._truth), seed=options.seed,
+            train_rows=labelled_rows(labels), on_rows=labelled_rows(self._truth), seed=options.seed,
         )  # fmt: skip
 
         def rows(numbers: Int[np.ndarray, " m"]) -> Float[Tensor, "m d_in"]:
@@ -93,7 +94,3 @@ class Probes:
                 f"give --probe-train STORE"
             )
         return store
-
-
-def _labelled(labels: list[str | None]) -> Int64[np.ndarray, " n"]:
-    return np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)

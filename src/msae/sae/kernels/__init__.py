@@ -1,12 +1,16 @@
 """One training loss for every kind of sparse autoencoder, computed by whichever kernel is fastest here.
 
 `reference` is the formula in plain torch; `cpu` (numba) and `cuda` (Triton) give the same numbers and gradients for
-about the price of a plain SAE's step, whatever the number of levels. All are ordinary torch operations: the gradients
-arrive in the parameters through `backward`, so any optimiser and DistributedDataParallel work on them.
+about the price of a plain SAE's step, whatever the number of levels. `cuda` has never yet run on a GPU, so it is used
+only where it is asked for by name. A kernel that fails on the way is left for the reference, with one warning.
+
+All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
+DistributedDataParallel work on them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -17,15 +21,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
+from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, TrainingError
 from msae.sae.kernels import reference
 from msae.sae.kernels.adamw import adamw_step_
-from msae.sae.kernels.loading import load
+from msae.sae.kernels.loading import give_up, load
 from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 __all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
 Kernel = Literal["auto", "reference", "cpu", "cuda"]
+_PACKAGES = {"cpu": "numba", "cuda": "triton"}
 
 
 def sae_loss(
@@ -56,10 +61,11 @@ def sae_loss(
         weights: One non-negative weight per level; only their ratios matter.
         soft_cap: Largest activation, by `c * tanh(z / c)`.
         threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
-        kernel: Which implementation; `auto` takes the fastest that works on the device of `x`.
+        kernel: Which implementation; `auto` takes `cpu` on a CPU where that works, else the reference.
 
     Raises:
-        ConfigError: The settings or shapes contradict one another, or `kernel` cannot work on these tensors.
+        ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
+        MissingDependencyError: The package of a `kernel` that was named is not installed.
         TrainingError: The loss is not finite.
 
     Source: Zaigrajew et al. 2025, arXiv:2502.20578 (levels); 2404.16014 (L1), 2406.04093 (TopK), 2407.14435 (JumpReLU),
@@ -70,15 +76,9 @@ def sae_loss(
     x = _check(x, parameters, objective)
     implementation = _choose(kernel, x, objective)
     with torch.autocast(x.device.type, enabled=False):
-        if implementation is reference:
+        loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
+        if loss is None:
             loss = reference.evaluate(x, parameters, objective)
-        else:
-            wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-            constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
-            loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
-            if gradients is not None:
-                total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
-                loss = loss._replace(total=total)
     value = float(loss.total.detach())
     if not math.isfinite(value):
         raise TrainingError(
@@ -86,6 +86,25 @@ def sae_loss(
             "diverged; check the embeddings, or train with a smaller learning rate"
         )
     return loss
+
+
+def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss | None:
+    """The loss by an implementation that brings its gradients; None where it fails to compile or to launch."""
+    wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+    constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
+    loss: SAELoss
+    gradients: Parameters | None
+    try:
+        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
+    except (MsaeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as err:  # noqa: BLE001 (a compiler can fail in any way)
+        give_up(implementation.__name__.rpartition(".")[2], err)
+        return None
+    if gradients is None:
+        return loss
+    total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
+    return loss._replace(total=total)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -135,23 +154,22 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
 def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
     if kernel not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    name = x.device.type if kernel == "auto" else kernel
-    if kernel == "reference" or (kernel == "auto" and (name not in ("cpu", "cuda") or _obstacle(name, x, objective))):
+    name = "cpu" if kernel == "auto" else kernel
+    if kernel == "reference" or (kernel == "auto" and _obstacle(name, x, objective)):
         return reference
     obstacle = _obstacle(name, x, objective)
     if obstacle:
         raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
-    implementation, reason = load(name)
-    if implementation is None and kernel != "auto":
-        raise MissingDependencyError(f"kernel {name} cannot be used here ({reason}); give kernel auto or reference")
-    return implementation or reference
+    if kernel != "auto" and importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise MissingDependencyError(f"kernel {name} needs {_PACKAGES[name]}, which is not installed; give kernel auto")
+    return load(name) or reference
 
 
 def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
     """What an implementation leaves to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
-    if x.device.type != name and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type != name and (name != "cuda" or os.environ.get("TRITON_INTERPRET") != "1"):
         return f"tensors on {x.device.type}"
     if objective.selection.bandwidth is not None:
         if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is

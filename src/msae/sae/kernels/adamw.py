@@ -28,7 +28,7 @@ def adamw_step_(optimizer: torch.optim.AdamW, *, unit_rows: nn.Parameter, max_gr
     Args:
         unit_rows: A parameter of `optimizer` whose rows have norm one.
     """
-    implementation, _ = load("cpu") if _fits(optimizer, unit_rows) else (None, "")
+    implementation = load("cpu") if _fits(optimizer, unit_rows) else None
     if implementation is None:
         return _one_by_one(optimizer, unit_rows, max_grad_norm)
     return _fused(implementation, optimizer, unit_rows, max_grad_norm)

@@ -98,4 +98,4 @@ class SAELoss(NamedTuple):
     fired: Bool[Tensor, " d_sae"]
     """Latents that were active in some row."""
     smallest_kept: float
-    """Smallest pre-activation that took part, 0 where none did: BatchTopK's threshold. A soft cap does not change it."""
+    """Smallest pre-activation that took part, 0 where none did: BatchTopK's threshold; no soft cap changes it."""

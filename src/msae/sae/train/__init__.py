@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-from msae.base.config import from_mapping, read_toml
+from msae.base.config import settings_from
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
-from msae.sae.train.settings import TrainSettings
+from msae.sae.train.settings import TrainOptions, TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
 from msae.sae.train.training import Training, describe_run
 
 __all__ = [
     "StepResult",
+    "TrainOptions",
     "TrainSettings",
     "describe_run",
     "learning_rate",
@@ -31,7 +32,7 @@ def train(
     resume: bool = False,
     config: str | Path | None = None,
     settings: TrainSettings | None = None,
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> SAE:
     """Train an SAE on the rows of a store and write it into the folder `out`.
 
@@ -42,13 +43,12 @@ def train(
         options: Fields of `TrainSettings`.
 
     Raises:
-        ConfigError: A setting is unknown or contradicts another.
-        RunError: `out` already holds a run and `resume` is not given, or that run had other settings.
+        ConfigError: A setting is unknown or contradicts another, or `settings` are given beside others.
+        RunError: `out` already holds a run and `resume` is not given, that run had other settings, or another process
+            writes into `out`.
         TrainingError: The loss diverged; the last good checkpoint is kept.
         Interrupted: Ctrl-C; a checkpoint was saved.
     """
-    if settings is None:
-        values = {**(read_toml(Path(config)) if config else {}), **options}
-        settings = from_mapping(TrainSettings, values, where=str(config) if config else "train")
+    settings = settings_from(TrainSettings, settings, options, config=config, where="train")
     store = as_store(store, settings.modality)
     return Training(Path(out), store, settings.resolve(store)).train(resume=resume)

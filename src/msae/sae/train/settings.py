@@ -5,69 +5,92 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError
 from msae.base.loggers import LoggerName
 from msae.data.store import EmbeddingStore
 from msae.sae import losses
+from msae.sae.kernels import Kernel
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
 from msae.sae.standardize import Modality
 
 Recipe = Literal["default", "poster"]
+Arithmetic = Literal["float32", "bfloat16"]
 LEARNING_RATES: Mapping[Recipe, Mapping[Kind, float]] = {
     "poster": {"matryoshka": 1e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-5, "jumprelu": 5e-4},
     "default": {"matryoshka": 5e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-4, "jumprelu": 5e-4},
 }
+DEFAULT_K = 64
+DEFAULT_L1 = 0.003
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What to train and how. A None is filled in by the recipe when training starts."""
+    """What to train and how. What is left out is filled in by the recipe when training starts."""
 
     kind: Kind = "matryoshka"
+    """Which SAE. matryoshka: nested levels. topk: the k strongest latents of each row. batchtopk: k a row on average.
+    jumprelu: a threshold for each latent, learnt. relu: every positive latent, kept sparse by an L1 penalty."""
     weighting: Weighting = "uniform"
-    """Of a Matryoshka SAE's levels: `reverse` makes the smallest level weigh most."""
+    """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most."""
     levels: tuple[int, ...] | None = None
-    """Latents kept at each level; None doubles from 64 up to d_sae."""
+    """Latents kept at each level of a matryoshka SAE. Default: 64, doubled up to all latents (fewer than 64 for a small
+    SAE)."""
+    widths: tuple[int, ...] | None = None
+    """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
+    row keeps k on average. The last must be all latents. Default: off."""
     weights: tuple[float, ...] | None = None
-    """One weight per level, instead of `weighting`."""
-    k: int = 64
-    """Active latents of topk; mean active latents of batchtopk and jumprelu."""
-    l1: float = 0.003
-    """Weight of the L1 penalty of kind relu."""
+    """A weight for each of the levels or widths, instead of a weighting. Default: as the weighting says."""
+    k: int | None = None
+    """Active latents a row: exactly for topk, on average for batchtopk, jumprelu and widths. Default there: 64."""
+    l1: float | None = None
+    """Weight of the L1 penalty of kind relu. Default there: 0.003."""
     expansion: float = 8
-    """d_sae over d_in."""
+    """Latents for each dimension of the embeddings."""
     d_sae: int | None = None
-    """Number of latents, instead of `expansion`."""
+    """Number of latents. Default: expansion times the dimensions of the embeddings."""
     epochs: int | None = None
+    """Passes over the rows. Default: 30; 20 for the poster's recipe at expansion 32 and above."""
     batch_size: int | None = None
+    """Rows in a step. Default: a power of two from 64 to 4096 that gives about 200 steps an epoch; the poster's recipe:
+    4096."""
     lr: float | None = None
+    """Learning rate. Default: 5e-4; the poster's recipe: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
     seed: int = 0
+    """Random seed of the initial weights and of the order of the rows."""
     modality: Modality = "image"
+    """Which embeddings of the store to train on."""
     recipe: Recipe = "default"
-    """`poster` is the paper's recipe to the letter."""
+    """Where the defaults come from. poster: the paper's recipe to the letter."""
     warmup: float | None = None
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps, at the start, over which the learning rate rises from 0. Default: 0.05; the poster's recipe:
+    0."""
     decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
     max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
     soft_cap: float | None = None
+    """Largest activation c, by c * tanh(z / c). Default: no cap."""
     auxiliary: float = 0.0
     """Weight of the loss that revives dead latents; 1/32 is usual, 0 is off."""
     dead_after: int = 100_000
-    """A latent is dead once it has not fired for this many rows; the auxiliary loss acts on those."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products inside the step; weights, sums and the optimiser stay float32. bfloat16 is not exact."""
+    """Rows without firing after which a latent counts as dead for that loss."""
+    precision: Arithmetic = "float32"
+    """Arithmetic of products inside a step; weights, sums and the optimizer stay float32. bfloat16 is less exact."""
+    kernel: Kernel = "auto"
+    """What computes the loss. auto: compiled loops on a CPU, plain torch elsewhere. cuda: Triton, never yet run on a
+    GPU."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints; None makes one every minute."""
+    """Steps between two checkpoints. Default: one a minute."""
     loggers: tuple[LoggerName, ...] = ()
-    """Beside metrics.jsonl."""
+    """Where figures go beside metrics.jsonl."""
     device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1 and so on."""
 
     def __post_init__(self) -> None:
         positive = ("expansion", "d_sae", "epochs", "batch_size", "lr", "k", "max_grad_norm", "log_every", "dead_after")
@@ -76,38 +99,102 @@ class TrainSettings:
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
         for name in ("l1", "auxiliary"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} is negative; give 0 to turn it off")
         for name in ("decay", "warmup"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is a share of the steps; give a number in 0 to 1")
-        if self.levels is not None:
-            losses.check_levels(self.levels, self.weights or (1.0,) * len(self.levels))
-        if self.weights is not None and self.levels is None:
-            raise ConfigError("--weights without --levels; give one weight for each of the levels you name")
-        if self.kind != "matryoshka" and (self.levels or self.weights or self.weighting != "uniform"):
-            raise ConfigError(
-                f"--levels, --weights and --weighting belong to matryoshka; leave them out for {self.kind}"
-            )
+        if self.levels and self.widths:
+            raise ConfigError("--levels and --widths are two different Matryoshka SAEs; give one of them")
+        for noun, nested in (("levels", self.levels), ("widths", self.widths)):
+            if nested is not None:
+                losses.check_levels(nested, self.weights or (1.0,) * len(nested), noun=noun)
+        if self.weights is not None and self.levels is None and self.widths is None:
+            raise ConfigError("--weights without --levels; give one weight for each of the levels or widths you name")
 
     def resolve(self, store: EmbeddingStore) -> TrainSettings:
-        """A copy with every None filled in for this store."""
+        """A copy with everything filled in for this store.
+
+        Raises:
+            ConfigError: A setting is given that this kind does not use.
+        """
+        self._check_kind()
         poster = self.recipe == "poster"
         d_sae = self.d_sae or round(self.expansion * store.d_in)
+        is_nested, counts = self.kind == "matryoshka", self.counts_latents
         levels = self.levels or losses.default_levels(d_sae, smallest=min(64, max(1, d_sae // 8)))
-        weights = self.weights or losses.level_weights(self.weighting, len(levels))
-        nested = self.kind == "matryoshka"
+        weights = self.weights or losses.level_weights(self.weighting, len(self.widths or levels))
+        if self.widths and self.widths[-1] != d_sae:
+            raise ConfigError(f"the last of --widths is {self.widths[-1]}; give all latents, {d_sae}, as the last one")
         return dataclasses.replace(
             self,
             d_sae=d_sae,
-            levels=levels if nested else None,
-            weights=weights if nested else None,
+            levels=levels if is_nested and not self.widths else None,
+            weights=weights if is_nested else None,
+            k=(self.k or DEFAULT_K) if counts else None,
+            l1=(DEFAULT_L1 if self.l1 is None else self.l1) if self.kind == "relu" else None,
             epochs=self.epochs or (20 if poster and self.expansion >= 32 else 30),
             batch_size=min(self.batch_size or (4096 if poster else _batch_size_for(len(store))), len(store)),
             lr=self.lr or LEARNING_RATES[self.recipe][self.kind],
             warmup=self.warmup if self.warmup is not None else (0.0 if poster else 0.05),
             device=as_device(self.device),
         )
+
+    @property
+    def counts_latents(self) -> bool:
+        """Whether `k` says how many latents are active."""
+        return self.kind in ("topk", "batchtopk", "jumprelu") or self.widths is not None
+
+    def _check_kind(self) -> None:
+        """Refuse what this kind would ignore. Not before: a file may give the levels, and the command line the kind."""
+        nesting = self.levels or self.widths or self.weights or self.weighting != "uniform"
+        if self.kind != "matryoshka" and nesting:
+            raise ConfigError(
+                f"--levels, --widths, --weights and --weighting belong to matryoshka; leave them out for {self.kind}"
+            )
+        # A run's own config.json has both, in agreement.
+        as_weighted = losses.level_weights(self.weighting, len(self.weights or ()))
+        if self.weights and self.weighting != "uniform" and self.weights != as_weighted:
+            raise ConfigError(f"--weights and --weighting {self.weighting} are both given; give one of them")
+        if self.k is not None and not self.counts_latents:
+            raise ConfigError(
+                f"--k belongs to topk, batchtopk, jumprelu and --widths, but the kind is {self.kind}; "
+                f"leave it out, or give another --kind"
+            )
+        if self.l1 is not None and self.kind != "relu":
+            raise ConfigError(f"--l1 belongs to relu, but the kind is {self.kind}; leave it out, or give --kind relu")
+
+
+class TrainOptions(TypedDict, total=False):
+    """The fields of `TrainSettings`, as keywords that an editor completes."""
+
+    kind: Kind
+    weighting: Weighting
+    levels: tuple[int, ...] | None
+    widths: tuple[int, ...] | None
+    weights: tuple[float, ...] | None
+    k: int | None
+    l1: float | None
+    expansion: float
+    d_sae: int | None
+    epochs: int | None
+    batch_size: int | None
+    lr: float | None
+    seed: int
+    modality: Modality
+    recipe: Recipe
+    warmup: float | None
+    decay: float
+    max_grad_norm: float
+    soft_cap: float | None
+    auxiliary: float
+    dead_after: int
+    precision: Arithmetic
+    kernel: Kernel
+    log_every: int
+    checkpoint_every: int | None
+    loggers: tuple[LoggerName, ...]
+    device: str
 
 
 def _batch_size_for(n_rows: int) -> int:

@@ -42,22 +42,24 @@ def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_i
     weights: Sequence[float] = (1.0,)
     match settings.kind:
         case "matryoshka":
-            assert settings.levels is not None and settings.weights is not None
-            selection, weights = Selection(levels=settings.levels), settings.weights
+            assert settings.weights is not None
+            nested = (settings.levels or (), settings.widths or (), settings.k if settings.widths else None)
+            selection, weights = Selection(*nested), settings.weights
         case "topk":
+            assert settings.k is not None
             selection = Selection(levels=(settings.k,))
         case "batchtopk":
             selection = Selection(batch_k=settings.k)
         case "jumprelu":
             selection, l0 = Selection(bandwidth=JUMPRELU_BANDWIDTH), 1.0
         case "relu":
-            selection, l1 = Selection(), settings.l1
+            selection, l1 = Selection(), settings.l1 or 0.0
 
     def objective(sae: SAE, x: Tensor) -> SAELoss:
         threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
         return sae_loss(
             x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, selection=selection, weights=weights, l1=l1, l0=l0,
-            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold,
+            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, kernel=settings.kernel,
         )  # fmt: skip
 
     return objective

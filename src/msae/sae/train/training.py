@@ -29,6 +29,7 @@ from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite
+from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
@@ -61,8 +62,9 @@ class Training:
             d_in=store.d_in,
             d_sae=settings.d_sae,
             kind=settings.kind,
-            k=settings.k if settings.kind in ("topk", "batchtopk", "jumprelu") else None,
+            k=settings.k,
             levels=settings.levels,
+            widths=settings.widths,
             soft_cap=settings.soft_cap,
             encoder=store.encoder,
             encoder_revision=store.encoder_revision,
@@ -160,7 +162,7 @@ class Training:
         }
 
     def _step(self, state: _State, x: Tensor) -> StepResult:
-        """One step. Its loss also tells whether the weights before it, of which there may be a checkpoint, are sound."""
+        """One step. Its loss tells whether the weights before it, which may be in a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
             result = train_step(state.sae, x, state.optimizer, self.settings, dead)
@@ -296,6 +298,11 @@ class Training:
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("d_in") != mine["d_in"]:
+        raise RunError(
+            f"{folder} was trained on {theirs.get('d_in')}-dim embeddings ({theirs.get('store')}), but {mine['store']} "
+            f"holds {mine['d_in']}-dim ones; give that store, or another --out"
+        )
     promised = theirs.get("store_fingerprint")
     if promised != mine["store_fingerprint"]:
         if is_sampled_fingerprint(str(promised)):
@@ -306,14 +313,17 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )
-    before = theirs.get("train", {})
+    before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is computed.
         if name in ("device", "loggers", "log_every", "checkpoint_every"):
             continue
-        if before.get(name) != value:
+        if value is None and name in ("k", "l1"):  # not used by this kind; earlier versions recorded their defaults
+            continue
+        theirs_value = before.get(name, defaults.get(name))  # a setting that did not exist yet had its default
+        if theirs_value != value:
             raise RunError(
-                f"{folder} was started with {name} {before.get(name)}, not {value}; give the same, or another --out"
+                f"{folder} was started with {name} {theirs_value}, not {value}; give the same, or another --out"
             )
 
 
@@ -351,14 +361,16 @@ def _ctrl_c() -> Iterator[Any]:
 
 def describe_run(folder: str | Path) -> dict[str, Any]:
     """What a run folder holds, for `msae info`: settings, store, and how far it came."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    is_finished = (folder / "sae.json").exists()
-    state = "finished" if is_finished else f"interrupted at {checkpoints[-1].name if checkpoints else 'the start'}"
+    run = Run.open(folder)
+    config = run.settings
+    if not config:
+        known = {key: value for key, value in to_mapping(run.sae.config).items() if value is not None}
+        return {"run": str(folder), "state": "an SAE that was not trained here", **known}
+    is_finished = run.folder is not None and (run.folder / "sae.json").exists()
+    began = run.checkpoints[-1].name if run.checkpoints else "the start"
     return {
         "run": str(folder),
-        "state": state,
+        "state": "finished" if is_finished else f"interrupted at {began}",
         "store": config["store"],
         "n_rows": config["n_rows"],
         "d_in": config["d_in"],

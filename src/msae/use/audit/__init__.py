@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from msae.base.errors import ConfigError, RunError
-from msae.concepts.names import ConceptNames, as_names
+from msae.concepts.concept import Names, groups_of, is_numbers
+from msae.concepts.names import as_names, names_of
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, Inference
+from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
-from msae.use.audit.subjects import concept_groups, make_subject, parse_class_texts
+from msae.use.audit.subjects import make_subject, parse_class_texts
 from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
 
@@ -35,8 +37,6 @@ __all__ = [
     "audit",
     "parse_class_texts",
 ]
-
-Names = ConceptNames | Mapping[str, Sequence[int]]
 
 
 def audit(
@@ -61,7 +61,7 @@ def audit(
 
     Args:
         target: The metadata column of true classes; rows without one are left out. Needless with a classifier.
-        concept: Names, or latents as `#123`; without any, every named concept.
+        concept: Names, latents as `#123`, or several of these divided by `|`; without any, every named concept.
         classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
         class_texts: For each class a text: CLIP's zero-shot classifier.
         train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
@@ -81,7 +81,7 @@ def audit(
         view, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store, seed=seed,
         positive=positive,
     )  # fmt: skip
-    groups, notes = _groups(sae, view.sae, concept, names, all_latents=all_latents)
+    groups, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))
     auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
     concepts, sample = auditor.run()
@@ -97,36 +97,32 @@ def audit(
 
 
 def _groups(
-    run: SAE | str | Path,
-    sae: SAE,
+    run: Run,
     asked: Sequence[str],
     names: Names | str | Path | None,
     *,
     all_latents: bool,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """The latents of each concept, and what to say about the choice."""
+    d_sae = run.sae.d_sae
     if all_latents:
-        return {f"#{latent}": (latent,) for latent in range(sae.d_sae)}, []
-    only_numbers = bool(asked) and all(one.startswith("#") for one in asked)
+        return {f"#{latent}": (latent,) for latent in range(d_sae)}, []
+    only_numbers = bool(asked) and all(is_numbers(one) for one in asked)
     if names is None and not only_numbers:
-        if isinstance(run, SAE):
+        if run.folder is None:
             if asked:
                 raise ConfigError(f"nothing here says which latent is {asked[0]!r}; give names=, or latents as '#123'")
-            return _groups(run, sae, asked, names, all_latents=True)[0], [
+            return _groups(run, asked, names, all_latents=True)[0], [
                 "the SAE has no names here, so every latent was audited; names= takes what msae.name gave"
             ]
-        names = run
+        names = names_of(run)
+        names = run.folder if names is None else names
     if isinstance(names, str | Path):
         try:
             names = as_names(names)
         except RunError as err:
             raise RunError(f"{err}, or audit every latent with --all-latents") from err
-    if isinstance(names, ConceptNames):
-        words = sorted({one.name for one in names})
-        by_name = {word: [one.latent for one in names if one.name == word] for word in words}
-    else:
-        by_name = {name: list(latents) for name, latents in (names or {}).items()}
-    groups = concept_groups(asked, by_name, sae.d_sae)
+    groups = groups_of(asked, names, d_sae)
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
     return groups, []

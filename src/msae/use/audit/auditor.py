@@ -167,7 +167,8 @@ class Auditor:
         is_target = name.casefold() in {one.casefold() for one in classes}
         if fires == 0:
             never = f"never fires on {self.view.store.path}"
-            return ConceptAudit(name, group, is_target, 0.0, test=self.test, note=never)
+            shift = associations["train_shift"]  # it may fire in the training rows
+            return ConceptAudit(name, group, is_target, 0.0, train_shift=shift, test=self.test, note=never)
         place = _moved_most(part.measured, column)
         edits = {
             kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))

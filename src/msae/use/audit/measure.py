@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msae.concepts.concept import quantiles_above_zero
 from msae.use.audit.subjects import Subject
 from msae.use.classifier import LinearClassifier
 from msae.use.interventions import Concepts, Push, edited_logits
@@ -60,12 +61,9 @@ class Measured:
 
 def quantiles(strengths: Float32[np.ndarray, "n c"]) -> dict[str, Float[Tensor, " c"]]:
     """The natural quantiles of each concept's strengths above 0; 0 for a concept that never fires."""
-    found = np.zeros((len(QUANTILES), strengths.shape[1]), np.float32)
-    for column in range(strengths.shape[1]):
-        positive = strengths[:, column][strengths[:, column] > 0]
-        if len(positive):
-            found[:, column] = np.quantile(positive, list(QUANTILES.values()))
-    return dict(zip(QUANTILES, torch.from_numpy(found), strict=True))
+    columns = torch.from_numpy(strengths).unbind(1)
+    found = torch.stack([quantiles_above_zero(column, list(QUANTILES.values())) for column in columns], 1)
+    return dict(zip(QUANTILES, found, strict=True))
 
 
 @torch.no_grad()

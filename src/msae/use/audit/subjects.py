@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from msae.base.errors import ConfigError, nearest
+from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore
-from msae.data.store.labels import class_names
+from msae.data.store.labels import class_names, labelled_rows
 from msae.data.store.rows import PATH_COLUMNS
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.holdout import hold_out
@@ -187,7 +187,9 @@ def _make_subject(
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
     other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
     theirs = labels if other is view else labels_of(other.store, target)
-    held = hold_out(other.store, store, modality, train_rows=_labelled(theirs), on_rows=_labelled(labels), seed=seed)
+    held = hold_out(
+        other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed
+    )
     source = f"half of {store.path}" if train_store is None else str(other.store.path)
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
     subject = _with_given(view, labels, fitted, rows=held.on, n_train=len(held.train))
@@ -195,10 +197,6 @@ def _make_subject(
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
     return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
-
-
-def _labelled(labels: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
-    return np.array([row for row, label in enumerate(labels) if label is not None], dtype=np.int64)
 
 
 def _training(
@@ -291,33 +289,3 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
     nothing = torch.zeros(store.d_in)
     source = f"zero-shot texts of {embedder.id}"
     return LinearClassifier(tuple(texts), weight, torch.zeros(len(texts)), nothing, nothing + 1, True, source)
-
-
-def concept_groups(
-    asked: Sequence[str], names: Mapping[str, Sequence[int]] | None, d_sae: int
-) -> dict[str, tuple[int, ...]]:
-    """The latents of every concept to audit: those asked for, by name or as `#123`, else all that have a name.
-
-    Raises:
-        ConfigError: A name is unknown (the nearest is suggested) or a latent is out of range.
-    """
-    known = {name: tuple(latents) for name, latents in (names or {}).items()}
-    outside = next((latent for latents in known.values() for latent in latents if not 0 <= latent < d_sae), None)
-    if outside is not None:
-        raise ConfigError(f"the names speak of latent {outside}, this SAE has {d_sae}; name its own latents again")
-    if not asked:
-        return known
-    by_case = {name.casefold(): name for name in known}
-    found: dict[str, tuple[int, ...]] = {}
-    for concept in asked:
-        if concept.startswith("#") and concept[1:].isdigit():
-            if int(concept[1:]) >= d_sae:
-                raise ConfigError(f"there is no latent {concept}; this SAE has #0 to #{d_sae - 1}")
-            found[concept] = (int(concept[1:]),)
-        elif concept.casefold().strip() in by_case:
-            name = by_case[concept.casefold().strip()]
-            found[name] = known[name]
-        else:
-            hint = nearest(concept.casefold(), by_case) or f"; {len(known)} names are known"
-            raise ConfigError(f"no latent is named {concept!r}{hint}; #123 is latent 123")
-    return found

@@ -1,4 +1,4 @@
-"""`search`: the nearest neighbours of an embedding in which concepts were turned up or down."""
+"""`search`: the nearest neighbours of an embedding in which concepts were raised or lowered."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def search(
     encoder: str | None = None,
     embedder: Embedder | None = None,
 ) -> SearchResult:
-    """The rows of a store nearest to a query, before and after concepts of the query were turned up or down.
+    """The rows of a store nearest to a query, before and after concepts of the query were raised or lowered.
 
     Args:
         sae: A run folder, or an SAE.
@@ -63,7 +63,7 @@ def search(
         space: `embedding` is by cosine; `latent` by the L1 distance of activations.
         keep_residual: Add back what the SAE does not reconstruct of the query.
         exclusive: Also set to 0 the concepts of the same kind as one that is raised.
-        strict: Turn the latents that bear a name alone, and not what moves with them.
+        strict: Edit only the named latents; leave correlated latents unchanged.
         names: Names of the latents; None takes the run folder's, if there are any.
         encoder: The model for `image` and `text`; None is the one that made the store.
         embedder: That model, loaded.
@@ -72,7 +72,7 @@ def search(
         ConfigError: An edit, filter or option is wrong, or a concept unknown.
         StoreError: The store does not fit the SAE, or has no such row or modality.
         SourceError: The picture cannot be read.
-        MissingDependencyError: faiss is not installed.
+        MissingDependencyError: transformers is not installed, for `image` and `text`.
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
     how = How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))

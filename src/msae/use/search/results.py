@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from msae.base.results import Result
+from msae.data.store import Row
+from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.standardize import Modality
 
 Space = Literal["embedding", "latent"]
@@ -22,25 +26,18 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hit:
+class Hit(Row):
     """One row that was found."""
 
     rank: int
     """Place in the answer to the edited query; 1 is the best."""
-    id: str
     score: float
     """Cosine to the edited query; in latent space, minus the L1 distance of the activations."""
     rank_before: int
     """Place in the answer to the query as it was."""
     score_before: float
-    row: int
-    path: str | None
-    """Of the picture, where the store knows it."""
-    caption: str | None
     shared: tuple[Shared, ...]
     """At most five, those that both have most of first."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else the store's metadata says, such as labels."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shared": [shared._asdict() for shared in self.shared]}
@@ -67,8 +64,8 @@ class AppliedEdit:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Result):
     """The neighbours of an edited query, and of the query as it was."""
 
     store: str
@@ -103,7 +100,27 @@ class SearchResult:
             "warnings": list(self.warnings),
         }
 
-    def table(self) -> str:
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each hit, with the metadata's columns beside what was found."""
+        found = []
+        for hit in self.hits:
+            record = hit.to_dict()
+            columns = record.pop("columns")
+            shares = ", ".join(shared.concept for shared in hit.shared)
+            found.append({**columns, **record, "shared": shares})
+        return found
+
+    def _repr_html_(self) -> str:
+        """Pictures before and after the edits, for a notebook."""
+        head, album = html.escape(self.to_text().splitlines()[0]), Album(self.roots, NOTEBOOK_SIDE)
+        parts = [f"<p>{head}</p>", *(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)]
+        before = [(f"{hit.rank_before}. {hit.score_before:.3f}", hit) for hit in self.before]
+        after = [(f"{hit.rank}. {hit.score:.3f}", hit) for hit in self.hits]
+        for title, hits in (("Before", before), ("After", after)) if before else (("Found", after),):
+            parts.append(f"<h4>{title}</h4>{figures_html(hits, album)}")
+        return "".join(parts)
+
+    def to_text(self) -> str:
         """What `msae search` prints."""
         lines = [f"neighbours of {self.kind} {self.value!r} among the {self.modality} rows of {self.store}"]
         for edit in self.edits:

@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
+from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, as_sae, check_fit, run_folder
+from msae.sae.model import SAE
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import NeighbourIndex
-from msae.use.search.handles import Handles
+from msae.use.search.editing import edit_query
+from msae.use.search.exact import ExactRows
 from msae.use.search.query import Ask, Query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 from msae.use.search.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
-from msae.use.search.turning import turn
 
 SHARED = 5
 """Concepts that are named with a hit."""
@@ -53,7 +56,7 @@ class How:
 class Searcher:
     """A store, an SAE and its names, ready for many searches: what one search prepared the next one uses.
 
-    May be used from several threads; it holds nothing of a query but the handles of the concepts that were turned.
+    May be used from several threads; it holds nothing of a query but the concepts that were edited.
     """
 
     def __init__(
@@ -61,12 +64,12 @@ class Searcher:
     ) -> None:
         self.sae, self.store, self.searched, self.names = sae, store, searched, names
         self._remember = remember
-        self._handles: dict[tuple[Modality, bool], Handles] = {}
+        self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
 
     @classmethod
     def open(
         cls,
-        sae: SAE | str | Path,
+        sae: RunLike,
         on: EmbeddingStore | str | Path,
         *,
         modality: Modality | None = None,
@@ -82,24 +85,28 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, model = as_store(on, modality), as_sae(sae)
-        known = as_names(names) if names is not None else names_of(run_folder(sae), model.d_sae)
-        check_fit(model, store, run=sae)
-        return cls(model, store, modality or store.modalities[0], known, remember=remember)
+        store, run = as_store(on, modality), Run.open(sae)
+        known = as_names(names) if names is not None else names_of(run)
+        run.check_fit(store)
+        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember)
 
     @cached_property
-    def index(self) -> NeighbourIndex:
+    def index(self) -> NeighbourIndex | ExactRows:
         """Of the rows that are searched; built when first asked for."""
         return open_index(self.store, self.searched)
 
-    def handles(self, modality: Modality, *, strict: bool = False) -> Handles:
-        """What makes concepts things to turn in queries of `modality`."""
+    def concepts(self, modality: Modality, *, strict: bool = False) -> ConceptSet:
+        """The concepts that can be edited in queries of `modality`.
+
+        What is natural in a caption is not what is natural in a picture: they are learnt from rows of the query's
+        modality, where the store has them.
+        """
         key = (modality, strict)
-        if key not in self._handles:
-            self._handles[key] = Handles(
-                self.sae, self.store, modality, self.names, strict=strict, remember=self._remember
-            )
-        return self._handles[key]
+        if key not in self._concepts:
+            natural = modality if modality in self.store.modalities else self.store.modalities[0]
+            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS)
+            self._concepts[key] = ConceptSet(view, self.names, strict=strict, remember=self._remember)
+        return self._concepts[key]
 
     def search(self, ask: Ask, how: How) -> SearchResult:
         """The nearest rows before and after the edits; raises what `msae.search` raises."""
@@ -109,16 +116,16 @@ class Searcher:
         """The same of a query that was read before."""
         sae, store = self.sae, self.store
         keep = _kept(store, how.filter, query)
-        handles = self.handles(query.modality, strict=how.strict)
-        edits = [Edit(handles.of(concept), change) for concept, change in how.edits]
+        concepts = self.concepts(query.modality, strict=how.strict)
+        edits = [Edit(concepts[concept], change) for concept, change in how.edits]
         if how.space == "latent":
             check_modality(sae, query.modality, self.searched)
-        turned = turn(sae, query, edits, handles, exclusive=how.exclusive, keep_residual=how.keep_residual)
+        edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
-            found = search_latents(sae, store, self.searched, turned, how.n, keep)
+            found = search_latents(sae, store, self.searched, edited, how.n, keep)
         else:
-            found = search_embeddings(self.index, turned, how.n, keep)
-        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, turned.z_edited))
+            found = search_embeddings(self.index, edited, how.n, keep)
+        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
         return SearchResult(
             store=str(store.path),
             kind=query.kind,
@@ -126,10 +133,10 @@ class Searcher:
             query_modality=query.modality,
             modality=self.searched,
             space=how.space,
-            edits=turned.edits,
+            edits=edited.edits,
             hits=describe(found.after, flipped=False),
-            before=describe(found.before, flipped=True) if turned.is_changed else (),
-            warnings=turned.warnings,
+            before=describe(found.before, flipped=True) if edited.is_changed else (),
+            warnings=edited.warnings,
             roots=store.picture_roots,
             query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
         )
@@ -196,16 +203,12 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
     rows = store.describe_rows(found.rows)
     return tuple(
         Hit(
+            **vars(row),
             rank=int(after[0][i]),
-            id=row.id,
             score=float(after[1][i]),
             rank_before=int(before[0][i]),
             score_before=float(before[1][i]),
-            row=row.row,
-            path=row.path,
-            caption=row.caption,
             shared=shared,
-            columns=row.columns,
         )
         for i, (row, shared) in enumerate(zip(rows, sharing.of(found.rows), strict=True))
     )

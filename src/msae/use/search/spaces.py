@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ from msae.base.progress import progress
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.neighbours import NeighbourIndex, Neighbours
-from msae.use.search.turning import Turned
+from msae.use.search.editing import EditedQuery
+from msae.use.search.exact import ExactRows
 
 BUILD_ROWS = 8192
 """Rows read at once while an index is built."""
@@ -38,23 +41,25 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(index: NeighbourIndex, turned: Turned, n: int, keep: NDArray[np.bool_] | None) -> Both:
+def search_embeddings(
+    index: NeighbourIndex | ExactRows, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
+) -> Both:
     """The rows of the largest cosine, exact in float32."""
-    before = index.search(turned.x, n, keep=keep)
-    if not turned.is_changed:
+    before = index.search(edited.x, n, keep=keep)
+    if not edited.is_changed:
         return _unmoved(before)
-    after = index.search(turned.x_edited, n, keep=keep)
+    after = index.search(edited.x_edited, n, keep=keep)
     return Both(
-        _ranked_by(index, before, turned.x_edited, after, keep), _ranked_by(index, after, turned.x, before, keep)
+        _ranked_by(index, before, edited.x_edited, after, keep), _ranked_by(index, after, edited.x, before, keep)
     )
 
 
 def search_latents(
-    sae: SAE, store: EmbeddingStore, modality: Modality, turned: Turned, n: int, keep: NDArray[np.bool_] | None
+    sae: SAE, store: EmbeddingStore, modality: Modality, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
 ) -> Both:
     """The rows whose activations are nearest in L1, from one pass in blocks; scores are minus the distance."""
-    assert turned.z is not None and turned.z_edited is not None
-    scores = -l1_distances(sae, store, modality, torch.stack([turned.z, turned.z_edited]))
+    assert edited.z is not None and edited.z_edited is not None
+    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]))
     allowed = np.arange(len(store)) if keep is None else np.flatnonzero(keep)
     orders = [allowed[np.lexsort((allowed, -score[allowed]))] for score in scores]
     answers = []
@@ -76,13 +81,14 @@ def check_modality(sae: SAE, *modalities: Modality) -> None:
         sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
 
 
-def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex:
-    """The index of a store, built beside it when first asked for.
+def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | ExactRows:
+    """The index of a store, built beside it when first asked for; without faiss, the rows themselves.
 
     Raises:
-        MissingDependencyError: faiss is not installed.
         StoreError: The store has no rows of `modality`, or they hold NaN.
     """
+    if importlib.util.find_spec("faiss") is None:
+        return ExactRows(store, modality)
     place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
     return NeighbourIndex.open(
         place,
@@ -107,21 +113,13 @@ def l1_distances(
     own = z[:, active]
     distances = np.empty((len(z), len(store)), np.float32)
     first = 0
-    with progress("encoding", total=len(store), unit="rows") as advance:
-        for batch in store.batches(modality, _block_rows(sae)):
-            theirs = sae.encode(torch.from_numpy(batch), modality)
-            total, theirs = theirs.sum(1), theirs[:, active]
-            for i, query in enumerate(own):
-                overlap = torch.minimum(theirs, query).sum(1)
-                distances[i, first : first + len(batch)] = (total + query.sum() - 2 * overlap).numpy()
-            first += len(batch)
-            advance(len(batch))
+    for theirs in View(sae, store, modality).activations(title="encoding"):
+        total, active_ones = theirs.sum(1), theirs[:, active]
+        for i, query in enumerate(own):
+            overlap = torch.minimum(active_ones, query).sum(1)
+            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).numpy()
+        first += len(theirs)
     return distances
-
-
-def _block_rows(sae: SAE) -> int:
-    """Rows whose activations take some 16 MB."""
-    return max(64, 2**22 // sae.d_sae)
 
 
 def _unmoved(found: Neighbours) -> Both:
@@ -130,7 +128,7 @@ def _unmoved(found: Neighbours) -> Both:
 
 
 def _ranked_by(
-    index: NeighbourIndex,
+    index: NeighbourIndex | ExactRows,
     found: Neighbours,
     other: NDArray[np.float32],
     other_found: Neighbours,

@@ -104,7 +104,7 @@ def correlate(run: LoadedRun, latent: int) -> torch.Tensor:
     """The correlation of a latent's activations with every other's on a sample of the store; -1 with itself."""
     modality = run.modalities[0]
     n, total, squares, products = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
-    for z in run.searcher(modality).handles(modality).sample_activations():
+    for z in run.searcher(modality).concepts(modality).sample_activations():
         own = z[:, latent]
         n += len(z)
         total = total + z.sum(0)

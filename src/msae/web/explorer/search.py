@@ -13,9 +13,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
-from msae.data.store import Row
+from msae.concepts.concept import LatentGroup
 from msae.sae.standardize import Modality
-from msae.use.edits import Change, Handle, parse_edit
+from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, How, SearchResult
 from msae.use.search.query import Query, read_query
 from msae.web.explorer.address import Address
@@ -33,7 +33,7 @@ class Slider(NamedTuple):
     """A concept with its place on a slider."""
 
     concept: str
-    handle: Handle
+    group: LatentGroup
     own: float
     """Its strength in the query."""
     value: float
@@ -47,8 +47,7 @@ class Slider(NamedTuple):
     @property
     def marks(self) -> dict[str, float]:
         """What is natural: the median, the 99th percentile and the largest strength of real rows."""
-        assert self.handle.natural is not None
-        natural = self.handle.natural
+        natural = self.group.natural
         return {"p50": natural.quantile(50), "p99": natural.quantile(99), "max": natural.maximum}
 
     @property
@@ -124,16 +123,16 @@ def sliders_of(run: LoadedRun, address: Address, query: Query) -> list[Slider]:
         ConfigError: A concept is unknown, or an edit is written wrongly; a query that the SAE cannot read.
     """
     z = run.sae.encode(torch.from_numpy(query.x).unsqueeze(0), query.modality)
-    handles = run.searcher(searched(run, address)).handles(query.modality, strict=True)
+    known = run.searcher(searched(run, address)).concepts(query.modality, strict=True)
     changed = dict(edits_of(address))
     concepts = dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed, *strongest(run, query, z[0])])
     made = []
     with run.preparing:
         for concept in list(concepts)[: SLIDERS + MAX_EDITS]:
-            handle = handles.of(concept)
-            own = float(handle.strength(z))
+            group = known[concept]
+            own = float(group.strength(z))
             change = changed.get(concept)
-            made.append(Slider(concept, handle, own, change.number if change else own))
+            made.append(Slider(concept, group, own, change.number if change else own))
     return made
 
 
@@ -188,10 +187,7 @@ def _found(world: World, run: LoadedRun, address: Address) -> dict[str, Any]:
         sides = {f"Nearest {answer.modality}s": answer.hits}
     return {
         "answer": answer,
-        "sides": [
-            (title, [(hit, Row(hit.row, hit.id, hit.path, hit.caption, hit.columns)) for hit in hits])
-            for title, hits in sides.items()
-        ],
+        "sides": sides.items(),
         "n_new": sum(hit.rank_before > HITS for hit in answer.hits),
         "hits": HITS,
         "command": _command(world, run, address),

@@ -24,6 +24,7 @@ from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.store import EmbeddingStore, as_store, find_picture
 from msae.data.store.rows import PATH_COLUMNS
+from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
@@ -32,7 +33,6 @@ from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
 from msae.web.report.facts import read_trained
-from msae.web.report.pictures import as_jpeg, thumbnail
 
 KEPT_SAMPLES = 48
 """Of each latent and modality: four pages of twelve."""

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.base.files import is_writable
 from msae.concepts.gallery.mining import SAMPLES_FOLDER
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore, as_store
+from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.table import COLUMNS, meanings_of
 from msae.sae.model import check_fit
@@ -25,7 +27,6 @@ from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
 from msae.web.report.facts import HEADINGS, Facts, facts_of
-from msae.web.report.pictures import Album
 from msae.web.report.views import (
     N_CONCEPTS,
     SIDE,
@@ -40,6 +41,7 @@ from msae.web.report.views import (
 )
 
 FILE = "report.html"
+CARD = "model card"
 LIMIT = 10_000_000
 """Bytes that no report reaches."""
 MAX_BESIDE = 31
@@ -61,16 +63,16 @@ class Report:
 
     path: Path
     card: Path | None
-    """The model card; None where a person wrote or edited the README.md of the run."""
+    """The model card; None where a person wrote or edited the README.md of the run, or it cannot be written."""
     size: int
     """Bytes of the page."""
     missing: tuple[Missing, ...]
 
     def to_text(self) -> str:
         lines = [f"{self.path}: {self.size / 1e6:.2f} MB, opens in any browser, offline"]
-        if self.card is None:
+        if self.card is None and all(one.section != CARD for one in self.missing):
             lines.append("README.md of the run was written or edited by hand and is left as it is")
-        else:
+        elif self.card is not None:
             lines.append(f"{self.card}: the model card")
         for section, why, line in self.missing:
             lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
@@ -111,7 +113,7 @@ def report(
     """
     folder = Path(run)
     facts = facts_of(folder)
-    path = _place(Path(out) if out is not None else folder / FILE)
+    path = _place(Path(out or facts.run.report_file or FILE))
     others = [facts_of(Path(one)) for one in beside if Path(one).resolve() != folder.resolve()]
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
@@ -119,7 +121,12 @@ def report(
     looked = _look(facts, on)
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
-    return Report(path, write_card(facts), len(text.encode()), tuple(missing))
+    card = None
+    try:
+        card = write_card(facts)
+    except OSError as err:
+        missing.append(Missing(CARD, f"{folder} cannot be written ({err.strerror})", None))
+    return Report(path, card, len(text.encode()), tuple(missing))
 
 
 def read_audit(file: Path) -> Audit:
@@ -141,6 +148,8 @@ def _place(path: Path) -> Path:
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {path} cannot be made; give another --out")
+    if not is_writable(parent):
+        raise ConfigError(f"{parent} cannot be written, so {path} cannot be made; give another place: --out {FILE}")
     return path
 
 

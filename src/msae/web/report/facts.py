@@ -86,7 +86,8 @@ class Facts:
         """In words, with what tells it from others of its kind."""
         settings, config = self.settings, self.config
         more = {
-            "matryoshka": f", {settings['weighting']} weighting" if settings.get("weighting") else "",
+            "matryoshka": (f" of widths, k = {config.k}" if config.widths else "")
+            + (f", {settings['weighting']} weighting" if settings.get("weighting") else ""),
             "relu": f", {settings['l1']:g}" if settings.get("l1") else "",
         }.get(config.kind, f", k = {config.k}" if config.k else "")
         return KINDS.get(config.kind, config.kind) + more
@@ -100,6 +101,7 @@ class Facts:
             ("embeddings of", f"{self.encoder}{revision}" if config.encoder else ""),
             ("size", f"{config.d_in:,} dimensions, {config.d_sae:,} latents ({config.d_sae / config.d_in:g} times)"),
             ("levels", ", ".join(f"{level:,}" for level in config.levels or ())),
+            ("widths", ", ".join(f"{width:,}" for width in config.widths or ())),
             ("standardises", " and ".join(self.sae.standardizer.statistics)),
             ("trained on", self._trained_on()),
         ]

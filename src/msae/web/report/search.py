@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from msae.data.thumbnails import Album
 from msae.use.search import Hit, SearchResult
 from msae.web import page
-from msae.web.report.pictures import Album
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""

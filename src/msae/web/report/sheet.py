@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from msae.base.errors import ConfigError
 from msae.base.files import atomic_path
 from msae.concepts.gallery import Gallery, Sample
+from msae.data.thumbnails import thumbnail
 from msae.web import page
-from msae.web.report.pictures import thumbnail
 
 if TYPE_CHECKING:
     from PIL import Image

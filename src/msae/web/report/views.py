@@ -15,11 +15,11 @@ from msae.concepts.gallery import ConceptTree, Magnitudes, concept_tree, magnitu
 from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore
+from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
 from msae.use.search import SearchResult, search
 from msae.web.report import figures
 from msae.web.report.facts import Facts
-from msae.web.report.pictures import Album
 
 N_CONCEPTS = 12
 N_PICTURES = 8

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msae.base.errors import SourceError
+from msae.base.results import shorten
 from msae.data.images import read_picture
-from msae.data.store import find_picture
+from msae.data.store import Row, find_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+NOTEBOOK_SIDE = 128
+"""Pixels of a picture's longer side in a notebook."""
 
 
 def thumbnail(path: str | None, roots: Iterable[Path], side: int) -> Image | None:
@@ -56,3 +62,17 @@ class Album:
             return None
         self.room -= len(uri)
         return uri
+
+
+def figures_html(rows: Sequence[tuple[str, Row]], album: Album) -> str:
+    """Rows with a few words each as figures side by side, for a notebook; whatever comes from the store is escaped."""
+    figures = []
+    for words, row in rows:
+        source = album.uri(row.path)
+        picture = f'<img src="{source}" alt="">' if source else ""
+        caption = html.escape(f"{words} {shorten(row.words, 60)}")
+        figures.append(
+            f'<figure style="display:inline-block;width:{album.side}px;margin:4px;vertical-align:top">{picture}'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f"<div>{''.join(figures)}</div>"

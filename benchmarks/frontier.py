@@ -1,0 +1,192 @@
+"""One SAE against every budget: error, firing and class F1 of recipes when only the k strongest latents are kept.
+
+    python benchmarks/frontier.py choose TRAIN --work FOLDER [--only NAME…]   recipes on rows held out of TRAIN
+    python benchmarks/frontier.py score TRAIN TEST --work FOLDER              the chosen ones, once, on TEST
+
+Each run writes one JSON file into FOLDER; what is there already is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+import msae
+
+KEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FIRING = (8, 16, 32, 64)
+"""Latents kept when firing is asked for; the F1 of the best of these counts."""
+HELD_OUT = 5_000
+BATCH = 1024
+
+
+def doubling(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ... last."""
+    return tuple(first * 2**i for i in range((last // first).bit_length()))
+
+
+MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
+    "first-default": {**MATRYOSHKA, "weighting": "reverse"},
+    "8-256": {**MATRYOSHKA, "levels": doubling(8, 256), "lr": 2e-3},
+    "8-512": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3},
+    "16-512": {**MATRYOSHKA, "levels": doubling(16, 512), "lr": 2e-3},
+    "8-512-decay": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "decay": 1.0},
+    "8-512-revived": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "auxiliary": 1 / 32, "dead_after": 20_000},
+    "16-512-rising": {
+        **MATRYOSHKA, "levels": doubling(16, 512), "weights": (1.0, 1.25, 1.5, 1.75, 2.0, 2.25), "lr": 2e-3,
+    },
+    "8-512-rising-decay": {
+        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 2e-3,
+        "decay": 1.0,
+    },
+    "8-512-fast": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 4e-3},
+    "8-512-rising-fast": {
+        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 4e-3,
+    },
+    "8-1024-rising-fast": {
+        **MATRYOSHKA, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
+    },
+    "8-4096": {**MATRYOSHKA, "levels": doubling(8, 4096), "lr": 2e-3},
+    "8-4096-last": {**MATRYOSHKA, "levels": (*doubling(8, 512), 4096), "lr": 2e-3},
+    **{f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr} for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 4e-3)},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["choose", "score"])
+    parser.add_argument("stores", nargs="+")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--labels", default="label")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--expansion", type=float, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    if arguments.what == "choose":
+        fit, judged = halves(arguments.stores[0], arguments.work)
+    else:
+        fit, judged = arguments.stores
+    for name in arguments.only:
+        for seed in arguments.seeds:
+            file = arguments.work / f"{arguments.what}-{name}-x{arguments.expansion:g}-e{arguments.epochs}-s{seed}.json"
+            if not file.exists():
+                record = measured(name, seed, str(fit), str(judged), arguments)
+                file.write_text(json.dumps(record, indent=1) + "\n")
+            show(json.loads(file.read_text()))
+
+
+def halves(train: str, work: Path) -> tuple[Path, Path]:
+    """Two stores in `work`: the rows of `train` to fit on, and those held out."""
+    paths = work / "fit.npy", work / "held-out.npy"
+    if not paths[1].exists():
+        import pyarrow.csv
+
+        store = msae.EmbeddingStore.open(train)
+        order = np.random.default_rng(2026).permutation(len(store))
+        work.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, (order[HELD_OUT:], order[:HELD_OUT]), strict=True):
+            rows = np.sort(rows)
+            pyarrow.csv.write_csv(store.metadata.take(rows), path.with_suffix(".csv"))
+            np.save(path, store.take(rows, "image").astype(np.float16))
+    return paths
+
+
+def measured(name: str, seed: int, fit: str, judged: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    out = arguments.work / "runs" / f"{arguments.what}-{name}-x{arguments.expansion:g}-e{arguments.epochs}-s{seed}"
+    began = time.process_time()
+    sae = msae.train(
+        fit, out=out, resume=True, epochs=arguments.epochs, batch_size=arguments.batch_size,
+        expansion=arguments.expansion, seed=seed, **RECIPES[name],
+    )  # fmt: skip
+    seconds = time.process_time() - began
+    return {"recipe": name, "seed": seed, "epochs": arguments.epochs, "expansion": arguments.expansion,
+            "cpu_seconds": seconds, **figures(sae, fit, judged, arguments.labels)}  # fmt: skip
+
+
+@torch.no_grad()
+def figures(sae: msae.SAE, fit: str, judged: str, labels: str) -> dict[str, Any]:
+    """FVU per sample at every k of `KEPT`, mean active latents, latents never among the 64 strongest, class F1."""
+    store = msae.EmbeddingStore.open(judged, modality="image")
+    errors = {k: 0.0 for k in KEPT if k <= sae.d_sae}
+    strongest = np.zeros(sae.d_sae, np.int64)
+    active = 0.0
+    for x in standardised(sae, store):
+        h = sae.pre_activations(x)
+        active += float((h > 0).sum())
+        values, latents = h.topk(64, dim=1)
+        strongest += np.bincount(latents[values > 0].numpy(), minlength=sae.d_sae)
+        length = x.square().sum(1)
+        for k in errors:
+            z = sae.activate(h, inference="topk", k=k) if k < sae.d_sae else sae.activate(h, inference="relu")
+            errors[k] += float(((x - sae.reconstruct(z)).square().sum(1) / length).sum())
+    f1 = {k: class_f1(sae, fit, judged, labels, k) for k in FIRING}
+    return {
+        "fvu_per_sample": {str(k): error / len(store) for k, error in errors.items()},
+        "l0": active / len(store),
+        "never_in_top_64": int((strongest == 0).sum()),
+        "d_sae": sae.d_sae,
+        "class_f1": {str(k): value for k, value in f1.items()},
+        "n_judged": len(store),
+    }
+
+
+def standardised(sae: msae.SAE, store: msae.EmbeddingStore) -> Iterator[torch.Tensor]:
+    for raw in store.batches("image", BATCH):
+        yield sae.standardizer.apply(torch.from_numpy(raw), "image")
+
+
+def class_f1(sae: msae.SAE, fit: str, judged: str, labels: str, k: int) -> float:
+    """Mean over classes of the F1 on `judged` of the latent whose firing fits the class best on `fit`."""
+    known = msae.EmbeddingStore.open(fit, modality="image")
+    new = msae.EmbeddingStore.open(judged, modality="image")
+    classes = {name: i for i, name in enumerate(sorted(set(known.column(labels)) & set(new.column(labels))))}
+    best = f1_table(*counts(sae, known, labels, classes, k)).argmax(1)
+    return float(f1_table(*counts(sae, new, labels, classes, k))[np.arange(len(classes)), best].mean())
+
+
+def counts(
+    sae: msae.SAE, store: msae.EmbeddingStore, labels: str, classes: dict[str, int], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows by class and firing latent, rows by class, rows by firing latent."""
+    fires = []
+    for x in standardised(sae, store):
+        values, latents = sae.pre_activations(x).topk(k, dim=1)
+        on = (values > 0).numpy()
+        rows = np.broadcast_to(np.arange(len(x))[:, None], on.shape)[on]
+        fires.append(sp.csr_array((np.ones(on.sum()), (rows, latents.numpy()[on])), shape=(len(x), sae.d_sae)))
+    firing = sp.vstack(fires).tocsr()
+    codes = np.array([classes.get(label, -1) for label in store.column(labels)])
+    rows = np.flatnonzero(codes >= 0)
+    member = sp.csr_array((np.ones(len(rows)), (codes[rows], rows)), shape=(len(classes), len(store)))
+    both = (member @ firing).toarray()
+    return both, np.asarray(member.sum(1)).ravel(), np.asarray(firing.sum(0)).ravel()
+
+
+def f1_table(both: np.ndarray, n_class: np.ndarray, n_fires: np.ndarray) -> np.ndarray:
+    return 2 * both / np.maximum(n_class[:, None] + n_fires[None, :], 1)
+
+
+def show(record: dict[str, Any]) -> None:
+    kept = "  ".join(f"{k}: {value:.4f}" for k, value in record["fvu_per_sample"].items() if int(k) >= 8)
+    best = max(record["class_f1"].values())
+    print(
+        f"{record['recipe']:22s} seed {record['seed']}  {kept}  l0 {record['l0']:.0f}  "
+        f"never {record['never_in_top_64']}  F1 {best:.3f}  {record['cpu_seconds']:.0f} CPU s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
