@@ -18,10 +18,9 @@ from msae.sae.model import SAE, Inference
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
-from msae.use.audit.auditor import N_CONTROLS, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import make_subject, parse_class_texts
-from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
 
 __all__ = [

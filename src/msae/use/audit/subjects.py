@@ -17,8 +17,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.data.store import PATH_COLUMNS, EmbeddingStore, class_names, labelled_rows
 from msae.data.tables import CAPTION_COLUMNS
-from msae.measure.holdout import hold_out
-from msae.measure.probe import Probe, fit_probe
+from msae.measure.probe import Probe, fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 from msae.sae.view import View
