@@ -12,8 +12,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError, StoreError
 from msae.data.store import EmbeddingStore, labelled_rows
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, Subject, training_store
-from msae.measure.holdout import hold_out
-from msae.measure.probe import Probe, fit_probe
+from msae.measure.probe import Probe, fit_probe, hold_out
 from msae.sae.model import check_fit
 
 
