@@ -141,8 +141,8 @@ def test_recovery_at_k_is_inference_with_topk(world):
 
 @pytest.mark.parametrize("batch_size", [1, 17, 1000])
 def test_the_batch_size_changes_no_figure(world, batch_size):
-    one = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
-    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_dict()
+    one = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
+    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_json()
     recovery, other_recovery = one.pop("recovery"), other.pop("recovery")
     for a, b in [(one, other), *zip(recovery, other_recovery, strict=True)]:
         for key, value in a.items():
@@ -156,7 +156,7 @@ def test_topk_is_removed_from_those_trained_with_it(tmp_path):
         evaluate(sae, train), evaluate(sae, train, inference="trained"), evaluate(sae, train, inference="topk", k=3),
     )  # fmt: skip
     assert removed.l0 > 3 >= trained.l0
-    assert {**trained.to_dict(), "inference": "topk", "k": 3} == given.to_dict()
+    assert {**trained.to_json(), "inference": "topk", "k": 3} == given.to_json()
 
 
 def test_cknna_is_averaged_over_batches_chosen_by_the_seed(world, monkeypatch):
@@ -263,9 +263,9 @@ def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatc
 
 
 def test_a_record_has_the_keys_of_the_contract(world):
-    plain = evaluate(world[2], world[1]).to_dict()
+    plain = evaluate(world[2], world[1]).to_json()
     assert set(CONTRACT) <= set(plain) and not {*PROBE, "recovery"} & set(plain)
-    full = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
+    full = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
     assert {*CONTRACT, *PROBE, "recovery"} <= set(full)
     assert set(full["recovery"][0]) == {"k", "fvu", "fvu_per_sample", "cosine", "cknna", "dead"}
     assert json.loads(json.dumps(full, allow_nan=False)) == full
@@ -274,7 +274,7 @@ def test_a_record_has_the_keys_of_the_contract(world):
 
 def test_what_is_undefined_is_null_with_a_reason(tmp_path):
     tiny = write_store(tmp_path / "tiny.npy", n=5)
-    record = evaluate(make_sae(tiny), tiny).to_dict()
+    record = evaluate(make_sae(tiny), tiny).to_json()
     assert record["cknna"] is record["cknna_std"] is record["dead_train"] is record["run"] is None
     assert record["cknna_batches"] == 0
     assert [note.split(" is null")[0] for note in record["notes"]] == ["dead_train", "cknna"]

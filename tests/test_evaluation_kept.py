@@ -19,7 +19,7 @@ def test_a_record_is_kept_as_it_was_returned(world):  # noqa: F811
     (kept,) = kept_evaluations(run)
     assert kept.evaluation == found and kept.labels == "label"
     data = json.loads(next((run / "eval").iterdir()).read_text())
-    assert {key: data[key] for key in found.to_dict()} == found.to_dict()
+    assert {key: data[key] for key in found.to_json()} == found.to_json()
 
 
 def test_each_store_modality_and_inference_has_a_file_of_its_own(world):  # noqa: F811

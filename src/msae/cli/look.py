@@ -53,17 +53,17 @@ def gallery_verb(_: list[str]) -> Callable[..., None]:
             raise ConfigError(f"--pairs {pairs} is what a tree is scored against; add --tree")
         if tree:
             found = galleries.concept_tree(run, on, k=k, inference=inference, pairs=pairs)
-            report(found.to_text(), found.to_dict(), json)
+            report(found.to_text(), found.to_json(), json)
         elif magnitudes:
             sizes = galleries.all_magnitudes(run, on, inference=inference)
-            report(sizes.to_text(), sizes.to_dict(), json)
+            report(sizes.to_text(), sizes.to_json(), json)
         else:
             shown = galleries.gallery(run, on, latent=latent, concept=concept, n=n, inference=inference)
             if sheet is not None:
                 from msae.web.report.sheet import write_sheet
 
                 write_sheet(shown, sheet)
-            report(shown.to_text(), shown.to_dict(), json)
+            report(shown.to_text(), shown.to_json(), json)
 
     return run
 
@@ -88,7 +88,7 @@ def stability_verb(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         result = stability(runs, threshold=threshold)
-        report(result.to_text(), result.to_dict(), json)
+        report(result.to_text(), result.to_json(), json)
 
     return run
 
@@ -149,7 +149,7 @@ def audit_verb(_: list[str]) -> Callable[..., None]:
             from msae.web.report.audit import write_html
 
             write_html(found, html)
-        report(found.to_text(), found.to_dict(), json)
+        report(found.to_text(), found.to_json(), json)
 
     return run
 
@@ -212,7 +212,7 @@ def search_verb(_: list[str]) -> Callable[..., None]:
             from msae.web.report.search import write_page
 
             write_page(result, html)
-        report(result.to_text(), result.to_dict(), json)
+        report(result.to_text(), result.to_json(), json)
 
     return run
 
@@ -244,7 +244,7 @@ def report_verb(_: list[str]) -> Callable[..., None]:
         """
         check_target(json)
         made = make_report(run, on, out=out, beside=beside, audit=audit)
-        report(made.to_text(), made.to_dict(), json)
+        report(made.to_text(), made.to_json(), json)
 
     return run
 

@@ -32,8 +32,8 @@ def demo_verb(_: list[str]) -> Callable[..., None]:
         result = demo(out, seed=seed, say=tell)
         tell("writing the report, with an audit of a classifier of hats")
         page = _demo_report(result)
-        closing = f"{result.closing}\n\nall of it, to look at  {page}"
-        report(closing, {**result.to_dict(), "report": str(page)}, json)
+        closing = f"{result.to_text()}\n\nall of it, to look at  {page}"
+        report(closing, {**result.to_json(), "report": str(page)}, json)
 
     return run
 
@@ -144,7 +144,7 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
         *,
         on: str,
         modality: Modality = "image",
-        inference: Literal["relu", "trained", "topk"] = "relu",
+        inference: Literal["relu", "trained", "topk"] = "trained",
         k: int | None = None,
         labels: str | None = None,
         probe_train: str | None = None,
@@ -160,7 +160,8 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
             runs: Run folders, or hub repositories with an SAE.
             on: The store to evaluate on.
             modality: Which embeddings of the store.
-            inference: relu is the poster's; trained is the activation of training; topk keeps the --k largest.
+            inference: trained is the activation of training; relu keeps every positive latent, as in the poster;
+                topk keeps the --k largest.
             k: Latents kept by --inference topk.
             labels: A metadata column of the store: adds a linear probe and its agreement, KL and accuracies.
             probe_train: The store on whose original embeddings the probe is trained; without it, the run's training
@@ -178,7 +179,7 @@ def evaluate_verb(_: list[str]) -> Callable[..., None]:
         )  # fmt: skip
         for note in dict.fromkeys(note for result in results for note in result.notes):
             say(f"note: {note}")
-        report(poster_table(results, style="latex" if latex else "markdown"), [r.to_dict() for r in results], json)
+        report(poster_table(results, style="latex" if latex else "markdown"), results.to_json(), json)
 
     return run
 
@@ -209,6 +210,6 @@ def name_verb(_: list[str]) -> Callable[..., None]:
             json: Write the result as JSON to this file; - is stdout.
         """
         names = name(sae, vocabulary, on=on, out=out, settings=settings)
-        report(names.to_text(), names.to_dict(), json)
+        report(names.to_text(), names.to_json(), json)
 
     return run

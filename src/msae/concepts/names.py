@@ -170,7 +170,7 @@ class ConceptNames(Result):
         self._check(latent)
         return self.nearest_words[latent] if self.nearest_words else ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """What names.json holds and `msae name --json` writes, but for the candidates of every latent."""
         concepts = [
             {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts
@@ -222,7 +222,7 @@ class ConceptNames(Result):
         """Write names.json, into the folder `path` or as that file."""
         # One string a latent, not a list: 24,576 latents must not become half a million lines of JSON.
         near = ["\t".join(f"{c.word}\t{c.cosine}" for c in words) for words in self.nearest_words]
-        write_json(_file(path), {**self.to_dict(), "nearest_words": near}, schema_version=SCHEMA_VERSION)
+        write_json(_file(path), {**self.to_json(), "nearest_words": near}, schema_version=SCHEMA_VERSION)
 
     @classmethod
     def load(cls, path: str | Path) -> ConceptNames:

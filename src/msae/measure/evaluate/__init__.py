@@ -9,12 +9,13 @@ from typing import overload
 import torch
 
 from msae.base.devices import as_device
+from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
 from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
 from msae.measure.evaluate.probes import Probes
-from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
+from msae.measure.evaluate.record import Evaluation, Evaluations, RecoveryPoint, json_number
 from msae.measure.evaluate.subject import Options, StoreLike, Subject, open_subject
 from msae.measure.evaluate.table import Cell, poster_table, table_rows
 from msae.sae.model import SAE, Inference
@@ -24,6 +25,7 @@ from msae.sae.standardize import Modality
 __all__ = [
     "Cell",
     "Evaluation",
+    "Evaluations",
     "Kept",
     "RecoveryPoint",
     "current_evaluations",
@@ -65,13 +67,13 @@ def evaluate(
     batch_size: int | None = ...,
     device: str = ...,
     seed: int = ...,
-) -> list[Evaluation]: ...
+) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
     modality: Modality = "image",
-    inference: Inference = "relu",
+    inference: Inference = "trained",
     k: int | None = None,
     labels: str | None = None,
     probe_train: StoreLike | None = None,
@@ -80,14 +82,15 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
-) -> Evaluation | list[Evaluation]:
+) -> Evaluation | Evaluations:
     """Every metric of the poster, for one SAE or several, on one modality of a store.
 
     Memory does not grow with the number of rows. What is found of a run is also kept in it, in eval/.
 
     Args:
         sae: An SAE or a run folder, or several.
-        inference: How z is made: `relu` for every kind as in the poster, `trained`, or `topk` with `k`.
+        inference: How activations are made: `trained` uses the activation function of training; `relu` keeps every
+            positive one, as the poster's table does; `topk` keeps the `k` strongest.
         labels: A metadata column; adds the probe's figures.
         probe_train: Where the probe is trained, on original embeddings; without it, the run's training store.
             Of the embeddings that are also in `on`, half train the probe and the other half are evaluated.
@@ -104,6 +107,8 @@ def evaluate(
     options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     store = as_store(on, modality)
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
+    if not every:
+        raise ConfigError("there is no run to evaluate; give at least one")
     subjects = [open_subject(one, store, options) for one in every]
     probes = None
     if labels is not None:
@@ -112,7 +117,7 @@ def evaluate(
         train_store = as_store(train_store)
         for subject in subjects:
             subject.view.run.check_fit(train_store)
-    results = []
+    results = Evaluations()
     for subject in subjects:
         found = _evaluate(subject, store, probes, train_store, options)
         results.append(keep(found, subject.view, labels, None if probes is None else probes.store_of(subject)))
