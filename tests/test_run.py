@@ -13,6 +13,7 @@ from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.run import NoTrainingStoreError, Run
 from msae.sae.standardize import Standardizer, Statistics
+from msae.sae.train import describe_run
 
 X = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
 
@@ -69,13 +70,13 @@ def test_what_is_derived_holds_until_any_of_its_inputs_changes(folder, store):
     assert run.holds(origin) and run.holds(origin, as_store(store))
 
     table = store.with_suffix(".csv").read_text()
-    store.with_suffix(".csv").write_text(table.replace("row 1234\n", "row 9999\n"))
+    store.with_suffix(".csv").write_text(table.replace("row 1230\n", "row 9999\n"))
     assert not run.holds(origin) and not run.holds(origin, as_store(store)) and run.holds(origin, metadata=False)
     store.with_suffix(".csv").write_text(table)
     assert run.holds(origin)
 
     changed = X.copy()
-    changed[1234] += 1
+    changed[1230] += 1
     np.save(store, changed)
     assert not run.holds(origin) and not run.holds(origin, metadata=False)
     np.save(store, X)
@@ -136,3 +137,8 @@ def test_caches_lie_in_the_run_or_where_that_cannot_be_written_in_the_users_cach
     assert tmp_path / "cache" in spare.parents and spare in run.caches("samples")
     (spare / "one.json").write_text("{}")
     assert Run.open(folder).cached_files("samples") == [spare / "one.json"]
+
+
+def test_an_sae_that_was_imported_is_described(folder):
+    (folder / "config.json").unlink()
+    assert describe_run(folder)["state"] == "an SAE that was not trained here" and describe_run(folder)["d_sae"] == 12

@@ -234,6 +234,25 @@ def test_ids_come_from_the_id_column_the_path_or_the_row(tmp_path):
     assert [item.id for item in read(open_source(tmp_path / "b.csv"))] == ["0", "1"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_the_signature_changes_when_a_picture_that_a_table_lists_is_replaced(suffix, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    names = [f"pictures/{number}.png" for number in range(3)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(png(number))
+    table = tmp_path / f"listed.{suffix}"
+    if suffix == "csv":
+        table.write_text("image_path\n" + "\n".join(names) + "\n")
+    elif suffix == "jsonl":
+        table.write_text("".join(json.dumps({"image_path": name}) + "\n" for name in names))
+    else:
+        pq.write_table(pa.table({"image_path": names}), table)
+    before = open_source(str(table)).signature
+    assert open_source(str(table)).signature == before
+    (tmp_path / names[1]).write_bytes(png(7))
+    assert open_source(str(table)).signature != before
+
+
 def test_the_signature_changes_when_samples_do(tmp_path):
     name = folder(tmp_path)
     before = open_source(name).signature

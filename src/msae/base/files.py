@@ -220,10 +220,11 @@ def cache_folders(place: Path) -> tuple[Path, Path]:
 def writable_cache(place: Path) -> Path:
     """The first of `cache_folders(place)` that can be written, made where it is missing; `place` where none can."""
     own, spare = cache_folders(place)
-    return own if _is_writable(own) or not _is_writable(spare) else spare
+    return own if is_writable(own) or not is_writable(spare) else spare
 
 
-def _is_writable(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
+    """Whether a file can be made in `folder`, which is made where it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

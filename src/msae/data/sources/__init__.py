@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -302,7 +303,8 @@ def _table(path: Path) -> Source:
             yield table.slice(first, _PIECE)
 
     columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE))
-    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), table.num_rows, notes)
+    signature = _signature_with_pictures(path, columns, pieces)
+    return _rows(str(path), columns, pieces, path.parent, signature, table.num_rows, notes)
 
 
 def _parquet(path: Path) -> Source:
@@ -338,7 +340,8 @@ def _parquet(path: Path) -> Source:
         )
     notes: list[str] = []
     columns = _Columns.of(schema, str(path), notes, head=next(pieces(0), None))
-    return _rows(str(path), columns, pieces, path.parent, _file_signature([path]), footer.num_rows, notes)
+    signature = _signature_with_pictures(path, columns, pieces)
+    return _rows(str(path), columns, pieces, path.parent, signature, footer.num_rows, notes)
 
 
 def _hugging_face(url: str) -> Source:
@@ -674,6 +677,26 @@ def _digest(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
+
+
+def _signature_with_pictures(table: Path, columns: _Columns, pieces: Callable[[int], Iterable[pa.Table]]) -> str:
+    """Changes when the table is replaced, or a picture that it lists by its path."""
+    return _digest([_file_signature([table]), *_picture_states(table.parent, columns.image, pieces)])
+
+
+def _picture_states(folder: Path, column: str | None, pieces: Callable[[int], Iterable[pa.Table]]) -> Iterator[str]:
+    import pyarrow as pa
+
+    if column is None:
+        return
+    for piece in pieces(0):
+        values = piece.column(column)
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            return  # the pictures are in the table
+        for text in values.to_pylist():
+            with contextlib.suppress(SourceError):
+                yield _state(_picture_path(folder, text)) if text else ""
 
 
 def _file_signature(paths: Sequence[Path]) -> str:

@@ -29,6 +29,7 @@ from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite
+from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
@@ -360,14 +361,16 @@ def _ctrl_c() -> Iterator[Any]:
 
 def describe_run(folder: str | Path) -> dict[str, Any]:
     """What a run folder holds, for `msae info`: settings, store, and how far it came."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    is_finished = (folder / "sae.json").exists()
-    state = "finished" if is_finished else f"interrupted at {checkpoints[-1].name if checkpoints else 'the start'}"
+    run = Run.open(folder)
+    config = run.settings
+    if not config:
+        known = {key: value for key, value in to_mapping(run.sae.config).items() if value is not None}
+        return {"run": str(folder), "state": "an SAE that was not trained here", **known}
+    is_finished = run.folder is not None and (run.folder / "sae.json").exists()
+    began = run.checkpoints[-1].name if run.checkpoints else "the start"
     return {
         "run": str(folder),
-        "state": state,
+        "state": "finished" if is_finished else f"interrupted at {began}",
         "store": config["store"],
         "n_rows": config["n_rows"],
         "d_in": config["d_in"],

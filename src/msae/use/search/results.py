@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from msae.base.records import to_record
 from msae.base.results import Result
 from msae.data.store import Row
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
@@ -40,7 +41,7 @@ class Hit(Row):
     """At most five, those that both have most of first."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shared": [shared._asdict() for shared in self.shared]}
+        return {**to_record(self), "shared": [shared._asdict() for shared in self.shared]}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class AppliedEdit:
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(to_record(self))
 
 
 @dataclass(frozen=True, repr=False)

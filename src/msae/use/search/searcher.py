@@ -17,7 +17,8 @@ from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, as_sae, check_fit, run_folder
+from msae.sae.model import SAE
+from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.edits import Change, Edit
@@ -68,7 +69,7 @@ class Searcher:
     @classmethod
     def open(
         cls,
-        sae: SAE | str | Path,
+        sae: RunLike,
         on: EmbeddingStore | str | Path,
         *,
         modality: Modality | None = None,
@@ -84,10 +85,10 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, model = as_store(on, modality), as_sae(sae)
-        known = as_names(names) if names is not None else names_of(run_folder(sae), model.d_sae)
-        check_fit(model, store, run=sae)
-        return cls(model, store, modality or store.modalities[0], known, remember=remember)
+        store, run = as_store(on, modality), Run.open(sae)
+        known = as_names(names) if names is not None else names_of(run)
+        run.check_fit(store)
+        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember)
 
     @cached_property
     def index(self) -> NeighbourIndex | ExactRows:

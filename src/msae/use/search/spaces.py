@@ -16,6 +16,7 @@ from msae.base.progress import progress
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.neighbours import NeighbourIndex, Neighbours
 from msae.use.search.editing import EditedQuery
 from msae.use.search.exact import ExactRows
@@ -112,21 +113,13 @@ def l1_distances(
     own = z[:, active]
     distances = np.empty((len(z), len(store)), np.float32)
     first = 0
-    with progress("encoding", total=len(store), unit="rows") as advance:
-        for batch in store.batches(modality, _block_rows(sae)):
-            theirs = sae.encode(torch.from_numpy(batch), modality)
-            total, theirs = theirs.sum(1), theirs[:, active]
-            for i, query in enumerate(own):
-                overlap = torch.minimum(theirs, query).sum(1)
-                distances[i, first : first + len(batch)] = (total + query.sum() - 2 * overlap).numpy()
-            first += len(batch)
-            advance(len(batch))
+    for theirs in View(sae, store, modality).activations(title="encoding"):
+        total, active_ones = theirs.sum(1), theirs[:, active]
+        for i, query in enumerate(own):
+            overlap = torch.minimum(active_ones, query).sum(1)
+            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).numpy()
+        first += len(theirs)
     return distances
-
-
-def _block_rows(sae: SAE) -> int:
-    """Rows whose activations take some 16 MB."""
-    return max(64, 2**22 // sae.d_sae)
 
 
 def _unmoved(found: Neighbours) -> Both:
