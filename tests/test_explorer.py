@@ -145,7 +145,7 @@ def test_the_page_finds_what_search_finds(world, folder):
     address = Address.parse("?" + urlencode({"row": row, "set": f"{name}=3"}))
     found = search_page.result(world, world.first, address)
     expected = search(folder / "runs/named", world.store, like=row, set={name: 3.0}, n=search_page.HITS)
-    assert found.to_dict()["hits"] == expected.to_dict()["hits"]
+    assert found.to_json()["hits"] == expected.to_json()["hits"]
 
 
 def test_a_dropped_picture_is_searched_for_as_msae_search_does(world, explorer, folder):
@@ -190,9 +190,9 @@ def test_many_at_once_get_what_one_gets(explorer, world):
 
 def test_an_audit_is_read_back_as_it_was_written(world):
     found = world.first.audit("count")
-    again = Audit.from_json(json.dumps(found.to_dict()), where="x.json")
-    assert again.to_dict() == json.loads(json.dumps(found.to_dict()))
-    assert "<table" in audit_page.loaded(json.dumps(found.to_dict()))
+    again = Audit.from_json(json.dumps(found.to_json()), where="x.json")
+    assert again.to_json() == json.loads(json.dumps(found.to_json()))
+    assert "<table" in audit_page.loaded(json.dumps(found.to_json()))
 
 
 def test_every_column_can_be_audited_or_the_page_says_why_not(explorer, world):

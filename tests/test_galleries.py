@@ -282,7 +282,7 @@ def test_unknown_modality_is_standardised_by_the_store_and_says_so(store):
 
 
 def test_result_is_json_with_the_promised_keys(store, run):
-    data = json.loads(json.dumps(gallery(run, store, latent=3).to_dict(), allow_nan=False))
+    data = json.loads(json.dumps(gallery(run, store, latent=3).to_json(), allow_nan=False))
     assert {"latent", "name", "firing_rate", "images", "texts"} <= set(data)
     assert {"id", "activation"} <= set(data["images"][0])
     assert data["name"] is None and data["latent"] == 3

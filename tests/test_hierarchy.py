@@ -89,7 +89,7 @@ def test_unrelated_latents_have_no_parents():
 
 def test_tree_as_json_has_names_levels_and_edges():
     found = find_hierarchy(activity_of(nested()))
-    data = found.to_dict({0: "dog"}, {1: {"64": 0.5}})
+    data = found.to_json({0: "dog"}, {1: {"64": 0.5}})
     assert [(node["latent"], node["name"], node["depth"]) for node in data["nodes"]] == [
         (0, "dog", 0), (1, None, 1), (2, None, 2),
     ]  # fmt: skip

@@ -131,7 +131,7 @@ class Hierarchy:
             yield depth, latent
             waiting += [(depth + 1, child) for child in reversed(self.children.get(latent, []))]
 
-    def to_dict(self, names: Mapping[int, str], profile: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    def to_json(self, names: Mapping[int, str], profile: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
         """The nodes in the order of `walk`, each with its parent's edge and its children, as JSON values."""
         nodes = []
         for depth, latent in self.walk():

@@ -6,7 +6,7 @@ The file format is defined in docs/gallery.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.files import atomic_path, read_json, write_json
+from msae.base.results import Result, shorten, text_table
 from msae.sae import run
 
 SCHEMA_VERSION = 2
@@ -52,8 +53,8 @@ class Origin(run.Origin):
     """Whose mean and scale standardised the rows: the SAE's own, or the store's where the SAE has none."""
 
 
-@dataclass(frozen=True, eq=False)
-class TopSamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class TopSamples(Result):
     """Statistics of every latent over the rows of one modality of one store."""
 
     origin: Origin
@@ -129,6 +130,48 @@ class TopSamples:
         check_latent(latent, self.d_sae)
         kept = zip(self.rows[latent].tolist(), self.activations[latent].tolist(), strict=True)
         return [TopSample(row, self.ids[row], value) for row, value in list(kept)[:n] if row >= 0]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each latent: how often and how strongly it fires, and its strongest sample."""
+        columns = {
+            "fired": self.fired,
+            "firing_rate": self.firing_rate,
+            "mean": self.mean,
+            "mean_nonzero": self.mean_nonzero,
+            **dict(zip(("p50", "p90", "p99"), self.quantiles().T, strict=True)),
+            "max": self.maximum,
+        }
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            {"latent": latent, **dict(zip(columns, row, strict=True)), "strongest": self.ids.get(first)}
+            for latent, (row, first) in enumerate(zip(values, self.rows[:, 0].tolist(), strict=True))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What it was mined from, and of each latent its figures and its samples."""
+        latents = [
+            {**record, "samples": [sample._asdict() for sample in self.top(record["latent"])]}
+            for record in self.records()
+        ]
+        return {**asdict(self.origin), "n_rows": self.n_rows, "latents": latents}
+
+    def to_text(self, n: int = 20) -> str:
+        """The latents that can be strongest, with how often they fire."""
+        strongest = np.argsort(-self.maximum, kind="stable")[:n].tolist()
+        records = self.records()
+        head = ("latent", "rows", "median", "p99", "largest", "strongest sample")
+        cells = [
+            [str(one["latent"]), f"{one['fired']:,}", *(f"{one[key]:.3f}" for key in ("p50", "p99", "max")),
+             shorten(one["strongest"] or "-")]
+            for one in (records[latent] for latent in strongest)
+        ]  # fmt: skip
+        lines = [
+            f"{int((self.fired > 0).sum()):,} of {self.d_sae:,} latents fire on the {self.n_rows:,} "
+            f"{self.origin.modality} rows of {self.origin.store}",
+            "",
+            *text_table(head, cells, right=range(5)),
+        ]
+        return "\n".join([*lines, *([f"{self.d_sae - n:,} more latents"] if self.d_sae > n else [])])
 
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, each atomically; the JSON comes last and vouches for the other."""

@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import MissingDependencyError, StoreError, nearest
+from msae.base.errors import StoreError, nearest
 from msae.base.files import atomic_path, read_json, write_json
 from msae.base.notices import notice
+from msae.base.results import import_pandas
 from msae.data.arrays import (
     Rows,
     ShardedRows,
@@ -190,12 +191,7 @@ class EmbeddingStore:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas  # noqa: F401
-        except ImportError as err:
-            raise MissingDependencyError(
-                "pandas is not installed but is needed here; type: pip install pandas"
-            ) from err
+        import_pandas()
         return self.metadata.to_pandas()
 
     def take(self, rows: Int64[np.ndarray, " n"], modality: Modality) -> Float32[np.ndarray, "n d_in"]:

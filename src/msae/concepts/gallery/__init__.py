@@ -43,7 +43,7 @@ class Sample(Row):
 
     activation: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -87,7 +87,7 @@ class Gallery(Result):
         found = []
         for modality, samples in (("image", self.images), ("text", self.texts)):
             for sample in samples:
-                record = sample.to_dict()
+                record = sample.to_json()
                 found.append({**record.pop("columns"), **record, "modality": modality})
         return found
 
@@ -100,13 +100,13 @@ class Gallery(Result):
         parts += [f"<p>{html.escape(_line(sample).strip())}</p>" for sample in self.texts]
         return "".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "latent": self.latent,
             "name": self.name,
             "firing_rate": self.firing_rate,
-            "images": [sample.to_dict() for sample in self.images],
-            "texts": [sample.to_dict() for sample in self.texts],
+            "images": [sample.to_json() for sample in self.images],
+            "texts": [sample.to_json() for sample in self.texts],
             "alike": list(self.alike),
             "statistics": dict(self.statistics),
             "notes": list(self.notes),

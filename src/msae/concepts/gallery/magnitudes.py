@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msae.base.results import Result
 from msae.concepts.gallery.mining import top_samples
 from msae.concepts.samples import BINS_PER_OCTAVE, N_BINS, TopSamples, bin_edges, histogram_quantiles
 from msae.data.store import EmbeddingStore, as_store
@@ -31,12 +32,12 @@ class Magnitudes(NamedTuple):
     quantiles: Mapping[str, Mapping[str, float]]
     """p1, p10, p50, p90, p99 and max of both."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "edges": self.edges.tolist(),
             "nonzero": self.nonzero.tolist(),
             "row_maxima": self.row_maxima.tolist(),
-            "quantiles": self.quantiles,
+            "quantiles": dict(self.quantiles),
         }
 
 
@@ -58,14 +59,27 @@ def magnitudes(samples: TopSamples, *, bins_per_octave: int = 4) -> Magnitudes:
     return Magnitudes(bin_edges()[::together], nonzero, row_maxima, named)
 
 
-@dataclass(frozen=True)
-class AllMagnitudes:
+@dataclass(frozen=True, repr=False)
+class AllMagnitudes(Result):
     """The magnitudes of one model on the images and on the texts of a store."""
 
     by_modality: Mapping[Modality, Magnitudes]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {modality: found.to_dict() for modality, found in self.by_modality.items()}
+    def to_json(self) -> dict[str, Any]:
+        return {modality: found.to_json() for modality, found in self.by_modality.items()}
+
+    @property
+    def headline(self) -> str:
+        medians = (f"{found.quantiles['nonzero']['p50']:.3f} of {m}s" for m, found in self.by_modality.items())
+        return f"median activation {', '.join(medians)}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record of quantiles for each modality and histogram."""
+        return [
+            {"modality": modality, "of": of, **quantiles}
+            for modality, found in self.by_modality.items()
+            for of, quantiles in found.quantiles.items()
+        ]
 
     def to_text(self) -> str:
         """A table of the quantiles, with a line for each modality and histogram."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from msae.base.errors import ConfigError
+from msae.base.results import Result
 from msae.concepts.gallery.mining import top_samples
 from msae.concepts.hierarchy import Activity, Hierarchy, PairScore, find_hierarchy, score_pairs
 from msae.concepts.names import ConceptNames, names_of
@@ -30,8 +31,8 @@ Pairs = Collection[tuple[str, str]]
 """(narrower word, broader word)."""
 
 
-@dataclass(frozen=True, eq=False)
-class ConceptTree:
+@dataclass(frozen=True, eq=False, repr=False)
+class ConceptTree(Result):
     """A hierarchy of latents with what is known about each: its name and its level profile."""
 
     hierarchy: Hierarchy
@@ -43,9 +44,19 @@ class ConceptTree:
     score: PairScore | None = None
     """All edges against known pairs of words; None where none were given."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         score = None if self.score is None else asdict(self.score)
-        return {"k": self.k, "score": score, **self.hierarchy.to_dict(self.names, self.levels)}
+        return {"k": self.k, "score": score, **self.hierarchy.to_json(self.names, self.levels)}
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each latent in the tree, in the order of the text."""
+        nodes = self.to_json()["nodes"]
+        kept = ("latent", "name", "depth", "fired", "firing_rate")
+        edges = [node["parent"] or {} for node in nodes]
+        return [
+            {**{key: node[key] for key in kept}, **{key: edge.get(key) for key in ("parent", "share", "lift")}}
+            for node, edge in zip(nodes, edges, strict=True)
+        ]
 
     def to_text(self) -> str:
         """The tree with a line for each node, indented under its parent."""

@@ -9,12 +9,13 @@ from typing import overload
 import torch
 
 from msae.base.devices import as_device
+from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
 from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
 from msae.measure.evaluate.probes import Probes
-from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
+from msae.measure.evaluate.record import Evaluation, Evaluations, RecoveryPoint, json_number
 from msae.measure.evaluate.subject import Options, StoreLike, Subject, open_subject
 from msae.measure.evaluate.table import Cell, poster_table, table_rows
 from msae.sae.model import SAE, Inference
@@ -24,6 +25,7 @@ from msae.sae.standardize import Modality
 __all__ = [
     "Cell",
     "Evaluation",
+    "Evaluations",
     "Kept",
     "RecoveryPoint",
     "current_evaluations",
@@ -65,13 +67,13 @@ def evaluate(
     batch_size: int | None = ...,
     device: str = ...,
     seed: int = ...,
-) -> list[Evaluation]: ...
+) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
     modality: Modality = "image",
-    inference: Inference = "relu",
+    inference: Inference = "trained",
     k: int | None = None,
     labels: str | None = None,
     probe_train: StoreLike | None = None,
@@ -80,7 +82,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
-) -> Evaluation | list[Evaluation]:
+) -> Evaluation | Evaluations:
     """Measure how well SAEs reconstruct the embeddings of a store, and how sparse they are.
 
     Several runs make one table, in which the best values are marked. The figures of a run are also kept in the folder
@@ -90,8 +92,8 @@ def evaluate(
         sae: One or several run folders, or Hugging Face repositories that hold an SAE.
         on: The store to evaluate on.
         modality: Which embeddings of the store.
-        inference: How activations are made: `relu` keeps every positive one, as in the paper's table; `trained` uses
-            the activation function of training; `topk` keeps the `k` strongest.
+        inference: How activations are made: `trained` uses the activation function of training; `relu` keeps every
+            positive one, as in the paper's table; `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
             embeddings works on the reconstructions.
@@ -112,6 +114,8 @@ def evaluate(
     options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     store = as_store(on, modality)
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
+    if not every:
+        raise ConfigError("there is no run to evaluate; give at least one")
     subjects = [open_subject(one, store, options) for one in every]
     probes = None
     if labels is not None:
@@ -120,7 +124,7 @@ def evaluate(
         train_store = as_store(train_store)
         for subject in subjects:
             subject.view.run.check_fit(train_store)
-    results = []
+    results = Evaluations()
     for subject in subjects:
         found = _evaluate(subject, store, probes, train_store, options)
         results.append(keep(found, subject.view, labels, None if probes is None else probes.store_of(subject)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from msae.base.results import Result
+from msae.measure.evaluate.table import mode_of, names_of, poster_table
 from msae.sae.model import Inference
 from msae.sae.standardize import Modality
 
@@ -24,8 +27,8 @@ class RecoveryPoint:
     dead: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
     """Figures of one SAE on one store; definitions in `msae.measure.metrics`. None where a figure is undefined.
 
     `x` and `x_hat` are standardised with the modality's statistics, `std` is over rows, and all kinds of SAE are
@@ -94,7 +97,7 @@ class Evaluation:
     notes: tuple[str, ...] = field(default=())
     """Why a figure is None, and which rows are left out of the probe's figures."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys, without those of figures that were not asked for."""
         record = dataclasses.asdict(self)
         unasked = {"recovery"} if self.recovery is None else set()
@@ -105,6 +108,49 @@ class Evaluation:
             for key, value in record.items()
             if key not in unasked
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """The figures as one record, without the recovery."""
+        record = self.to_json()
+        record.pop("recovery", None)
+        return [record | {"notes": "; ".join(self.notes)}]
+
+    def to_text(self) -> str:
+        """Its row of the poster's table."""
+        return poster_table([self])
+
+    @property
+    def headline(self) -> str:
+        return f"{names_of([self])[0]} on {_measured([self])}"
+
+
+class Evaluations(Result, list[Evaluation]):
+    """The evaluations of several SAEs on the same rows."""
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A record for each, by the contract's keys."""
+        return [one.to_json() for one in self]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [record for one in self for record in one.records()]
+
+    def to_text(self) -> str:
+        """The poster's table, the best value of each column marked."""
+        return poster_table(self)
+
+    @property
+    def headline(self) -> str:
+        return f"{len(self)} SAEs on {_measured(self)}"
+
+
+def _measured(evaluations: Sequence[Evaluation]) -> str:
+    """The rows and the mode, and the figures that are read first."""
+    first = evaluations[0]
+    figures = ""
+    if len(evaluations) == 1:
+        cosine, fvu = f"cosine {first.cosine:.3f}", "" if first.fvu is None else f", FVU {first.fvu:.3f}"
+        figures = f": sparsity {first.sparsity:.3f}, {cosine}{fvu}"
+    return f"{first.n:,} {first.modality} rows of {first.on}, inference {mode_of(first)}{figures}"
 
 
 def json_number(value: float) -> float | None:

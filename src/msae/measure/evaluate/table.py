@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from msae.base.errors import ConfigError
-from msae.measure.evaluate.record import Evaluation
+
+if TYPE_CHECKING:
+    from msae.measure.evaluate.record import Evaluation
 
 NOTHING = "-"
 """Printed where a figure is undefined or was not asked for."""
@@ -73,7 +75,7 @@ def table_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Cell]]:
 
     Columns in which no evaluation has a value are left out. Of one evaluation alone nothing is marked.
     """
-    rows = [{"model": Cell(name, False)} for name in _names(evaluations)]
+    rows = [{"model": Cell(name, False)} for name in names_of(evaluations)]
     for column in COLUMNS:
         values = [column.value(e) for e in evaluations]
         printed = [None if value is None else f"{value:.{column.digits}f}" for value in values]
@@ -88,7 +90,7 @@ def table_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Cell]]:
 
 
 def poster_table(evaluations: Sequence[Evaluation], style: Literal["markdown", "latex"] = "markdown") -> str:
-    """The poster's table of several evaluations as text, best values in bold.
+    """The poster's table of several evaluations as text, best values in bold, and how activations were made.
 
     Raises:
         ConfigError: The style is unknown, or there are no evaluations.
@@ -98,10 +100,27 @@ def poster_table(evaluations: Sequence[Evaluation], style: Literal["markdown", "
     if not evaluations:
         raise ConfigError("a table of no evaluations; give at least one run")
     rows = table_rows(evaluations)
-    return _markdown(rows) if style == "markdown" else _latex(rows)
+    table = _markdown(rows) if style == "markdown" else _latex(rows)
+    return f"{table}\n\n{_mode_line(evaluations)}" if style == "markdown" else f"{table}\n% {_mode_line(evaluations)}"
 
 
-def _names(evaluations: Sequence[Evaluation]) -> list[str]:
+def mode_of(evaluation: Evaluation) -> str:
+    """The inference in words."""
+    words = {"relu": "every positive latent kept", "trained": "the activation of training"}
+    return f"{evaluation.inference} ({words.get(evaluation.inference, f'the {evaluation.k} strongest latents kept')})"
+
+
+def _mode_line(evaluations: Sequence[Evaluation]) -> str:
+    """How activations were made; where not all are alike, of which evaluations."""
+    found: dict[str, list[str]] = {}
+    for name, one in zip(names_of(evaluations), evaluations, strict=True):
+        found.setdefault(mode_of(one), []).append(name)
+    if len(found) == 1:
+        return f"inference: {next(iter(found))}"
+    return "inference: " + "; ".join(f"{mode} for {', '.join(names)}" for mode, names in found.items())
+
+
+def names_of(evaluations: Sequence[Evaluation]) -> list[str]:
     """The last part of each run's path, or the whole path where that is shared; the kind where there is no run."""
     short = [e.kind if e.run is None else Path(e.run).name or e.run for e in evaluations]
     shared = {name for name, times in Counter(short).items() if times > 1}

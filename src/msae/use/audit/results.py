@@ -172,7 +172,7 @@ class ConceptAudit(Result):
             None if change == 0 or self.class_ is None else f"{'towards' if change > 0 else 'away from'} {self.class_}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
         main = self.main
         first = {
@@ -272,11 +272,11 @@ class Audit(Result):
         """
         return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
         kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes")
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
-        return record | {"concepts": [concept.to_dict() for concept in self.concepts]}
+        return record | {"concepts": [concept.to_json() for concept in self.concepts]}
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Audit:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
+from msae.base.results import Result
 from msae.concepts.gallery.mining import SAMPLES_FOLDER
 from msae.concepts.samples import TopSamples
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
-from msae.measure.evaluate.table import COLUMNS, meanings_of
+from msae.measure.evaluate.table import COLUMNS, meanings_of, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
@@ -57,8 +58,8 @@ class Missing(NamedTuple):
     command: str | None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Result):
     """What `report` wrote."""
 
     path: Path
@@ -78,13 +79,17 @@ class Report:
             lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "report": str(self.path),
             "card": self.card and str(self.card),
             "bytes": self.size,
-            "missing": [missing._asdict() for missing in self.missing],
+            "missing": self.records(),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is not in it."""
+        return [missing._asdict() for missing in self.missing]
 
 
 def report(
@@ -247,10 +252,7 @@ class _Draft:
             arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
             titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
-            mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
-                e.inference, f"the {e.k} strongest latents kept"
-            )
-            title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
+            title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, inference {mode_of(e)}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
             tables.append(Table(title, list(rows[0]), titles, list(zip(ours, cells, strict=True)), kept.labels))
