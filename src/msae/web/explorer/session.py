@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
-from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import TopSamples, top_samples
+from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.store import PATH_COLUMNS, EmbeddingStore, as_store, find_picture

@@ -13,8 +13,7 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
-from msae.concepts.gallery.mining import SAMPLES_FOLDER
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
