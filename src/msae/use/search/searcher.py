@@ -117,7 +117,8 @@ class Searcher:
         concepts = self.concepts(query.modality, strict=how.strict)
         edits = [Edit(concepts[concept], change) for concept, change in how.edits]
         if how.space == "latent":
-            check_modality(sae, query.modality, self.searched)
+            for modality in (query.modality, self.searched):  # says what is missing where there are no statistics
+                sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
         edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
             found = search_latents(sae, store, self.searched, edited, how.n, keep)
@@ -256,16 +257,6 @@ def search_latents(
         places[orders[other]] = np.arange(1, len(allowed) + 1)
         answers.append(Ranked(rows, scores[mine][rows], scores[other][rows], places[rows]))
     return Both(*answers)
-
-
-def check_modality(sae: SAE, *modalities: Modality) -> None:
-    """Refuse modalities that the SAE has no statistics of.
-
-    Raises:
-        ConfigError: It has none of one of them.
-    """
-    for modality in modalities:
-        sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
 
 
 def l1_distances(
