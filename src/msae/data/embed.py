@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
-from msae.base.files import atomic_path, read_json, remove_leftovers, write_json
+from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError, first_line
+from msae.base.files import atomic_path, locked, read_json, remove_leftovers, write_json
 from msae.base.progress import progress
 from msae.data.arrays import first_bad_row, open_safetensors
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
@@ -35,7 +34,7 @@ from msae.data.images import quiet_about_size, read_picture
 from msae.data.sources import Source, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import MODALITIES, PARTIAL, EmbeddingStore, Modality, Skipped, StorePart, write_store
-from msae.data.tables import array_of, common_schema, conform, first_line, unique_ids
+from msae.data.tables import array_of, common_schema, conform, unique_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -260,22 +259,10 @@ def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> di
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """The only process that writes `out`; a folder without any finished chunk is taken away at an error."""
-    work = out / PARTIAL
-    was_there = out.exists()
-    try:
-        (work / "chunks").mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as err:
-        raise StoreError(f"{out} cannot be written ({err.strerror}); give another --out") from err
-    with lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(f"{out} is being written by another process; wait for it") from None
+    """Only this process writes `out`; a folder without any finished chunk is taken away at an error."""
+    work, was_there = out / PARTIAL, out.exists()
+    with locked(work, error=StoreError):
+        (work / "chunks").mkdir(exist_ok=True)
         try:
             yield
         except BaseException:
