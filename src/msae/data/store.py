@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import StoreError, nearest
+from msae.base.errors import StoreError, nearest, nearest_beside
 from msae.base.files import atomic_path, read_json, write_json
 from msae.base.notices import notice
 from msae.base.results import import_pandas
@@ -129,8 +129,7 @@ class EmbeddingStore:
         elif path.is_file():
             store = cls._open_file(path, modality)
         else:
-            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise StoreError(f"{path} does not exist{nearest(path.name, siblings)}; msae embed makes a store")
+            raise StoreError(f"{path} does not exist{nearest_beside(path)}; msae embed makes a store")
         if modality is not None:
             store._of(modality)
         return store

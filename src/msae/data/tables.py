@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msae.base.errors import MsaeError
+from msae.base.errors import MsaeError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,11 +151,6 @@ def unique_ids(ids: Iterable[str]) -> Iterator[str]:
             unique = f"{id}#{seen[id]}"
         seen[unique] = 1
         yield unique
-
-
-def first_line(err: BaseException) -> str:
-    """The first line of an error's message, without a final full stop."""
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:

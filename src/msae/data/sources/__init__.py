@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from msae.base.errors import MissingDependencyError, SourceError, nearest
+from msae.base.errors import MissingDependencyError, SourceError, first_line, nearest, nearest_beside
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.sources import members, tars
 from msae.data.sources.members import SourceItem, described, texts_of
@@ -22,7 +22,6 @@ from msae.data.tables import (
     IMAGE_PATH_COLUMNS,
     TABLE_SUFFIXES,
     common_schema,
-    first_line,
     plain_key,
     read_table,
 )
@@ -95,8 +94,7 @@ def _open(source: str | Path) -> Source:
     if path.is_dir():
         return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path)
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise SourceError(f"{path} does not exist{nearest(path.name, siblings)}")
+        raise SourceError(f"{path} does not exist{nearest_beside(path)}")
     if suffix == ".txt":
         return _captions(path)
     if suffix == ".parquet":

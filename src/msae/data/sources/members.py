@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msae.base.errors import first_line
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.tables import CAPTION_COLUMNS
 
@@ -40,7 +41,7 @@ def described(sample: SourceItem, files: Mapping[str, bytes]) -> SourceItem:
         label = next((files[suffix].decode("utf-8").strip() for suffix in LABELS if suffix in files), None)
         record = json.loads(files[".json"]) if ".json" in files else {}
     except (ValueError, RecursionError) as err:
-        return replace(sample, damage=f"damaged .txt, .cls or .json: {str(err).splitlines()[0]}")
+        return replace(sample, damage=f"damaged .txt, .cls or .json: {first_line(err)}")
     if not isinstance(record, dict):
         record = {"caption": record} if isinstance(record, str | list) else {}
     columns = {name: value for name, value in record.items() if _is_plain(value)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from msae.base.errors import MissingDependencyError, SourceError
+from msae.base.errors import MissingDependencyError, SourceError, first_line
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.sources.members import SUFFIXES, SourceItem, described
 
@@ -117,9 +117,10 @@ class _Shard:
 
     def add_damage(self, err: BaseException) -> None:
         """Say what is wrong with the shard."""
-        reason = (str(err) or type(err).__name__).splitlines()[0]
         self.lines.append(
-            SourceItem(self.path.name, damage=f"damaged shard: {reason}; the samples after this point are lost")
+            SourceItem(
+                self.path.name, damage=f"damaged shard: {first_line(err)}; the samples after this point are lost"
+            )
         )
 
     def sample(self, tar: tarfile.TarFile, key: str) -> SourceItem:
@@ -132,7 +133,7 @@ class _Shard:
                     return SourceItem(key, damage=f"the member {member.name} is no ordinary file")
                 files[suffix] = content.read()
         except _DAMAGE as err:
-            return SourceItem(key, damage=f"damaged member: {(str(err) or type(err).__name__).splitlines()[0]}")
+            return SourceItem(key, damage=f"damaged member: {first_line(err)}")
         image = next((files[suffix] for suffix in files if suffix in IMAGE_SUFFIXES or not suffix), None)
         return described(SourceItem(key, image), files)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError
+from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError, first_line
 from msae.concepts.concept import ConceptSet
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
@@ -125,8 +125,7 @@ def _read_vector(path: Path) -> NDArray[Any]:
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist; give --embedding a .npy file with one vector") from None
     except (OSError, ValueError) as err:
-        line = str(err).splitlines()[0]
-        raise StoreError(f"{path} cannot be read as .npy ({line}); give --embedding a .npy file") from err
+        raise StoreError(f"{path} cannot be read as .npy ({first_line(err)}); give --embedding a .npy file") from err
     return x
 
 
