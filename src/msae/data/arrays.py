@@ -272,12 +272,28 @@ def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[st
     return rows, strings
 
 
-def same_width(shards: Sequence[Rows], error: Error) -> ShardedRows:
-    """The shards as one array.
+def open_arrays(path: Path, error: Error) -> dict[str, Rows]:
+    """The arrays of a `.npy`, `.npz` or `.safetensors` file by their names; the one of a `.npy` is called "".
 
     Raises:
-        MsaeError: Of the kind made by `error`, when their widths or dtypes differ.
+        MsaeError: Of the kind made by `error`: what `open_npy`, `open_npz` and `open_safetensors` raise.
     """
+    match path.suffix.lower():
+        case ".npy":
+            return {"": open_npy(path, error)}
+        case ".npz":
+            return {name: Rows(path, array, array.dtype.name) for name, array in open_npz(path, error).items()}
+        case _:
+            return open_safetensors(path, error)[0]
+
+
+def open_shards(files: Sequence[Path], error: Error) -> ShardedRows:
+    """Several `.npy` files as one array.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: what `open_npy` raises, or their widths or dtypes differ.
+    """
+    shards = [open_npy(file, error) for file in files]
     first = shards[0]
     for shard in shards[1:]:
         if shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:

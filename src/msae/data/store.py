@@ -10,7 +10,7 @@ import math
 import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args, overload
@@ -30,13 +30,11 @@ from msae.data.arrays import (
     first_bad_row,
     hash_files,
     is_sampled_fingerprint,
-    open_npy,
-    open_npz,
-    open_safetensors,
-    same_width,
+    open_arrays,
+    open_shards,
     zero_rows,
 )
-from msae.data.tables import CAPTION_COLUMNS, IMAGE_PATH_COLUMNS, Metadata, conform, read_table, text_column, unique_ids
+from msae.data.tables import CAPTION_COLUMNS, IMAGE_PATH_COLUMNS, Metadata, conform, text_column, unique_ids
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -345,26 +343,37 @@ class EmbeddingStore:
 
     @classmethod
     def _open_folder(cls, path: Path) -> EmbeddingStore:
-        if not (path / "store.json").exists():
+        """msae's or clip-retrieval's folder; its shards are memory-mapped."""
+        is_ours = (path / "store.json").exists()
+        if not is_ours:
             _check_is_clip_retrieval(path)
-            opened = open_folder(path)
-            return cls(path, "clip-retrieval", opened.rows, opened.metadata)
-        record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError)
-        opened = open_folder(path)
-        found = _content(opened.rows)
-        for key, value in found.items():
+        tables = metadata_files(path)
+        record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError) if is_ours else {}
+        rows = _open_shards(path)
+        metadata = Metadata.open(tables, StoreError)
+        _check_together(path, rows, metadata)
+        for key, value in _content(rows).items() if is_ours else ():
             if record.get(key) != value:
                 raise StoreError(
                     f"{path} is damaged: its {key} is {value!r} where store.json says {record.get(key)!r}; "
                     f"copy the store again or embed again"
                 )
-        return cls(path, "store", opened.rows, opened.metadata, record)
+        return cls(path, "store" if is_ours else "clip-retrieval", rows, metadata, record)
 
     @classmethod
     def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
-        opened = open_file(path, modality)
-        kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", path.suffix.lower()[1:])
-        return cls(path, kind, opened.rows, opened.metadata)
+        """A file of another tool; embeddings that it does not name are of `modality`."""
+        suffix = path.suffix.lower()
+        if suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
+            raise StoreError(
+                f"{path} has the unknown suffix {suffix!r}; wanted a store folder, .npy, .npz, .parquet or .safetensors"
+            )
+        named, metadata = _parquet_embeddings(path) if suffix == ".parquet" else _array_embeddings(path, suffix)
+        unnamed = modality or _modality_of(path, metadata.names, is_asked=None in named)
+        rows = {name or unnamed: ShardedRows((array,)) for name, array in named.items()}
+        _check_together(path, rows, metadata)
+        kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", suffix[1:])
+        return cls(path, kind, rows, metadata)
 
     def _of(self, modality: Modality) -> ShardedRows:
         if modality not in self.rows:
@@ -467,7 +476,7 @@ def write_store(
         with atomic_path(path / "metadata" / f"metadata_{number}.parquet") as temporary:
             # combined: the bytes of the file must not depend on how the rows came in
             pq.write_table(table.combine_chunks(), temporary, compression="zstd")
-    rows = open_folder(path).rows
+    rows = _open_shards(path)
     found = {**_content(rows), "fingerprint": fingerprint(rows)}
     write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
     return EmbeddingStore.open(path)
@@ -606,66 +615,26 @@ def labelled_rows(names: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
     return np.array([row for row, name in enumerate(names) if name is not None], dtype=np.int64)
 
 
-class Opened(NamedTuple):
-    """What a STORE holds."""
-
-    rows: dict[Modality, ShardedRows]
-    metadata: Metadata
-
-
-def open_folder(path: Path) -> Opened:
-    """The shards of a folder in clip-retrieval's layout, memory-mapped.
-
-    Raises:
-        StoreError: There are none, or they do not fit each other.
-    """
-    rows: dict[Modality, ShardedRows] = {}
-    for modality, folder in FOLDERS.items():
-        files = _numbered(path / folder, ".npy")
-        if files:
-            rows[modality] = same_width([open_npy(file, StoreError) for file in files.values()], StoreError)
-    if not rows:
+def _open_shards(path: Path) -> dict[Modality, ShardedRows]:
+    """The rows of a folder in clip-retrieval's layout."""
+    files = {modality: _numbered(path / folder, ".npy") for modality, folder in FOLDERS.items()}
+    if not any(files.values()):
         raise StoreError(f"{path} is an empty store: no .npy file in img_emb/ or text_emb/; embed again")
-    tables = _numbered(path / "metadata", ".parquet")
-    metadata = Metadata.open(list(tables.values()), StoreError) if tables else Metadata.none()
-    _check_together(path, rows, metadata)
-    return Opened(rows, metadata)
-
-
-def open_file(path: Path, modality: Modality | None) -> Opened:
-    """The embeddings of a .npy, .npz, .parquet or .safetensors file; those of unnamed modality are of `modality`.
-
-    Raises:
-        StoreError: The file is of another kind, damaged, or does not fit its metadata.
-    """
-    suffix = path.suffix.lower()
-    named: dict[Modality | None, Rows]
-    if suffix == ".npy":
-        named, metadata = {None: open_npy(path, StoreError)}, _beside(path)
-    elif suffix == ".safetensors":
-        named, metadata = _tensors(path), _beside(path)
-    elif suffix == ".npz":
-        named, metadata = _archive(path)
-    elif suffix == ".parquet":
-        named, metadata = _parquet_embeddings(path)
-    else:
-        raise StoreError(
-            f"{path} has the unknown suffix {suffix!r}; wanted a store folder, .npy, .npz, .parquet or .safetensors"
-        )
-    unnamed = modality or _modality_of(path, metadata.names, is_asked=None in named)
-    rows = {name or unnamed: same_width([array], StoreError) for name, array in named.items()}
-    _check_together(path, rows, metadata)
-    return Opened(rows, metadata)
+    return {modality: open_shards(shards, StoreError) for modality, shards in files.items() if shards}
 
 
 def metadata_files(path: Path) -> list[Path]:
     """The files from which the metadata of the STORE at `path` are read."""
     if path.is_dir():
-        return list(_numbered(path / "metadata", ".parquet").values())
+        return _numbered(path / "metadata", ".parquet")
     if path.suffix.lower() == ".parquet":
         return [path]
-    own = [path] if path.suffix.lower() == ".npz" else []
-    return [file for file in (_table_beside(path), *own) if file is not None][:1]
+    return _table_beside(path) or ([path] if path.suffix.lower() == ".npz" else [])
+
+
+def _table_beside(path: Path) -> list[Path]:
+    """The table with the stem of `path`, if there is one."""
+    return [file for suffix in (".csv", ".parquet") if (file := path.with_suffix(suffix)).is_file()][:1]
 
 
 def _check_together(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
@@ -686,26 +655,12 @@ def _check_together(path: Path, rows: Mapping[Modality, ShardedRows], metadata: 
             )
 
 
-def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
+def _numbered(folder: Path, suffix: str) -> list[Path]:
     """The files `NAME_NUMBER.suffix` of a folder in the order of their numbers, 10 after 9."""
     pattern = re.compile(rf"{re.escape(folder.name)}_(\d+){re.escape(suffix)}")
     entries = folder.iterdir() if folder.is_dir() else []
     found = {int(match[1]): entry for entry in entries if (match := pattern.fullmatch(entry.name))}
-    return dict(sorted(found.items()))
-
-
-def _table_beside(path: Path) -> Path | None:
-    """The table with the stem of `path`, if there is one."""
-    files = [path.with_suffix(suffix) for suffix in (".csv", ".parquet")]
-    return next((file for file in files if file.is_file()), None)
-
-
-def _beside(path: Path) -> Metadata:
-    """The metadata in the table with the stem of `path`, if there is one."""
-    table = _table_beside(path)
-    if table is None:
-        return Metadata.none()
-    return Metadata.of(read_table(table, StoreError)) if table.suffix == ".csv" else Metadata.open([table], StoreError)
+    return [found[number] for number in sorted(found)]
 
 
 def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
@@ -753,40 +708,36 @@ def _chosen(path: Path, candidates: Sequence[str], what: str) -> dict[Modality |
     return found
 
 
-def _tensors(path: Path) -> dict[Modality | None, Rows]:
-    """The tensors of a .safetensors file that are embeddings."""
-    tensors = {name: rows for name, rows in open_safetensors(path, StoreError)[0].items() if len(rows.shape) == 2}
-    chosen = _chosen(path, list(tensors), "two-dimensional tensors")
-    return {modality: _checked(tensors[name]) for modality, name in chosen.items()}
+def _array_embeddings(path: Path, suffix: str) -> tuple[dict[Modality | None, Rows], Metadata]:
+    """The arrays of a file that are embeddings, and the table beside it.
 
-
-def _archive(path: Path) -> tuple[dict[Modality | None, Rows], Metadata]:
-    """The embeddings of a .npz file, in memory, and as metadata its one-dimensional arrays of as many values.
-
-    A table beside the file takes the place of these arrays.
+    Without a table, the one-dimensional arrays of a .npz that have a value for each row are its metadata.
     """
-    arrays = open_npz(path, StoreError)
-    tables = [name for name, array in arrays.items() if array.ndim == 2]
-    floats = [name for name in tables if arrays[name].dtype.kind == "f"]
-    chosen = _chosen(path, floats or tables, "two-dimensional arrays")
-    named = {modality: _checked(Rows(path, arrays[name], arrays[name].dtype.name)) for modality, name in chosen.items()}
-    beside = _beside(path)
-    if beside.names:
-        return named, beside
-    return named, _columns_of(path, arrays, len(next(iter(named.values())).values))
+    arrays = open_arrays(path, StoreError)
+    candidates = [name for name, array in arrays.items() if len(array.shape) == 2]
+    if suffix == ".npz":
+        candidates = [name for name in candidates if arrays[name].values.dtype.kind == "f"] or candidates
+    what = "two-dimensional tensors" if suffix == ".safetensors" else "two-dimensional arrays"
+    named = {modality: _checked(arrays[name]) for modality, name in _chosen(path, candidates, what).items()}
+    metadata = Metadata.open(_table_beside(path), StoreError)
+    if suffix == ".npz" and not metadata.names:
+        metadata = _columns_of(path, arrays, next(iter(named.values())).shape[0])
+    return named, metadata
 
 
-def _columns_of(path: Path, arrays: Mapping[str, NDArray[Any]], n_rows: int) -> Metadata:
+def _columns_of(path: Path, arrays: Mapping[str, Rows], n_rows: int) -> Metadata:
     import pyarrow as pa
 
     columns = {}
     for name, array in arrays.items():
-        if array.ndim == 1 and len(array) == n_rows:
+        if array.shape == (n_rows,):
             try:
-                columns[name] = pa.array(array.tolist())
+                columns[name] = pa.array(array.values.tolist())
             except (pa.ArrowException, OverflowError) as err:
-                raise StoreError(f"{path} has an array {name!r} of {array.dtype} that is no column; remove it") from err
-    return Metadata.of(pa.table(columns)) if columns else Metadata.none()
+                raise StoreError(
+                    f"{path} has an array {name!r} of {array.values.dtype} that is no column; remove it"
+                ) from err
+    return Metadata.of(pa.table(columns)) if columns else Metadata.open([], StoreError)
 
 
 def _checked(rows: Rows) -> Rows:
@@ -804,7 +755,8 @@ def _parquet_embeddings(path: Path) -> tuple[dict[Modality | None, Rows], Metada
     candidates = everything.vectors or [name for name in everything.names if name.endswith(_ENDINGS)][:1]
     columns = _chosen(path, candidates, "columns of float lists")
     rows = {modality: _vectors(path, name, everything) for modality, name in columns.items()}
-    return rows, Metadata.open([path], StoreError, without=list(columns.values()))
+    others = tuple(name for name in everything.names if name not in columns.values())
+    return rows, replace(everything, names=others)
 
 
 def _vectors(path: Path, name: str, table: Metadata) -> Rows:

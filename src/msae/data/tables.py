@@ -302,30 +302,19 @@ class Metadata:
     names: tuple[str, ...]
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
-    read: Callable[[list[str] | None], pa.Table]
-    """The given columns, or all."""
+    read: Callable[[list[str]], pa.Table]
+    """The given columns."""
     vectors: tuple[str, ...] = ()
     """Names of the columns of float lists."""
 
     @classmethod
-    def none(cls) -> Metadata:
-        """No columns."""
-        import pyarrow as pa
-
-        return cls((), [], lambda _: pa.table({}))
-
-    @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-        return cls(
-            tuple(table.column_names),
-            [table.num_rows],
-            lambda names: table if names is None else table.select(names),
-        )
+        return cls(tuple(table.column_names), [table.num_rows], table.select)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], error: Error, *, without: Sequence[str] = ()) -> Metadata:
-        """The columns of parquet files that hold one table, less the columns `without`.
+    def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
+        """The columns of a `.csv` file, or of the `.parquet` files that hold one table; none without a file.
 
         Raises:
             MsaeError: Of the kind made by `error`: a file is damaged.
@@ -333,16 +322,19 @@ class Metadata:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if not paths:
+            return cls((), [], lambda _: pa.table({}))
+        if paths[0].suffix.lower() == ".csv":
+            return cls.of(read_table(paths[0], error))
         try:
             footers = [pq.read_metadata(path) for path in paths]
             schemas = [footer.schema.to_arrow_schema() for footer in footers]
         except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
             raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
         schema = common_schema(schemas)
-        schema = pa.schema([column for column in schema if column.name not in without])
 
-        def read(names: list[str] | None) -> pa.Table:
-            wanted = schema if names is None else pa.schema([schema.field(name) for name in names])
+        def read(names: list[str]) -> pa.Table:
+            wanted = pa.schema([schema.field(name) for name in names])
             tables = []
             for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
