@@ -222,10 +222,10 @@ class EmbeddingStore:
         zeros: list[int] = []
         for first in range(start, len(self), batch_size):
             x = source.between(first, first + batch_size)
-            bad = first_bad_row(x)
+            bad, zero = first_bad_row(x), zero_rows(x)
             if bad is not None:
                 raise self._not_finite(first + bad, modality)
-            zeros += (first + zero_rows(x)).tolist()
+            zeros += (first + zero).tolist()
             yield x
         if zeros and start == 0:
             notice(
