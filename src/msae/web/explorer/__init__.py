@@ -30,17 +30,18 @@ def explore(
     say: Callable[[str], object] = lambda _: None,
     ready: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Serve the explorer on this machine until Ctrl-C.
+    """Show runs and a store in a browser: concepts, one concept, search, audit, models. Ctrl-C ends it.
 
-    The pages show what is given here and nothing else: no other file of the disk, and no other machine. While it runs,
-    libraries that would ask the Hugging Face hub are told that there is no network.
+    Nothing leaves this machine: it listens on 127.0.0.1 alone and shows no other file than the pictures that the store
+    lists. While it runs, libraries that would ask the Hugging Face hub are told that there is no network.
 
     Args:
-        runs: A run folder, or several.
-        on: The store whose pictures, texts and columns are shown; without it, the one the first run was trained on.
-        port: Of 127.0.0.1; 0 takes any that is free.
-        say: Called with each line about what is being computed.
-        ready: Called with the address as soon as a browser can open it.
+        runs: One or several run folders.
+        on: The store whose pictures, texts and columns are shown. Without it, the one that the first run was trained
+            on.
+        port: Port on 127.0.0.1; 0 takes any that is free.
+        say: Is called with a line about what is being prepared.
+        ready: Is called with the address, once it can be opened.
 
     Raises:
         ConfigError: The port is taken.

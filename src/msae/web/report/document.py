@@ -95,16 +95,17 @@ def report(
     beside: Sequence[str | Path] = (),
     audit: Audit | str | Path | None = None,
 ) -> Report:
-    """Write a page about a run that opens offline anywhere, under 10 MB, and the model card, README.md in the run.
+    """Write one HTML file about a run that opens offline, and the model card, README.md in the run folder.
 
-    What the run folder has is shown: figures, curves, names. What it lacks is named with the command that makes it.
+    It shows what the run folder has: figures, curves, names. What it lacks is named with the command that makes it.
 
     Args:
         run: A run folder.
-        on: A store for samples, magnitudes, hierarchy and a search. Without it, that of an earlier gallery or report.
-        out: The page; without it, report.html in the run folder.
-        beside: Other run folders to set beside this one in the tables and curves.
-        audit: An audit to include, or the file that `msae audit --json` wrote.
+        on: The store for samples, hierarchy and an example of a search. Without it, that of an earlier gallery or
+            report.
+        out: The file to write. Without it, report.html in the run folder.
+        beside: Other run folders to show beside this one in tables and curves.
+        audit: An audit to include, as msae audit --json wrote it.
 
     Raises:
         RunError: A run is missing or damaged.
