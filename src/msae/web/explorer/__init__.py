@@ -27,6 +27,7 @@ def explore(
     on: EmbeddingStore | str | Path | None = None,
     port: int = 7860,
     *,
+    show: Sequence[str] = (),
     say: Callable[[str], object] = lambda _: None,
     ready: Callable[[str], object] = lambda _: None,
 ) -> None:
@@ -40,6 +41,7 @@ def explore(
         on: The store whose pictures, texts and columns are shown. Without it, the one that the first run was trained
             on.
         port: Port on 127.0.0.1; 0 takes any that is free.
+        show: Columns of the store to show beside each caption, such as title,colour.
         say: Is called with a line about what is being prepared.
         ready: Is called with the address, once it can be opened.
 
@@ -57,7 +59,7 @@ def explore(
 
             for run in runs:
                 Run.open(run).sae  # noqa: B018
-        serve(runs, on, port, say, ready)
+        serve(runs, on, port, show, say, ready)
 
 
 @contextlib.contextmanager
