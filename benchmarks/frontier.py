@@ -58,7 +58,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "8-4096": {**MATRYOSHKA, "levels": doubling(8, 4096), "lr": 2e-3},
     "8-4096-last": {**MATRYOSHKA, "levels": (*doubling(8, 512), 4096), "lr": 2e-3},
-    **{f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr} for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 4e-3)},
+    **{
+        f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr}
+        for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 4e-3)
+    },
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from msae.concepts.evidence import unit_rows
 from msae.concepts.stability import Stability, match, stability
+from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.train import train

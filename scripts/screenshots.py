@@ -28,7 +28,7 @@ PAGES = {
     "models": "?page=models&evaluate=1",
 }
 VIEWS = (("", 1280, 860, "light"), ("-phone", 390, 760, "dark"))
-QUIET = "!document.querySelector('.msae[aria-busy], .msae [aria-busy]')"
+BUSY = "!!document.querySelector('[aria-busy]')"
 COLOURS = 128
 """Of the palette: drawings and small pictures need no more."""
 
@@ -69,8 +69,9 @@ def take(pages: dict[str, str], out: Path) -> int:
             for name, address in pages.items():
                 page = context.new_page()
                 page.goto(address)
-                page.wait_for_selector("main h1")
-                page.wait_for_function(QUIET, timeout=120_000)
+                page.wait_for_selector("main:not([data-opening]) h1", timeout=120_000)
+                while page.evaluate(BUSY):  # the pages' policy forbids what wait_for_function does
+                    page.wait_for_timeout(50)
                 page.wait_for_load_state("networkidle")
                 picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
                 file = out / f"explorer-{name}{suffix}.png"

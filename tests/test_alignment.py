@@ -10,9 +10,9 @@ from scipy.optimize import linear_sum_assignment
 
 from msae.base.errors import ConfigError, RunError
 from msae.cli import main
-from msae.concepts.evidence import unit_rows
 from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.stability import match, stability
+from msae.data.arrays import unit_rows
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.train import train
 

@@ -28,12 +28,13 @@ def test_mapping_and_back():
     ("values", "message"),
     [
         ({"epoch": 3}, "f.toml: unknown setting 'epoch'; did you mean 'epochs'"),
-        ({"epochs": "three"}, "f.toml: epochs = 'three' is a str; give a int"),
-        ({"epochs": True}, "epochs = True is a bool"),
-        ({"epochs": 2.5}, "epochs = 2.5 is a float"),
+        ({"epochs": "three"}, "f.toml: epochs = 'three' is text; give a whole number"),
+        ({"epochs": True}, "epochs = True is true or false; give a whole number"),
+        ({"epochs": 2.5}, "epochs = 2.5 is a number; give a whole number"),
         ({"kind": "topp"}, "kind = 'topp' is not one of topk, relu; did you mean 'topk'"),
-        ({"levels": [1, "x"]}, "levels"),
-        ({"resume": 1}, "resume = 1 is a int"),
+        ({"levels": [1, "x"]}, "levels = [1, 'x'] is a list; give a list, each a whole number"),
+        ({"resume": 1}, "resume = 1 is a whole number; give true or false"),
+        ({"out": 3}, "out = 3 is a whole number; give text"),
     ],
 )
 def test_wrong_values_are_named(values, message):

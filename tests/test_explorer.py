@@ -1,32 +1,35 @@
 """The explorer without a browser: pages are functions of an address, and its server gives nothing else away."""
 
+import html
 import http.client
-import importlib.util
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
 
 from msae import search
-from msae.base.errors import ConfigError, RunError
+from msae.base.errors import ConfigError, RunError, SourceError
 from msae.cli import main
 from msae.use.audit import Audit
 from tests.explorer_world import HOSTILE, make_world, served
 
-if importlib.util.find_spec("gradio") is None:
-    pytest.skip("gradio is not installed", allow_module_level=True)
 pytest.importorskip("faiss", reason="faiss is not installed")
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from msae.web.explorer import audit as audit_page
 from msae.web.explorer import concept as concept_page
+from msae.web.explorer import offline
 from msae.web.explorer import search as search_page
 from msae.web.explorer.address import Address
-from msae.web.explorer.app import Explorer, refusal
+from msae.web.explorer.app import MAX_UPLOAD, Explorer
 from msae.web.explorer.session import open_world
 
 
@@ -46,7 +49,7 @@ def explorer(world):
 
 
 def show(explorer, part="", **values):
-    return str(explorer.show({"address": "?" + urlencode(values, doseq=True), "part": part})["html"])
+    return explorer.show(urlencode(values, doseq=True), part)
 
 
 # --- Addresses
@@ -63,8 +66,7 @@ def test_a_link_and_its_parsing_are_inverse():
     "text", ["", "?page=../etc", "?page", "?latent=-1&latent=1e9", "?%ff%00=%", "?" + "a=b&" * 20_000]
 )
 def test_any_address_shows_a_page(explorer, text):
-    assert "<h1>" in explorer.show({"address": text})["html"]
-    assert "<h1>" in explorer.show(text)["html"]
+    assert "<h1>" in explorer.show(text)
 
 
 @pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
@@ -147,15 +149,14 @@ def test_the_page_finds_what_search_finds(world, folder):
 
 
 def test_a_dropped_picture_is_searched_for_as_msae_search_does(world, explorer, folder):
-    import base64
-
     picture = next((folder / "scenes/images").iterdir())
-    answer = explorer.embed({"picture": base64.b64encode(picture.read_bytes()).decode()})
-    found = search_page.result(world, world.first, Address.parse("?" + urlencode(answer)))
+    vector = explorer.embed(picture.read_bytes())
+    found = search_page.result(world, world.first, Address.parse("?" + urlencode({"vector": vector})))
     expected = search(folder / "runs/named", world.store, image=picture, n=search_page.HITS)
     assert [hit.id for hit in found.hits] == [hit.id for hit in expected.hits]
-    for wrong in ({}, None, {"picture": "!"}, {"picture": base64.b64encode(b"no picture").decode()}):
-        assert "problem" in explorer.embed(wrong)
+    for wrong in (b"", b"!", b"no picture", picture.read_bytes()[:200]):
+        with pytest.raises(SourceError, match="cannot be searched for"):
+            explorer.embed(wrong)
 
 
 def test_without_an_encoder_rows_are_searched_and_words_say_why_not(tmp_path, world, folder):
@@ -194,6 +195,14 @@ def test_an_audit_is_read_back_as_it_was_written(world):
     assert "<table" in audit_page.loaded(json.dumps(found.to_dict()))
 
 
+def test_every_column_can_be_audited_or_the_page_says_why_not(explorer, world):
+    assert set(world.targets) | set(world.left_out) == set(world.store.columns) and world.targets
+    page = show(explorer, page="audit")
+    assert all(f'<option value="{name}">' in page for name in world.targets)
+    assert all(f"<dt>{name}</dt><dd>{html.escape(why)}</dd>" in page for name, why in world.left_out.items())
+    assert world.left_out["caption"] == "names or describes single rows"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"concepts": [1]}', "[" * 5000, HOSTILE, '{"target": {}}'])
 def test_what_is_no_audit_is_said_to_be_none(text):
     with pytest.raises(ConfigError, match=r"x\.json is not what msae audit writes"):
@@ -222,7 +231,7 @@ def test_evaluations_that_were_made_are_shown(folder):
     assert all(e.recovery for e in world.evaluations())
     damaged = runs[0] / "eval" / "damaged.json"
     damaged.write_text("{")
-    page = Explorer(world).show({"address": "?page=models"})["html"]
+    page = Explorer(world).show("?page=models")
     assert "damaged.json" in page and "Traceback" not in page
     shutil.rmtree(runs[0] / "eval")
     shutil.rmtree(runs[1] / "eval")
@@ -282,6 +291,44 @@ def test_what_cannot_be_explored_is_one_line(folder, tmp_path, capsys):
             assert left.value.code == 1 and wanted in said, said
 
 
+def test_the_server_is_there_before_torch_is_imported():
+    code = (
+        "import sys; from msae.web.explorer import app; import uvicorn; app.build(app.Opening(['run'], None, print)); "
+        "assert 'is starting' in app.Opening(['run'], None, print).page(); "
+        "print({'torch', 'numpy', 'pyarrow', 'matplotlib', 'PIL'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "set()\n"
+
+
+def test_a_failure_while_loading_is_shown_on_the_page_that_waits_and_printed_in_one_line(folder, tmp_path):
+    told, wrong = tmp_path / "address.json", str(folder / "words.store")
+    command = [sys.executable, "-m", "msae", "explore", wrong, "--port", "0", "--json", str(told)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not told.exists():
+            time.sleep(0.01)
+        base = json.loads(told.read_text())["url"]
+        pages = [get(base, "/")[1].decode()]
+        assert "is starting" in pages[0] and 'http-equiv="refresh"' in pages[0]
+        while not json.loads(get(base, "/state")[1])["done"]:
+            time.sleep(0.05)
+        pages.append(get(base, "/")[1].decode())
+        said = process.stderr.read()
+    assert process.returncode == 1 and said.count("\n") == 1 and "words.store" in said
+    message = said.removeprefix("msae explore: ").strip()
+    assert "could not start" in pages[1] and message in html.unescape(pages[1])
+    assert "refresh" not in pages[1]
+
+
+def test_libraries_are_offline_while_it_runs_and_as_before_afterwards(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with offline():
+        assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not constants.HF_HUB_OFFLINE and "HF_HUB_OFFLINE" not in os.environ
+
+
 def test_names_of_another_sae_are_refused(folder, tmp_path):
     import shutil
 
@@ -295,13 +342,50 @@ def test_names_of_another_sae_are_refused(folder, tmp_path):
 # --- What the server gives away
 
 
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def get(base, path, method="GET", body=None, **headers):
+    where = urlsplit(base)
+    connection = http.client.HTTPConnection(where.hostname, where.port, timeout=20)
+    connection.putrequest(method, path, skip_host="host" in headers)
+    for key, value in headers.items():
+        connection.putheader(key, value)
+    if body is not None:
+        connection.putheader("content-length", str(len(body)))
+    connection.endheaders(body)
+    with connection.getresponse() as answer:
+        found = answer.status, answer.read(), dict(answer.getheaders())
+    connection.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    with served([folder / "runs/named"], folder / "scenes.store", tmp_path_factory.mktemp("served")) as url:
+        yield url
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
-        ("GET", "/", {}, None),
-        ("POST", "/gradio_api/component_server/", {"origin": "http://127.0.0.1:1"}, None),
-        ("POST", "/gradio_api/component_server/", {"origin": "http://evil.example"}, 403),
-        ("POST", "/gradio_api/component_server/", {"origin": "null"}, 403),
+        ("GET", "/", {}, 200),
+        ("HEAD", "/", {}, 200),
+        ("POST", "/audit", {}, 200),
+        ("POST", "/audit", {"origin": "http://evil.example"}, 403),
+        ("POST", "/audit", {"origin": "null"}, 403),
+        ("POST", "/embed", {"origin": "http://127.0.0.1:1"}, 403),
+        ("GET", "/audit", {}, 405),
+        ("POST", "/", {}, 405),
         ("GET", "/", {"host": "evil.example:7860"}, 400),
         ("GET", "/", {"host": ""}, 400),
         ("GET", "/gradio_api/file=/etc/passwd", {}, 404),
@@ -309,44 +393,48 @@ def test_names_of_another_sae_are_refused(folder, tmp_path):
         ("POST", "/gradio_api/upload", {}, 404),
         ("POST", "/gradio_api/queue/join", {}, 404),
         ("GET", "/static/../../secret", {}, 404),
+        ("GET", "/static/base.html", {}, 404),
         ("GET", "/monitoring", {}, 404),
     ],
 )
-def test_only_what_is_needed_is_open(method, path, headers, status):
-    assert refusal(method, path, {"host": "127.0.0.1:1", **headers}) == status
+def test_only_what_is_needed_is_open(base, method, path, headers, status):
+    body = b"" if method == "POST" else None
+    assert get(base, path, method, body, **headers)[0] == status
 
 
-def get(base, path, **headers):
-    where = urlsplit(base)
-    connection = http.client.HTTPConnection(where.hostname, where.port, timeout=20)
-    connection.putrequest("GET", path, skip_host="host" in headers)
-    for key, value in headers.items():
-        connection.putheader(key, value)
-    connection.endheaders()
-    with connection.getresponse() as answer:
-        found = answer.status, answer.read(), dict(answer.getheaders())
-    connection.close()
-    return found
+def test_its_own_origin_may_post_and_what_is_too_large_is_refused(base):
+    status, body, _ = get(base, "/audit", "POST", b"[]", origin=base)
+    assert status == 200 and b"This file is no audit" in body
+    body = get(base, "/embed", "POST", bytes(MAX_UPLOAD + 1), origin=base)[1]
+    assert f"larger than {MAX_UPLOAD // 1_000_000} MB" in json.loads(body)["problem"]
 
 
-def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, tmp_path):
+def test_the_security_policy_allows_no_code_or_style_inside_a_page(base, explorer):
+    policy = get(base, "/")[2]["content-security-policy"]
+    assert "default-src 'self'" in policy and "unsafe" not in policy and "script-src" not in policy
+    for page in ("concepts", "concept", "search", "audit", "models"):
+        tags = Tags(show(explorer, page=page)).tags
+        assert not [tag for tag, values in tags if tag == "style" or (tag == "script" and "src" not in values)]
+        assert not [key for _, values in tags for key in values if key == "style" or key.startswith("on")]
+
+
+def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, base):
     secret = (folder / "secret.png").read_bytes()
-    with served([folder / "runs/named"], folder / "scenes.store", tmp_path) as base:
-        status, body, headers = get(base, "/picture/5/96")
-        assert status == 200 and headers["content-type"] == "image/jpeg" and body[:2] == b"\xff\xd8"
-        assert "default-src 'self'" in headers["content-security-policy"]
-        for path in (
-            "/picture/1/96",  # the store lists ../secret.png
-            "/picture/-1/96", "/picture/999999/96", "/picture/5/5000", "/picture/../secret.png/96",
-            "/picture/%2e%2e%2fsecret.png/96", f"/gradio_api/file={folder}/secret.png",
-            f"/gradio_api/file/{folder}/secret.png", f"/file={folder}/secret.png",
-            f"/gradio_api/file={folder}/scenes/images/{world.store.ids[5]}.png", "/static/%2e%2e/%2e%2e/routes.py",
-            "/assets/..%2f..%2f..%2froutes.py", "/static/..%5c..%5croutes.py", f"/static/{folder}/secret.png",
-            f"/static/%2f{folder}/secret.png", "/etc/passwd", "/openapi.json", "/docs", "/gradio_api/info",
-        ):  # fmt: skip
-            status, body, _ = get(base, path)
-            assert status in (400, 403, 404, 422), (path, status)
-            assert secret not in body and b"def " not in body, path
-        assert get(base, "/", host="evil.example")[0] == 400
-        with pytest.raises(OSError):  # nobody listens on the machine's other addresses
-            socket.create_connection(("127.0.0.2", urlsplit(base).port), timeout=2).close()
+    status, body, headers = get(base, "/picture/5/96")
+    assert status == 200 and headers["content-type"] == "image/jpeg" and body[:2] == b"\xff\xd8"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    for path in (
+        "/picture/1/96",  # the store lists ../secret.png
+        "/picture/-1/96", "/picture/999999/96", "/picture/5/5000", "/picture/../secret.png/96",
+        "/picture/%2e%2e%2fsecret.png/96", f"/gradio_api/file={folder}/secret.png",
+        f"/gradio_api/file/{folder}/secret.png", f"/file={folder}/secret.png",
+        f"/gradio_api/file={folder}/scenes/images/{world.store.ids[5]}.png", "/static/%2e%2e/%2e%2e/routes.py",
+        "/assets/..%2f..%2f..%2froutes.py", "/static/..%5c..%5croutes.py", f"/static/{folder}/secret.png",
+        f"/static/%2f{folder}/secret.png", "/etc/passwd", "/openapi.json", "/docs", "/gradio_api/info",
+    ):  # fmt: skip
+        status, body, _ = get(base, path)
+        assert status in (400, 403, 404, 422), (path, status)
+        assert secret not in body and b"def " not in body, path
+    assert get(base, "/", host="evil.example")[0] == 400
+    with pytest.raises(OSError):  # nobody listens on the machine's other addresses
+        socket.create_connection(("127.0.0.2", urlsplit(base).port), timeout=2).close()

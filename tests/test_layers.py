@@ -90,3 +90,25 @@ def test_help_loads_no_torch():
         "import sys\nfrom msae.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     ).split()
     assert "torch" not in loaded and "numpy" not in loaded
+
+
+def test_dir_lists_what_is_public_and_nothing_else():
+    import msae
+
+    assert sorted(dir(msae)) == sorted(msae.__all__)
+    for name in msae.__all__:
+        assert getattr(msae, name) is not None
+    assert not [name for name in dir(msae) if name.startswith("_")]
+
+
+def test_every_verb_of_the_command_line_is_a_function_of_msae():
+    import msae
+    from msae.cli.verbs import VERBS, load
+
+    for verb in set(VERBS) - {"demo"}:  # msae.demo is the package of the drawn world; its verb is msae.demo.chain.demo
+        assert getattr(msae, verb) is load(VERBS[verb].function)
+
+
+def test_kernels_are_there_after_import_msae():
+    code = "import msae; msae.kernels.sae_loss; msae.losses.level_weights; msae.metrics.fvu; msae.errors.StoreError"
+    subprocess.run([sys.executable, "-c", code], check=True)

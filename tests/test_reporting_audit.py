@@ -1,6 +1,5 @@
 """The audit's page opens offline, shows names as text whatever they are, and is the same bytes for the same audit."""
 
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae.cli import main
-from msae.cli.look import audit_verb
+from msae.cli import main, verb_options
 from msae.use.audit import audit
 from msae.web.report.audit import concept_svgs, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
@@ -104,7 +102,7 @@ def test_the_recipes_use_options_that_exist():
     recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
     commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
     assert len(commands) >= 5
-    known = set(inspect.signature(audit_verb([])).parameters)
+    known = set(verb_options("audit"))
     for command in commands:
         options = {word[2:].replace("-", "_") for word in command if word.startswith("--")}
         assert options <= known and {"on", "target"} <= options

@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msae.base import errors
+    from msae.base.errors import MsaeError
+    from msae.cli.info import info
     from msae.concepts.gallery import Gallery, concept_tree, gallery, top_samples
     from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
@@ -13,7 +16,9 @@ if TYPE_CHECKING:
     from msae.concepts.stability import Stability, stability
     from msae.data.embed import Embedder, embed
     from msae.data.store import EmbeddingStore
+    from msae.measure import metrics
     from msae.measure.evaluate import Evaluation, evaluate, poster_table
+    from msae.sae import kernels, losses
     from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
     from msae.use.audit import Audit, audit
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "MsaeError": "base.errors",
+    "info": "cli.info",
     "Audit": "use.audit",
     "ConceptNames": "concepts.names",
     "Embedder": "data.embed",
@@ -52,7 +59,7 @@ _HOME = {
     "TrainSettings": "sae.train",
     "train": "sae.train",
 }
-_MODULES = {"kernels": "sae.kernels", "losses": "sae.losses", "metrics": "measure.metrics"}
+_MODULES = {"errors": "base.errors", "kernels": "sae.kernels", "losses": "sae.losses", "metrics": "measure.metrics"}
 
 
 def __getattr__(name: str) -> Any:
@@ -65,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_MODULES])
+    return __all__
 
 
 __all__ = [
@@ -76,6 +83,7 @@ __all__ = [
     "EmbeddingStore",
     "Evaluation",
     "Gallery",
+    "MsaeError",
     "NameSettings",
     "Report",
     "SAEConfig",
@@ -86,9 +94,14 @@ __all__ = [
     "audit",
     "concept_tree",
     "embed",
+    "errors",
     "evaluate",
     "explore",
     "gallery",
+    "info",
+    "kernels",
+    "losses",
+    "metrics",
     "name",
     "poster_table",
     "report",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from msae.base import records
 from msae.base.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -83,39 +84,35 @@ def _make(cls: type[T], checked: Mapping[str, Any], *, where: str) -> T:
 
 
 def _convert(value: Any, hint: Any, *, where: str) -> Any:
+    try:
+        return records.checked(value, hint)
+    except TypeError as err:
+        choices = _choices(hint)
+        if choices and isinstance(value, str):
+            known = ", ".join(choices)
+            raise ConfigError(f"{where} = {value!r} is not one of {known}{nearest(value, choices)}") from err
+        raise ConfigError(f"{where} = {value!r} is {_in_words(type(value))}; give {_in_words(hint)}") from err
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a type allows, also as one of several types or inside a list."""
+    if typing.get_origin(hint) is Literal:
+        return [str(one) for one in typing.get_args(hint)]
+    return [word for inner in typing.get_args(hint) for word in _choices(inner)]
+
+
+def _in_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _convert(value, option, where=where)
-            except ConfigError:
-                continue
-    elif origin is Literal:
-        if value in arguments:
-            return value
-        hint_text = nearest(str(value), [str(a) for a in arguments])
-        raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_convert(item, arguments[0], where=where) for item in value)
-    elif hint is Path:
-        if isinstance(value, str | Path):
-            return Path(value)
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    wanted = getattr(hint, "__name__", str(hint)) if not arguments else str(hint)
-    raise ConfigError(f"{where} = {value!r} is a {type(value).__name__}; give a {wanted}")
+        return " or ".join(_in_words(one) for one in arguments if one is not type(None))
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list, each {_in_words(arguments[0])}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text", list: "a list"}
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
     """The fields of a settings dataclass as JSON values."""
-    return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
+    return dict(records.to_record(settings))

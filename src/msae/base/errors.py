@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Mapping
 
 
 class MsaeError(Exception):
@@ -48,6 +49,42 @@ class MissingDependencyError(MsaeError):
     def of(cls, package: str, *, extra: str) -> MissingDependencyError:
         """The error that names the missing `package` and the extra of msae that brings it."""
         return cls(f"{package} is not installed but is needed here; type: pip install 'msae[{extra}]'")
+
+
+EXTRAS: Mapping[str, str] = {
+    "transformers": "clip",
+    "tokenizers": "clip",
+    "sentencepiece": "clip",
+    "huggingface_hub": "clip",
+    "datasets": "sources",
+    "webdataset": "sources",
+    "numba": "fast",
+    "llvmlite": "fast",
+    "faiss": "index",
+    "tensorboard": "loggers",
+}
+"""Modules that a bare install lacks, and the extra of msae that brings each."""
+
+
+def require(module: str) -> None:
+    """Refuse to begin what needs an optional package that is not installed.
+
+    Raises:
+        MissingDependencyError: `module`, one of `EXTRAS`, cannot be imported.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingDependencyError.of(module, extra=EXTRAS[module])
+
+
+def missing_dependency(err: BaseException) -> MissingDependencyError | None:
+    """The error to show where `err`, or a cause of it, is the failed import of an optional package; else None."""
+    chain: BaseException | None = err
+    while chain is not None:
+        module = (chain.name or "").partition(".")[0] if isinstance(chain, ImportError) else ""
+        if module in EXTRAS:
+            return MissingDependencyError.of(module, extra=EXTRAS[module])
+        chain = chain.__cause__ or chain.__context__
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from msae.base.errors import MissingDependencyError, RunError
+from msae.base.errors import EXTRAS, MissingDependencyError, RunError, require
 from msae.base.files import atomic_path
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
@@ -27,7 +27,9 @@ class Logger(Protocol):
 def check_installed(names: Sequence[LoggerName]) -> None:
     """Refuse, before anything is written, a logger whose package is not there."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if name in EXTRAS:
+            require(name)
+        elif importlib.util.find_spec(name) is None:
             raise MissingDependencyError(f"{name} is not installed but --loggers asks for it; type: pip install {name}")
 
 

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from msae import __version__
-from msae.base.errors import Interrupted, MsaeError, nearest
-from msae.cli.output import say
-from msae.cli.verbs import VERBS
+from msae.base.errors import Interrupted, MsaeError, missing_dependency, nearest
+from msae.cli.output import check_target, report, say
+from msae.cli.verbs import VERBS, Verb, load
 
-OVERVIEW = """\
-usage: msae VERB [options]        msae VERB --help explains one verb
+if TYPE_CHECKING:
+    from msae.cli.options import Option
 
-Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.
-
-  demo       the whole chain on a small world that comes with the package, offline
-  embed      images or captions -> a store of embeddings
-  train      a store -> a sparse autoencoder in a run folder
-  evaluate   runs -> the poster's metrics and table
-  name       a run and a vocabulary -> names for its latents, with evidence
-  gallery    what activates a latent most; the tree of latents; their magnitudes
-  stability  which latents come back in runs from other seeds
-  search     nearest neighbours of a query in which concepts are turned up or down
-  audit      which concepts a classifier relies on, and what removing them does
-  report     a run as one HTML file that opens offline, and as a model card
-  explore    runs and a store in a browser on this machine
-  info       what a store or a run holds
-
-Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.
-"""
+OVERVIEW = "\n".join(
+    [
+        "usage: msae VERB [options]        msae VERB --help explains one verb",
+        "",
+        "Matryoshka sparse autoencoders for CLIP and SigLIP embeddings.",
+        "",
+        *(f"  {name:<9}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.",
+        "",
+    ]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,6 +57,9 @@ def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
         command = _parse(verb, arguments)
         command()
         sys.stdout.flush()
+    except _UsageError as err:
+        say(f"msae {verb}: {err}; type: msae {verb} --help")
+        return 2
     except Interrupted as err:
         say(f"msae {verb}: {err}")
         return 130
@@ -78,25 +78,69 @@ def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
     except Exception as err:
         if debug:
             raise
+        missing = missing_dependency(err)
+        if missing is not None:
+            say(f"msae {verb}: {missing}")
+            return 1
         say(f"msae {verb}: unexpected {type(err).__name__}: {_one_line(err)}; --debug shows where, please report it")
         return 1
     return 0
 
 
-def _parse(verb: str, arguments: list[str]) -> Callable[[], None]:
-    """The verb with its options bound; wrong usage is one line and exit code 2."""
-    import tyro
+def verb_options(name: str) -> dict[str, Option]:
+    """The options of a verb by name, with the argument that needs none."""
+    from msae.cli.options import options_of
 
-    function = VERBS[verb](arguments)
-    bound = functools.wraps(function)(lambda *args, **options: functools.partial(function, *args, **options))
+    verb = VERBS[name]
+    settings = load(verb.settings) if verb.settings else None
+    return options_of(load(verb.function), verb.finish, settings=settings, hidden=verb.hidden)
+
+
+class _UsageError(Exception):
+    """The command line is not one of this verb; the message says why."""
+
+
+def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
+    """The verb with its options bound.
+
+    Raises:
+        SystemExit: Help was asked for and is shown.
+    """
+    from msae.cli.options import description_of, parse
+
+    verb = VERBS[name]
+    function = load(verb.function)
+    options = verb_options(name)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(bound, prog=f"msae {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+            given = parse(name, description_of(function), options, verb.positional, _renamed(verb, arguments))
     except SystemExit as leave:
         if leave.code == 2:
-            say(f"msae {verb}: {_usage_line(complaint.getvalue())}; type: msae {verb} --help")
+            raise _UsageError(_usage_line(complaint.getvalue())) from None
         raise
+    argument, metavar = verb.positional
+    if argument and not given.get(argument):
+        raise _UsageError(f"{metavar} is missing")
+    return functools.partial(_show, verb, function, given)
+
+
+def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
+    """The arguments with the options of earlier versions under their names of today."""
+    words = (argument.partition("=") for argument in arguments)
+    return [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
+
+
+def _show(verb: Verb, function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Call the function, print what it found, and write it where --json says."""
+    json = given.pop("json", None)
+    check_target(json)
+    of_finish = {key: given.pop(key) for key in inspect.signature(verb.finish).parameters if key in given}
+    if "json" in inspect.signature(verb.finish).parameters:
+        of_finish["json"] = json
+    shown = verb.finish(functools.partial(function, **given), **of_finish)
+    if shown is not None:
+        report(*shown, json)
 
 
 def _usage_line(complaint: str) -> str:

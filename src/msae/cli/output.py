@@ -33,9 +33,12 @@ def check_target(target: str | None) -> None:
 
     Raises:
         NotADirectoryError: The file would lie in another file.
+        IsADirectoryError: It is a folder.
     """
     if target is None or target == "-":
         return
+    if Path(target).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     folder = Path(os.path.realpath(target)).parent
     while not folder.exists():
         folder = folder.parent

@@ -1,22 +1,220 @@
-"""The table of verbs: for each a function that makes its command when it is asked for, so that others load nothing."""
+"""The verbs: for each its Python function, and how the result is shown. The options are those of the function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import json as json_format
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-from msae.cli import look, make
+from msae.base.errors import ConfigError
+from msae.cli.output import report, say
 
-VERBS: dict[str, Callable[[list[str]], Callable[..., None]]] = {
-    "demo": make.demo_verb,
-    "embed": make.embed_verb,
-    "train": make.train_verb,
-    "evaluate": make.evaluate_verb,
-    "name": make.name_verb,
-    "gallery": look.gallery_verb,
-    "stability": look.stability_verb,
-    "audit": look.audit_verb,
-    "search": look.search_verb,
-    "report": look.report_verb,
-    "explore": look.explore_verb,
-    "info": look.info_verb,
-}
+Call = functools.partial[Any]
+"""The verb's function with the options that were given; `call.keywords` are these options."""
+Shown = tuple[str, Any] | None
+"""The text and the data of a result; None where the verb has shown it itself."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command."""
+
+    summary: str
+    """Its line in `msae --help`."""
+    function: str
+    """MODULE:NAME of the Python function; imported when the verb is used."""
+    positional: tuple[str, str]
+    """The parameter that needs no option, and what help calls it."""
+    finish: Callable[..., Shown]
+    """Calls the function and shows the result; its keywords are options of the command line alone."""
+    settings: str | None = None
+    """MODULE:NAME of the dataclass whose fields the function takes as `**options`."""
+    hidden: tuple[str, ...] = ()
+    """Parameters that only Python has."""
+    renamed: Mapping[str, str] | None = None
+    """Options of earlier versions, and what they are now."""
+
+
+def load(place: str) -> Any:
+    """What `place`, as MODULE:NAME, names."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def demo(call: Call, *, json: str | None) -> Shown:
+    tell: Callable[[str], object] = say if json == "-" else functools.partial(print, flush=True)
+    result = call(say=tell)
+    tell("writing the report, with an audit of a classifier of hats")
+    from msae.use.audit import audit
+    from msae.web.report import report as make_report
+
+    run, holdout = result.named_run, result.holdout
+    hats = audit(run, holdout, "hat") if len(result.names) else None
+    page = make_report(run, holdout, beside=result.runs, audit=hats).path
+    closing = f"{result.closing}\n\nall of it, to look at  {page}"
+    return closing, {**result.to_dict(), "report": str(page)}
+
+
+def embed(call: Call) -> Shown:
+    store = call()
+    n_skipped = store.record["counts"]["skipped"]
+    skipped = f", {n_skipped:,} inputs skipped (listed in store.json)" if n_skipped else ""
+    text = f"{call.keywords['out']}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
+    return "\n  ".join([text, *store.record.get("notes", ())]), store.describe()
+
+
+def train(call: Call) -> Shown:
+    sae = call()
+    out = Path(call.keywords["out"])
+    last = json_format.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]
+    text = (
+        f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
+        f"FVU {'unknown' if last['fvu'] is None else format(last['fvu'], '.3f')} at sparsity "
+        f"{last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
+    )
+    return text, {"run": str(out), "settings": settings, "last": last}
+
+
+def evaluate(call: Call, *, latex: bool = False) -> Shown:
+    """
+    Args:
+        latex: Print the table as LaTeX.
+    """
+    from msae.measure.evaluate import poster_table
+
+    results = call()
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        say(f"note: {note}")
+    return poster_table(results, style="latex" if latex else "markdown"), [one.to_dict() for one in results]
+
+
+def gallery(
+    call: Call,
+    *,
+    sheet: Path | None = None,
+    tree: bool = False,
+    k: int | None = None,
+    pairs: Path | None = None,
+    magnitudes: bool = False,
+) -> Shown:
+    """
+    Args:
+        sheet: Also write the samples of the latent as one picture (.png) or as a page that opens offline (.html).
+        tree: Instead of one latent, print which latents are parts of which others.
+        k: With --tree: a latent counts as active where it is among the k strongest of its row. Without it, the
+            smallest level of a matryoshka SAE; for other kinds every activation that is not zero counts.
+        pairs: With --tree: score the tree against this table, whose columns child and parent hold a word and a
+            broader word.
+        magnitudes: Instead of one latent, print how large the activations are, and the largest of each row.
+    """
+    from msae.concepts import gallery as galleries
+
+    given = call.keywords
+    common = {key: given[key] for key in ("sae", "on", "inference", "device") if key in given}
+    for option, value in (("--pairs", pairs), ("--k", k)):
+        if value is not None and not tree:
+            raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
+    if tree:
+        found = galleries.concept_tree(**common, k=k, pairs=pairs)
+        return found.to_text(), found.to_dict()
+    if magnitudes:
+        sizes = galleries.all_magnitudes(**common)
+        return sizes.to_text(), sizes.to_dict()
+    shown = call()
+    if sheet is not None:
+        from msae.web.report.sheet import write_sheet
+
+        write_sheet(shown, sheet)
+    return shown.to_text(), shown.to_dict()
+
+
+def audit(call: Call, *, html: Path | None = None) -> Shown:
+    """
+    Args:
+        html: Also write a page with plots to this file; it opens offline.
+    """
+    found = call()
+    if html is not None:
+        from msae.web.report.audit import write_html
+
+        write_html(found, html)
+    return found.to_text(), found.to_dict()
+
+
+def search(call: Call, *, html: Path | None = None) -> Shown:
+    """
+    Args:
+        html: Also write a page of what was found before and after the edits; it opens offline.
+    """
+    result = call()
+    if html is not None:
+        from msae.web.report.search import write_page
+
+        write_page(result, html)
+    return result.to_text(), result.to_dict()
+
+
+def explore(call: Call, *, json: str | None) -> Shown:
+    def ready(url: str) -> None:
+        data = {"url": url, "runs": list(call.keywords["runs"]), "on": call.keywords.get("on")}
+        report(f"open {url} in a browser (Ctrl-C ends it)", data, json)
+        sys.stdout.flush()
+
+    call(say=say, ready=ready)
+    return None
+
+
+def show(call: Call) -> Shown:
+    """The text and the data of a result that knows both."""
+    result = call()
+    return result.to_text(), result.to_dict()
+
+
+def info(call: Call) -> Shown:
+    data = call()
+    known = {key: value for key, value in data.items() if value is not None and value != []}
+    width = max(map(len, known))
+    lines = (
+        f"{key:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in known.items()
+    )
+    return "\n".join(lines), data
+
+
+RUN, RUNS = "RUN", "RUN..."
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "the whole chain on a small world of drawn pictures that comes with the package, offline",
+        "msae.demo.chain:demo",
+        ("", ""),
+        demo,
+    ),
+    "embed": Verb("images or captions -> a store of embeddings", "msae.data.embed:embed", ("source", "SOURCE"), embed,
+                  hidden=("shard_rows", "workers")),
+    "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", "STORE"), train,
+                  settings="msae.sae.train:TrainSettings"),
+    "evaluate": Verb("runs -> how well each keeps the embeddings, as a table", "msae.measure.evaluate:evaluate",
+                     ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
+    "name": Verb("a run and a vocabulary -> names for its latents, with evidence", "msae.concepts.naming:name",
+                 ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
+    "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",
+                    "msae.concepts.gallery:gallery", ("sae", RUN), gallery),
+    "stability": Verb("which latents come back in runs from other seeds", "msae.concepts.stability:stability",
+                      ("runs", RUNS), show),
+    "search": Verb("nearest neighbours of a query in which concepts are made stronger or weaker",
+                   "msae.use.search:search", ("sae", RUN), search,
+                   renamed={"--no-residual": "--no-keep-residual"}),
+    "audit": Verb("which concepts a classifier relies on, and what removing them does", "msae.use.audit:audit",
+                  ("sae", RUN), audit, renamed={"--permutations": "--n-permutations"}),
+    "report": Verb("a run as one HTML file that opens offline, and as a model card", "msae.web.report:report",
+                   ("run", RUN), show),
+    "explore": Verb("runs and a store in a browser on this machine", "msae.web.explorer:explore", ("runs", RUNS),
+                    explore),
+    "info": Verb("what a store or a run holds", "msae.cli.info:info", ("path", "PATH"), info),
+}  # fmt: skip

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
+from msae.base.records import of_record
 from msae.base.results import Result, shorten, text_table
 from msae.sae.run import Run, RunLike
 
@@ -271,7 +271,7 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def names_of(run: RunLike | None, d_sae: int | None = None) -> ConceptNames | None:
+def names_of(run: RunLike) -> ConceptNames | None:
     """The names that `msae name` left in a run folder, if it did and they are of the weights that are there now.
 
     A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
@@ -279,10 +279,10 @@ def names_of(run: RunLike | None, d_sae: int | None = None) -> ConceptNames | No
     Raises:
         RunError: The file is damaged, or of another SAE.
     """
-    run = None if run is None else Run.open(run)
-    if run is None or run.names_file is None or not run.names_file.exists():
+    run = Run.open(run)
+    if run.names_file is None or not run.names_file.exists():
         return None
-    names, d_sae = ConceptNames.load(run.names_file), d_sae or run.sae.d_sae
+    names, d_sae = ConceptNames.load(run.names_file), run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
             f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
@@ -310,11 +310,7 @@ def _cells(concept: Concept) -> list[str]:
 
 def _concept(entry: Mapping[str, Any], *, where: str) -> Concept:
     values = {key: value for key, value in entry.items() if key != "is_multimodal"}
-    agreement = values.pop("agreement")
-    concept = from_mapping(Concept, values, where=where)
-    if agreement is None:
-        return concept
-    return dataclasses.replace(concept, agreement=from_mapping(Agreement, agreement, where=where))
+    return of_record(Concept, values, where=where, error=RunError, remedy="name the latents again")
 
 
 def _candidates(line: str) -> tuple[Candidate, ...]:

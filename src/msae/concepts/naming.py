@@ -52,6 +52,7 @@ class NameSettings:
     """How to name. Everything but the two stores and the SAE."""
 
     rule: Rule = "evidence"
+    """Which latents get a name: `evidence` tests each name against chance; `poster` is the rule of the paper."""
     centre: Centre = "vocabulary"
     """What is subtracted from the words' embeddings: their own mean, the SAE's mean of texts, or nothing."""
     subtract_b_dec: bool = True
@@ -62,16 +63,17 @@ class NameSettings:
     synonyms: float = 0.8
     """Words whose centred embeddings have at least this cosine are one group."""
     candidates: int = 5
-    """Nearest words to keep for every latent, named or not."""
+    """How many of the nearest words are kept for every latent, named or not."""
     modality: Modality | None = None
-    """Which embeddings of the `on` store; None prefers images."""
+    """Which embeddings of the store `on`. Without it, images where it has them."""
     column: str | None = None
-    """Its captions or labels; None takes the first of caption, text, label, class."""
+    """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class."""
     untested: Untested = "unnamed"
     """What becomes of a name that captions cannot confirm: they hardly mention it, or mention fewer than 20 words."""
     max_rows: int = 50_000
-    """Rows of the `on` store to use, a random sample of more."""
+    """Rows of the store `on` to use; of more, a random sample."""
     seed: int = 0
+    """Random seed."""
 
     def __post_init__(self) -> None:
         for field, low in (("false_names", 0.0), ("synonyms", -1.0)):
@@ -93,14 +95,16 @@ def name(
     settings: NameSettings | None = None,
     **options: Any,
 ) -> ConceptNames:
-    """Name the latents of an SAE by the words nearest to their decoder rows, where that is more than chance.
+    """Give latents the words nearest to their decoder rows as names, where that is more than chance.
 
     Args:
+        sae: A run folder, or a Hugging Face repository that holds an SAE.
         vocabulary: A store of words, embedded as text by the encoder of the SAE. Rows with the same word, such as
             prompt templates of it, count as one word with their mean embedding.
-        on: A store with captions or labels, of rows that the SAE was not trained on: a name must then also agree
-            with them. Words are never chosen by these rows, so all of them are held out.
-        out: Where to write names.json; None writes it into the run folder, where `sae` is one.
+        on: A store with captions or labels, of rows that the SAE was not trained on. A latent is then named only if it
+            is active where captions contain the name. Words are never chosen by these rows, so all of them are held
+            out.
+        out: Where to write names.json. Without it, into the run folder.
         settings: All settings at once, instead of `options`.
         options: Fields of `NameSettings`, such as `rule="poster"`.
 

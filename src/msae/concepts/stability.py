@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.progress import progress
-from msae.concepts.evidence import unit_rows
 from msae.concepts.names import names_of
-from msae.sae.model import SAE, as_sae, run_folder
+from msae.data.arrays import unit_rows
+from msae.sae.model import SAE
+from msae.sae.run import Run
 
 CANDIDATES = 24
 """Nearest rows of each row, in both directions, to begin with."""
@@ -161,15 +162,15 @@ class Stability:
 
 
 def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> Stability:
-    """Match the latents of every two runs, and find the concepts that come back in all of them.
+    """Match the latents of runs from several seeds, and list the concepts that come back in all of them.
 
-    The mean cosine of the matched decoder rows is the poster's figure. Runs that began from the same weights, as those
-    of one seed do, agree for that reason alone: such pairs are marked (`Pair.same_start`). Memory grows with d_sae, not
-    with its square.
+    Each pair of runs gets the mean cosine of its matched decoder rows, which is the paper's figure, and of its matched
+    encoder columns. Runs that began from the same weights, as those of one seed do, agree for that reason alone: such
+    pairs are marked. Memory grows with d_sae, not with its square.
 
     Args:
-        runs: At least two run folders or SAEs of one size.
-        threshold: A consensus concept has this decoder cosine, at least, between any two of its latents.
+        runs: At least two run folders of one size.
+        threshold: A concept comes back where any two of its latents have at least this cosine.
 
     Raises:
         ConfigError: Fewer than two runs, or a threshold that is no cosine.
@@ -182,7 +183,8 @@ def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> St
     if not -1 <= threshold <= 1:
         raise ConfigError(f"threshold {threshold} is no cosine; give --threshold between -1 and 1, for example 0.7")
     titles = tuple(f"run {i}" if isinstance(run, SAE) else str(run) for i, run in enumerate(runs))
-    saes = [as_sae(run) for run in runs]
+    opened = [Run.open(run) for run in runs]
+    saes = [run.sae for run in opened]
     for title, sae in zip(titles, saes, strict=True):
         if (sae.d_in, sae.d_sae) != (saes[0].d_in, saes[0].d_sae):
             raise RunError(
@@ -201,7 +203,7 @@ def stability(runs: Sequence[SAE | str | Path], *, threshold: float = 0.7) -> St
             advance(1)
             pairs.append(Pair(titles[i], titles[j], decoder, encoder))
     from_first = [pair.decoder for (i, _), pair in zip(chosen, pairs, strict=True) if i == 0]
-    known = [names_of(run_folder(run), sae.d_sae) for run, sae in zip(runs, saes, strict=True)]
+    known = [names_of(run) for run in opened]
     names = [(lambda _: None) if one is None else one.name_of for one in known]
     consensus = _consensus(decoders, from_first, names, threshold)
     return Stability(titles, saes[0].d_sae, threshold, tuple(pairs), tuple(consensus))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.base.errors import ConfigError
+from msae.base.errors import ConfigError, require
 from msae.base.files import atomic_folder, atomic_path
 from msae.base.progress import progress
 from msae.concepts.names import ConceptNames
@@ -95,19 +95,21 @@ class DemoResult:
 
 
 def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], object] = lambda _: None) -> DemoResult:
-    """Render scenes, embed them, train the poster's eight SAEs, evaluate them on unseen scenes, name latents.
+    """Run the whole chain offline on drawn pictures: embed, train eight SAEs, evaluate, name, write a report.
 
     Args:
-        out: Folder for everything. What a finished or interrupted demo left there is gone on with.
-        seed: Of the scenes and of the training.
-        say: Is told what is being done, line by line.
+        out: Folder for everything that is made. Steps that an earlier demo finished there are not done again.
+        seed: Random seed of the pictures and of the training.
+        say: Is called with each line about what is being done.
 
     Raises:
         ConfigError: `out` holds something that is no demo.
+        MissingDependencyError: transformers is not installed.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder with --out")
+    require("transformers")  # said before the pictures are drawn, not after
     stores = {}
     first = UNSEEN_SEEDS.start + seed * sum(N_SCENES.values())
     for part, n in N_SCENES.items():

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msae.base.config import from_mapping, to_mapping
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
-from msae.base.files import atomic_path, read_json, write_json
+from msae.base.files import atomic_path
+from msae.base.records import read_record, write_record
 from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
@@ -338,7 +338,7 @@ class SAE(nn.Module):
             tensors[f"standardizer.{modality}.scale"] = torch.tensor(known.scale, dtype=torch.float64)
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(folder / CONFIG_FILE, to_mapping(self.config), schema_version=SCHEMA_VERSION)
+        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> SAE:
@@ -350,8 +350,7 @@ class SAE(nn.Module):
         folder = Path(path)
         if not folder.exists() and _looks_like_hub_id(str(path)):
             folder = _download(str(path), revision)
-        if folder.is_file():
-            folder = folder.parent
+        folder = folder_of(folder)
         config = _read_config(folder)
         try:
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -396,17 +395,17 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
-def as_sae(sae: SAE | str | Path) -> SAE:
-    """`sae` itself, or the one saved in that run folder."""
-    return sae if isinstance(sae, SAE) else SAE.load(sae)
+def folder_of(path: Path) -> Path:
+    """The run folder at `path`, which may also be the SAE's file in it.
 
-
-def run_folder(sae: SAE | str | Path) -> Path | None:
-    """The run folder that was given, if it was one."""
-    if isinstance(sae, SAE):
-        return None
-    path = Path(sae)
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    Raises:
+        RunError: It is another file.
+    """
+    if not path.is_file():
+        return path
+    if path.name not in (WEIGHTS_FILE, CONFIG_FILE):
+        raise RunError(f"{path} is a file, not a run; give the folder that msae train --out made")
+    return path.parent
 
 
 @runtime_checkable
@@ -468,12 +467,13 @@ def _read_config(folder: Path) -> SAEConfig:
         raise RunError(f"{folder} does not exist; give the folder that msae train --out made")
     if not (folder / CONFIG_FILE).exists():
         raise RunError(f"{folder} holds no {CONFIG_FILE}; give the folder that msae train --out made")
-    data = read_json(folder / CONFIG_FILE, schema_version=(1, SCHEMA_VERSION), error=RunError)
-    data = {key: value for key, value in data.items() if key not in ("schema_version", "made_by")}
-    try:
-        return from_mapping(SAEConfig, data, where=str(folder / CONFIG_FILE))
-    except ConfigError as err:
-        raise RunError(f"{err}; restore {CONFIG_FILE} or train again") from err
+    return read_record(
+        folder / CONFIG_FILE,
+        SAEConfig,
+        schema_version=(1, SCHEMA_VERSION),
+        error=RunError,
+        remedy=f"restore {CONFIG_FILE} or train again",
+    )
 
 
 def _pop_standardizer(tensors: dict[str, Tensor]) -> Standardizer:

@@ -12,7 +12,7 @@ from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, check_fit, weights_hash
+from msae.sae.model import SAE, check_fit, folder_of, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
 """Of config.json, which training writes."""
@@ -66,7 +66,7 @@ class Run:
             return cls(None, sae=run)
         path = Path(run)
         if path.exists():
-            return cls(path if path.is_dir() else path.parent, given=str(run))
+            return cls(folder_of(path), given=str(run))
         return cls(None, sae=SAE.load(run), given=str(run))
 
     @cached_property

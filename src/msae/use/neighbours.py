@@ -160,7 +160,7 @@ def _load_faiss() -> Any:
     try:
         import faiss
     except ImportError as err:
-        raise MissingDependencyError.of("faiss-cpu", extra="search") from err
+        raise MissingDependencyError.of("faiss-cpu", extra="index") from err
     return faiss
 
 

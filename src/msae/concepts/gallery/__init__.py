@@ -122,17 +122,19 @@ def gallery(
     n: int = 16,
     inference: Inference = "trained",
 ) -> Gallery:
-    """The samples of a store that activate one latent most.
+    """The images and texts of a store that activate one latent most.
 
-    With a run folder, the strongest samples of all latents are kept in it, so that the next latent is answered at once.
+    The strongest samples of all latents are kept in the run folder, so that the next latent is shown at once.
 
     Args:
-        sae: A run folder, or an SAE.
-        on: Any store; of both modalities, images and texts are each standardised with their own statistics.
-        latent: Which latent, or
-        concept: the name of one, `#12`, or several of these divided by `|`; the nearest to its name is shown.
-        n: Samples of each modality.
-        inference: `trained` is the activation of training, `relu` every positive latent.
+        sae: A run folder, or a Hugging Face repository that holds an SAE.
+        on: The store whose samples are shown.
+        latent: Number of the latent. Give this or `concept`.
+        concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
+            is shown.
+        n: How many images and how many texts.
+        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
+            positive one.
 
     Raises:
         ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.

@@ -76,23 +76,26 @@ def embed(
     shard_rows: int = _SHARD_ROWS,
     workers: int | None = None,
 ) -> EmbeddingStore:
-    """The store `out` with an embedding of every image and caption in `source`, made or gone on with.
+    """Embed the images and captions of a source into a store.
 
-    A row that cannot be embedded (an unreadable image, an empty caption) is left out everywhere, counted, and
-    listed with the reason in store.json. A run that is killed or stopped with Ctrl-C goes on, when it is
-    started again, after the last chunk that it committed; the result is the same to the byte. A finished
-    store that was made from the same source and encoder is returned as it is.
+    An input that cannot be embedded, such as an unreadable image or an empty caption, is left out, counted, and
+    listed with its reason in store.json. After an interruption the same command continues where it stopped, and the
+    store is the same to the byte. A finished store of the same source and encoder is returned as it is.
 
     Args:
-        source: Images and captions; see `msae.data.sources.open_source`.
-        encoder: Folder or hub id of a CLIP, SigLIP or SigLIP 2 model, `demo`, or a loaded `Embedder`.
-        out: Folder of the store.
-        batch_size: Rows that the encoder sees at once; a stopped run may go on with another one.
-        device: Such as `cpu` or `cuda`; `auto` takes the fastest that is there.
-        dtype: What the encoder computes in; see `Embedder.load`.
-        revision: Branch, tag or commit of the encoder on the hub.
+        source: A folder of images; a .txt file of captions; a .csv, .jsonl or .parquet table of captions or image
+            paths; webdataset .tar files; or a Hugging Face dataset as hf://OWNER/NAME.
+        encoder: A CLIP, SigLIP or SigLIP 2 model: its folder, its Hugging Face id, or `demo` for the small one inside
+            msae.
+        out: Folder of the store to make.
+        batch_size: Images or captions in one pass through the encoder. It may change when an interrupted command is
+            continued.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
+        dtype: Number format in which the encoder computes; `auto` is bfloat16 where the processor is fast with it, else
+            float32.
+        revision: Branch, tag or commit of the encoder on Hugging Face.
         shard_rows: Rows in each file of the store.
-        workers: Threads that decode images ahead; by default one a CPU core, at most 8.
+        workers: Threads that read images ahead; without it one for each CPU core, at most 8.
 
     Raises:
         ConfigError: A number is below 1.
@@ -181,17 +184,17 @@ class _Asked:
         found: dict[str, object] = {"encoder": self.encoder, "shard_rows": self.shard_rows}
         if self.encoder_revision is not None:
             known = record.get("encoder_revision")
-            earlier = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
-            found["encoder_revision"] = earlier or self.encoder_revision
+            same_kind = _folder_revision(self.encoder, like=known) if known and len(known) == 32 else None
+            found["encoder_revision"] = same_kind or self.encoder_revision
         elif self.asked_revision != record.get("encoder_revision"):  # a branch or tag, or none
             found["asked_revision"] = self.asked_revision
         if self.precision != "auto":
             found["precision"] = self.precision
-        earlier = dict(record)
+        recorded = dict(record)
         if isinstance(record.get("encoder"), str):  # earlier versions recorded a folder as it was typed
-            earlier["encoder"] = full_name(record["encoder"])
+            recorded["encoder"] = full_name(record["encoder"])
         for key, value in found.items():
-            if earlier.get(key) != value:
+            if recorded.get(key) != value:
                 return f"{key.replace('_', ' ')} {record.get(key)}"
         return None
 

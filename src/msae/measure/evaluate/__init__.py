@@ -81,20 +81,28 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
 ) -> Evaluation | list[Evaluation]:
-    """Every metric of the poster, for one SAE or several, on one modality of a store.
+    """Measure how well SAEs reconstruct the embeddings of a store, and how sparse they are.
 
-    Memory does not grow with the number of rows. What is found of a run is also kept in it, in eval/.
+    Several runs make one table, in which the best values are marked. The figures of a run are also kept in the folder
+    eval/ of the run.
 
     Args:
-        sae: An SAE or a run folder, or several.
-        inference: How z is made: `relu` for every kind as in the poster, `trained`, or `topk` with `k`.
-        labels: A metadata column; adds the probe's figures.
-        probe_train: Where the probe is trained, on original embeddings; without it, the run's training store.
-            Of the embeddings that are also in `on`, half train the probe and the other half are evaluated.
-        recovery: Also the figures of only the k strongest latents of each row, for k = 1, 2, 4, ... d_sae.
+        sae: One or several run folders, or Hugging Face repositories that hold an SAE.
+        on: The store to evaluate on.
+        modality: Which embeddings of the store.
+        inference: How activations are made: `relu` keeps every positive one, as in the paper's table; `trained` uses
+            the activation function of training; `topk` keeps the `k` strongest.
+        k: With `topk`: how many latents of each row are kept.
+        labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
+            embeddings works on the reconstructions.
+        probe_train: The store whose original embeddings train that classifier. Without it, the store that the run was
+            trained on. Of the embeddings that are also in `on`, half train it and the other half are evaluated.
+        recovery: Also measure the reconstruction from only the k strongest latents of each row, for k = 1, 2, 4 and so
+            on.
         train_store: Where `dead_train` is counted; without it, the run's training store.
         batch_size: Rows at a time; None takes some 64 MB of activations.
-        seed: Of the CKNNA batches, and of a probe trained on minibatches.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
+        seed: Random seed of the batches over which CKNNA is averaged, and of the classifier.
 
     Raises:
         ConfigError: Options that contradict each other, or a probe that has nothing to learn from.

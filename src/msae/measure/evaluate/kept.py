@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae.base.config import from_mapping
 from msae.base.errors import ConfigError, RunError
 from msae.base.files import read_json, write_json
+from msae.base.records import of_record
 from msae.data.store import EmbeddingStore
-from msae.measure.evaluate.record import Evaluation, RecoveryPoint
+from msae.measure.evaluate.record import Evaluation
 from msae.sae.run import Origin, Run, RunLike
 from msae.sae.view import View
 
@@ -186,9 +186,9 @@ def _read(file: Path) -> Kept | None:
     known = {field.name for field in dataclasses.fields(Evaluation)}
     values = {key: value for key, value in record.items() if key in known}
     try:
-        recovery = values.pop("recovery", None)
-        points = None if recovery is None else tuple(from_mapping(RecoveryPoint, p, where=str(file)) for p in recovery)
-        evaluation = dataclasses.replace(from_mapping(Evaluation, values, where=str(file)), recovery=points)
+        evaluation = of_record(
+            Evaluation, values, where=str(file), error=RunError, remedy="delete it and evaluate again"
+        )
         sae, labels, probe = str(record["sae"]), record["labels"], record["probe_train"]
         origin = Origin(evaluation.on, str(record["store_fingerprint"]), str(record["store_metadata"]), sae)
         trained_on = probe and Origin(str(probe["store"]), str(probe["fingerprint"]), str(probe["metadata"]), sae)

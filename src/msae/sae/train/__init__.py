@@ -34,11 +34,13 @@ def train(
     settings: TrainSettings | None = None,
     **options: Unpack[TrainOptions],
 ) -> SAE:
-    """Train an SAE on the rows of a store and write it into the folder `out`.
+    """Train a sparse autoencoder on the embeddings of a store and write it into a run folder.
 
     Args:
-        resume: Go on with an interrupted run in `out`, or start one where there is none.
-        config: A TOML file of settings; `options` win over it.
+        store: A store, a clip-retrieval folder, or a .npy, .npz, .parquet or .safetensors file of embeddings.
+        out: The run folder to make.
+        resume: Continue an interrupted run in `out`; where there is none, start one.
+        config: A TOML file of settings. Options that are given win over it.
         settings: All settings at once, instead of `config` and `options`.
         options: Fields of `TrainSettings`.
 

@@ -46,7 +46,7 @@ def audit(
     *,
     concept: Sequence[str] = (),
     classifier: LinearClassifier | str | Path | None = None,
-    class_texts: Mapping[str, str] | None = None,
+    class_texts: Mapping[str, str] | Sequence[str] | None = None,
     train_store: EmbeddingStore | str | Path | None = None,
     positive: str | None = None,
     names: Names | str | Path | None = None,
@@ -57,19 +57,33 @@ def audit(
     sweep_id: str | None = None,
     seed: int = 0,
 ) -> Audit:
-    """What a linear classifier of embeddings relies on, concept by concept, the strongest causal effect first.
+    """Which concepts a linear classifier of embeddings relies on, the strongest causal effect first.
+
+    Each concept is tested twice: whether it goes together with the classes, and how the classifier's answers change
+    when the concept is removed or set high.
 
     Args:
-        target: The metadata column of true classes; rows without one are left out. Needless with a classifier.
-        concept: Names, latents as `#123`, or several of these divided by `|`; without any, every named concept.
-        classifier: Coefficients, or a `.npz` or `.safetensors` file of them.
-        class_texts: For each class a text: CLIP's zero-shot classifier.
-        train_store: Where a logistic regression is trained. Without any of these three it is trained on a random
-            half of `on`, and the other half is audited. Embeddings that are in both stores are divided likewise.
-        positive: The class whose probability is watched; without it the second of two, or all of more.
-        names: Names of latents, or where they were saved; without it, those in the run folder.
-        n_permutations: At most; None takes 40 per concept, so that one alone can be reported, and at least 2,000.
-        sweep_id: The sample whose concepts are swept; without it, a middling one for each concept.
+        sae: A run folder, or a Hugging Face repository that holds an SAE.
+        on: The store whose rows are audited.
+        target: The metadata column that holds the true classes; rows without one are left out and counted. Not needed
+            where a classifier is given.
+        concept: A name, a latent as #123, or several joined by |; may be given several times. Without it, every named
+            concept.
+        classifier: A .npz or .safetensors file of the classifier's coefficients.
+        class_texts: A text for each class, as in "man=a photo of a man": CLIP's zero-shot classifier.
+        train_store: The store on which a classifier is trained. Without this, `classifier` and `class_texts`, it is
+            trained on a random half of `on`, and the other half is audited. Embeddings that are in both stores are
+            divided likewise.
+        positive: The class whose probability is watched. Without it, the second of two classes, or all of more.
+        names: The names.json to use. Without it, the run's.
+        all_latents: Audit every latent, named or not.
+        modality: Which embeddings of the store.
+        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
+            positive one.
+        n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
+        sweep_id: Id of the row in which each concept is moved from 0 to twice its p99. Without it, an ordinary row for
+            each concept.
+        seed: Random seed.
 
     Raises:
         ConfigError: Options that contradict each other, an unknown concept or class, a column that has no two classes.
@@ -78,8 +92,8 @@ def audit(
     """
     view = View(sae, on, modality, inference=inference)
     subject = make_subject(
-        view, target=target, classifier=classifier, class_texts=class_texts, train_store=train_store, seed=seed,
-        positive=positive,
+        view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
+        train_store=train_store, seed=seed, positive=positive,
     )  # fmt: skip
     groups, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))

@@ -259,16 +259,20 @@ def _opened(classifier: LinearClassifier | str | Path, d_in: int, classes: tuple
     return LinearClassifier.load(classifier, d_in=d_in, classes=classes)
 
 
-def parse_class_texts(options: Sequence[str]) -> dict[str, str] | None:
-    """`CLASS=TEXT` options by class; None where there are none.
+def parse_class_texts(options: Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:
+    """The text of each class, from a mapping or from `CLASS=TEXT` words; None where there are none.
 
     Raises:
         ConfigError: One has no `=`.
     """
+    if isinstance(options, Mapping):
+        return dict(options)
+    if not options:
+        return None
     wrong = next((option for option in options if "=" not in option), None)
     if wrong is not None:
         raise ConfigError(f"--class-texts {wrong!r} is not CLASS=TEXT; write for example 'man=a photo of a man'")
-    return dict(option.split("=", 1) for option in options) or None
+    return dict(option.split("=", 1) for option in options)
 
 
 def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> LinearClassifier:

@@ -45,27 +45,29 @@ def search(
     encoder: str | None = None,
     embedder: Embedder | None = None,
 ) -> SearchResult:
-    """The rows of a store nearest to a query, before and after concepts of the query were raised or lowered.
+    """The rows of a store nearest to a query, before and after concepts of the query are made stronger or weaker.
+
+    The query is one of `like`, `image`, `text` and `embedding`.
 
     Args:
-        sae: A run folder, or an SAE.
+        sae: A run folder, or a Hugging Face repository that holds an SAE.
         on: The store to search.
-        like: Id of a row of the store; the row itself is left out of the answer.
-        image: A picture file.
-        text: Words.
-        embedding: A raw vector, or a .npy file of one.
-        set: Concepts and what to do to them: a number, `x2`, `+3`, `-1`, `p99` or `2xp99`; as a mapping or as
-            `CONCEPT=VALUE`. A concept is a name, `#123`, or several of these divided by `|`.
-        n: Rows to find.
-        modality: What is searched; None is images where the store has them.
-        query_modality: Of the row or vector that is searched for; None is `modality`.
-        where: A filter on the metadata, such as `split == 'test'`; see `msae.use.filters`.
-        space: `embedding` is by cosine; `latent` by the L1 distance of activations.
-        keep_residual: Add back what the SAE does not reconstruct of the query.
-        exclusive: Also set to 0 the concepts of the same kind as one that is raised.
+        like: Search for the row with this id. The row itself is left out of the answer.
+        image: Search for the picture in this file.
+        text: Search for these words.
+        embedding: Search for the vector in this .npy file.
+        set: A change of the query, as in "red=8"; may be given several times. On the left a name, a latent as #123, or
+            several joined by |. On the right a strength: 8 (0 removes the concept), x2, +3, -1, p99 or 2xp99.
+        n: How many rows to find.
+        modality: Which embeddings of the store are searched. Without it, images where the store has them.
+        query_modality: What `like` or `embedding` is. Without it, the same as what is searched.
+        where: Search only rows whose metadata fit, as in "split == 'test' and size in (1, 2)".
+        space: What "nearest" means: by cosine of the embeddings, or by L1 distance of the activations.
+        keep_residual: Keep the part of the query that the SAE does not reconstruct.
+        exclusive: Also remove the concepts of the same kind as one that is raised: raise red, and blue goes.
         strict: Edit only the named latents; leave correlated latents unchanged.
-        names: Names of the latents; None takes the run folder's, if there are any.
-        encoder: The model for `image` and `text`; None is the one that made the store.
+        names: The names.json to use. Without it, the run's, if there is one.
+        encoder: The model for `image` and `text`. Without it, the one that made the store.
         embedder: That model, loaded.
 
     Raises:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from msae.base.errors import MissingDependencyError
-from msae.data.store import EmbeddingStore
-from msae.web.explorer.session import offline, open_world
+if TYPE_CHECKING:
+    from msae.data.store import EmbeddingStore
+else:
+    EmbeddingStore = Any  # not imported before the address answers; the command line reads the signature
 
 __all__ = ["explore"]
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-@offline()
+READ_ONCE = (("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("transformers.utils.hub", "_is_offline_mode"))
+"""Where these libraries keep what they read from the environment when they were imported."""
+
+
 def explore(
     runs: str | Path | Sequence[str | Path],
     on: EmbeddingStore | str | Path | None = None,
@@ -23,36 +30,51 @@ def explore(
     say: Callable[[str], object] = lambda _: None,
     ready: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Serve the explorer on this machine until Ctrl-C.
+    """Show runs and a store in a browser: concepts, one concept, search, audit, models. Ctrl-C ends it.
 
-    The pages see what is given here and nothing else: no other file of the disk, and no other machine. While it runs,
-    libraries that would ask the Hugging Face hub are told that there is no network.
+    Nothing leaves this machine: it listens on 127.0.0.1 alone and shows no other file than the pictures that the store
+    lists. While it runs, libraries that would ask the Hugging Face hub are told that there is no network.
 
     Args:
-        runs: A run folder, or several.
-        on: The store whose pictures, texts and columns are shown; without it, the one the first run was trained on.
-        port: Of 127.0.0.1; 0 takes any that is free.
-        say: Is told what is being made first.
-        ready: Is given the address to open, once it can be.
+        runs: One or several run folders.
+        on: The store whose pictures, texts and columns are shown. Without it, the one that the first run was trained
+            on.
+        port: Port on 127.0.0.1; 0 takes any that is free.
+        say: Is called with a line about what is being prepared.
+        ready: Is called with the address, once it can be opened.
 
     Raises:
         ConfigError: The port is taken.
         RunError: A run is missing or damaged.
         StoreError: The store is missing or damaged, or does not fit a run.
-        MissingDependencyError: gradio is not installed.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise MissingDependencyError.of("gradio", extra="explorer")
-    from msae.web.explorer.app import HOST, build, listening
+    from msae.web.explorer.app import serve  # and nothing heavier before the address answers
 
-    with listening(port) as found:
-        world = open_world([runs] if isinstance(runs, str | Path) else list(runs), on)
-        if world.store is not None:
-            say(f"reading {world.store.path} with {world.first.folder}; the first time takes a while, then it is kept")
-            world.prepare()
-        import uvicorn
+    with offline():
+        serve([runs] if isinstance(runs, str | Path) else list(runs), on, port, say, ready)
 
-        server = uvicorn.Server(uvicorn.Config(build(world), log_level="warning", access_log=False))
-        ready(f"http://{HOST}:{found.getsockname()[1]}/")  # the socket listens: who comes early waits
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[found])
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """The libraries of the Hugging Face hub ask no other machine for anything, whether or not they are loaded yet."""
+    known = {name: os.environ.get(name) for name in OFFLINE}
+    before = {place: getattr(sys.modules[place[0]], place[1]) for place in _places()}
+    os.environ.update(OFFLINE)
+    for module, attribute in before:
+        setattr(sys.modules[module], attribute, True)
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        was_offline = (known["HF_HUB_OFFLINE"] or "").upper() in ("1", "ON", "YES", "TRUE")
+        for module, attribute in _places():
+            setattr(sys.modules[module], attribute, before.get((module, attribute), was_offline))
+
+
+def _places() -> list[tuple[str, str]]:
+    """Those of `READ_ONCE` that are loaded."""
+    return [(module, attribute) for module, attribute in READ_ONCE if hasattr(sys.modules.get(module), attribute)]

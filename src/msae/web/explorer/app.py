@@ -1,43 +1,43 @@
-"""The explorer as a web server on this machine: gradio around pages that are functions of an address."""
+"""The explorer as a web server on this machine: each page is a function of its address.
+
+The server answers before torch is imported: a thread reads the runs and the store, and meanwhile a page says so.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from importlib import resources
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from markupsafe import Markup
-
-from msae.base.errors import ConfigError, MissingDependencyError, MsaeError
-from msae.web.explorer import audit, concept, concepts, models, search
+from msae.base.errors import ConfigError, MsaeError
 from msae.web.explorer.address import PAGES, Address
-from msae.web.explorer.html import LARGE, SMALL, fill, join, problem
-from msae.web.explorer.session import LoadedRun, World
+from msae.web.page import TEMPLATES, render
+
+if TYPE_CHECKING:
+    from msae.data.store import EmbeddingStore
+    from msae.web.explorer.session import World
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
-MODULES: Mapping[str, Any] = {
-    "concepts": concepts, "concept": concept, "search": search, "audit": audit, "models": models
-}  # fmt: skip
+SMALL, LARGE = 96, 320
+"""Pixels of the two sizes in which pictures are served."""
 SLOW = ("relations", "result", "evaluated")
 """Parts that may take seconds: one of them at a time, so that the quick ones are never waited for."""
-MAX_PICTURE = 30_000_000
-"""Bytes of a picture that is dropped."""
-OPEN_PATHS = ("/assets/", "/static/", "/picture/", "/gradio_api/heartbeat/")
-OPEN_FILES = ("/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/startup-events", "/gradio_api/theme.css")
-RPC = "/gradio_api/component_server"
+MAX_UPLOAD = 30_000_000
+"""Bytes of a picture or an audit that is sent here; it is kept in memory and never written."""
+FILES = {"style.css": "text/css", "page.js": "text/javascript"}
+LAST_WORDS = 5.0
+"""Seconds in which a page that waits for the explorer can fetch why it did not start."""
 HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; object-src 'none'; base-uri 'self'; "
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -46,7 +46,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-
+Say = Callable[[str], object]
 
 _logger = logging.getLogger(__name__)
 
@@ -55,168 +55,235 @@ class Explorer:
     """Answers what a browser asks of a world; keeps nothing of who asked."""
 
     def __init__(self, world: World) -> None:
+        from msae.web.explorer import audit, concept, concepts, models, search
+
         self.world = world
+        self.pages: Mapping[str, Any] = {
+            "concepts": concepts, "concept": concept, "search": search, "audit": audit, "models": models
+        }  # fmt: skip
         self._quick = threading.BoundedSemaphore(max(2, os.cpu_count() or 2))
         self._slow = threading.Lock()
 
-    def show(self, asked: Any) -> dict[str, Any]:
-        """A page, or the part of one.
+    def show(self, query: str, part: str = "") -> str:
+        """A page, or a part of one, as HTML.
 
         Args:
-            asked: `address`, the query string of the URL, and `part`, empty for the whole page.
+            query: The query string of the page's address.
+            part: Empty for the whole page.
         """
-        asked = asked if isinstance(asked, dict) else {}
-        address, part = Address.parse(str(asked.get("address", ""))), str(asked.get("part", ""))
-        run = self.world.runs.get(address.one("run"), self.world.first)
-        render = MODULES[address.page].PARTS.get(part)
-        if render is None:
-            return {"html": problem(f"this page has no part {part!r}; reload it")}
+        address = Address.parse(query)
+        asked = address.one("run")
+        run = self.world.runs.get(asked, self.world.first)
+        view = self.pages[address.page].PARTS.get(part)
+        body: str
         with self._slow if part in SLOW else self._quick:
             try:
-                body = render(self.world, run, address)
+                if view is None:
+                    raise ConfigError(f"this page has no part {part!r}; reload it")
+                body = view(self.world, run, address)
             except MsaeError as err:
-                body = problem(err)
+                body = _problem(str(err), whole=not part)
             except Exception as err:
                 _logger.exception("the explorer could not show %s", address.but())
-                body = problem(f"unexpected {type(err).__name__}; the terminal shows more, please report it")
+                what = f"unexpected {type(err).__name__}; the terminal shows more, please report it"
+                body = _problem(what, whole=not part)
         if part:
-            return {"html": body}
-        return {
-            "html": _frame(self.world, run, address, body),
-            "title": f"{address.page.capitalize()} · {run.label} · msae",
-        }
+            return body
+        unknown = asked if asked and asked not in self.world.runs else ""
+        return render("explorer/frame.html", world=self.world, run=run, address=address, body=body, pages=PAGES,
+                      unknown=unknown)  # fmt: skip
 
-    def embed(self, asked: Any) -> dict[str, Any]:
-        """The embedding of a picture that was dropped, as it stands in an address.
-
-        Args:
-            asked: `picture`, the bytes of its file in base64.
-        """
-        try:
-            data = base64.b64decode(str(asked["picture"])[: 2 * MAX_PICTURE], validate=True)
-            if len(data) > MAX_PICTURE:
-                raise ConfigError(f"the picture is larger than {MAX_PICTURE // 1_000_000} MB; drop a smaller one")
-            with self._quick:
-                return {"vector": search.as_vector(self.world.embed_picture(data))}
-        except MsaeError as err:
-            return {"problem": problem(err)}
-        except (binascii.Error, KeyError, TypeError):
-            return {"problem": problem("the picture did not arrive whole; drop it again")}
-
-    def audit(self, asked: Any) -> dict[str, Any]:
-        """An audit's JSON as a part of the page Audit.
-
-        Args:
-            asked: `text`, the content of the file.
-        """
+    def embed(self, picture: bytes) -> str:
+        """The embedding of a picture's file, as it stands in an address; raises what `World.embed_picture` raises."""
         with self._quick:
-            return {"html": audit.loaded(str(asked.get("text", "")) if isinstance(asked, dict) else "")}
+            vector: str = self.pages["search"].as_vector(self.world.embed_picture(picture))
+            return vector
+
+    def audit(self, text: str) -> str:
+        """An audit's JSON as a part of the page Audit."""
+        with self._quick:
+            body: str = self.pages["audit"].loaded(text)
+            return body
 
 
-def _frame(world: World, run: LoadedRun, address: Address, body: Markup) -> Markup:
-    """The page with what all pages have: the way to the others, the run and the store."""
-    links = join(
-        fill('<a href="{}"{}>{}</a>', address.to(page),
-             Markup(' aria-current="page"') if page == address.page else "", page.capitalize())
-        for page in PAGES
-    )  # fmt: skip
-    options = join(
-        fill("<option{}>{}</option>", Markup(" selected") if label == run.label else "", label) for label in world.runs
-    )
-    choice = fill('<label>run <select data-run aria-label="Run">{}</select></label>', options)
-    store = fill("<span>on {}</span>", world.store.path.name) if world.store else fill("<span>no store</span>")
-    known = world.runs.get(address.one("run")) or not address.one("run")
-    other = "" if known else problem(f"There is no run {address.one('run')!r} here; this is {run.label}.")
-    return fill(
-        '<a class="skip" href="#content">Skip to the content</a><header><b>msae</b><nav aria-label="Pages">{}</nav>'
-        '<div class="where">{}{}</div></header><main id="content" tabindex="-1">{}{}</main>',
-        links, choice, store, other, body,
-    )  # fmt: skip
+def _problem(message: str, *, whole: bool = False) -> str:
+    """What went wrong, in place of a whole page or of a part of one."""
+    return render("explorer/problem.html", message=message, whole=whole)
 
 
-def build(world: World) -> Any:
-    """The web application.
+class Opening:
+    """The explorer while a thread reads the runs and the store, and in the end the explorer itself, or why not."""
 
-    Raises:
-        MissingDependencyError: gradio is not installed.
-    """
-    try:
-        import fastapi
-        import gradio
-    except ImportError as err:
-        raise MissingDependencyError.of(err.name or "gradio", extra="explorer") from err
-    explorer = Explorer(world)
-    files = resources.files("msae.web.explorer")
-    with gradio.Blocks(title="msae explorer", analytics_enabled=False) as blocks:
-        gradio.HTML(
-            '<div class="msae" id="msae" aria-live="off"><p class="note">Opening …</p></div>',
-            apply_default_css=False,
-            server_functions=_as_functions(explorer),
-            js_on_load=files.joinpath("page.js").read_text(encoding="utf-8"),
-        )
-    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.get("/picture/{row}/{side}")(_pictures(world))
-    gradio.mount_gradio_app(
-        app, blocks, path="/", server_name=HOST, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-        mcp_server=False, enable_monitoring=False, show_error=False, max_file_size=1, allowed_paths=[],
-        theme=gradio.themes.Base(font="system-ui", font_mono="monospace"),
-        css=files.joinpath("page.css").read_text(encoding="utf-8"),
-    )  # fmt: skip
-    return guarded(app)
+    def __init__(self, runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, say: Say) -> None:
+        self.runs, self.on, self.say = runs, on, say
+        self.doing = "Loading PyTorch"
+        self.failure: BaseException | None = None
+        self.stop: Callable[[], None] = lambda: None
+        """Ends the server, after a failure."""
+        self._explorer: Explorer | None = None
+        self._done, self._told = threading.Event(), threading.Event()
+        self._is_watched = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="open", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            explorer = self._open()
+        except BaseException as err:  # noqa: BLE001 - raised again where the server ends
+            self.failure = err
+            self._done.set()
+            if self._is_watched:
+                self._told.wait(LAST_WORDS)
+            self.stop()
+            return
+        self._explorer = explorer
+        self._done.set()
+        try:
+            explorer.world.prepare_search()
+        except Exception:
+            _logger.exception("the search could not be prepared")  # said on its page, when it is asked for
+
+    def _open(self) -> Explorer:
+        from msae.web.explorer.session import open_world
+
+        self.doing = f"Reading {' and '.join(map(str, self.runs))}"
+        world = open_world(self.runs, self.on)
+        if world.store is not None:
+            self.doing = f"Reading {world.store.path} with {world.first.folder}"
+            self.say(
+                f"reading {world.store.path} with {world.first.folder}; the first time takes a while, then it is kept"
+            )
+        world.prepare()
+        return Explorer(world)
+
+    @property
+    def explorer(self) -> Explorer | None:
+        """What answers; waits until it can, and is None if it could not be made."""
+        self._done.wait()
+        return self._explorer
+
+    def page(self) -> str | None:
+        """What to show instead of a page: that it is being read, or why it could not be; None once it is there."""
+        if not self._done.is_set():
+            self._is_watched = True
+            return render("explorer/opening.html", doing=self.doing, problem=None)
+        if self.failure is None:
+            return None
+        known = isinstance(self.failure, MsaeError | OSError)
+        problem = str(self.failure) if known else f"unexpected {type(self.failure).__name__}; please report it"
+        text = render("explorer/opening.html", doing=self.doing, problem=problem)
+        self._told.set()
+        return text
+
+    def state(self) -> dict[str, Any]:
+        """What the page that waits asks again and again."""
+        return {"doing": self.doing, "done": self._done.is_set()}
 
 
-def _as_functions(explorer: Explorer) -> list[Callable[[Any], dict[str, Any]]]:
-    """What the browser may call: gradio marks them, and a method cannot be marked."""
+def build(opening: Opening) -> App:
+    """The web application."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
 
-    def show(asked: Any) -> dict[str, Any]:
-        return explorer.show(asked)
+    gone = Response("msae explore did not start", status_code=503, media_type="text/plain")
 
-    def embed(asked: Any) -> dict[str, Any]:
-        return explorer.embed(asked)
+    def page(request: Request) -> Response:
+        instead = opening.page()
+        if instead is not None:
+            return HTMLResponse(instead, headers={"cache-control": "no-store"})
+        explorer = opening.explorer
+        return gone if explorer is None else HTMLResponse(explorer.show(request.url.query))
 
-    def audit(asked: Any) -> dict[str, Any]:
-        return explorer.audit(asked)
+    def part(request: Request) -> Response:
+        explorer = opening.explorer
+        if explorer is None:
+            return gone
+        return HTMLResponse(explorer.show(request.url.query, request.path_params["name"]))
 
-    return [show, embed, audit]
+    def state(_: Request) -> Response:
+        return JSONResponse(opening.state(), headers={"cache-control": "no-store"})
 
+    async def embed(request: Request) -> Response:
+        data = await _body(request)
+        if data is None:
+            return JSONResponse({"problem": _problem(f"the picture is larger than {MAX_UPLOAD // 1_000_000} MB")})
 
-def _pictures(world: World) -> Callable[[int, int], Any]:
-    """The route of thumbnails: it takes the number of a row of the store, so no file can be named."""
-    from fastapi import Response
+        def answer() -> dict[str, str]:
+            explorer = opening.explorer
+            try:
+                return {} if explorer is None else {"vector": explorer.embed(data)}
+            except MsaeError as err:
+                return {"problem": _problem(str(err))}
 
-    def send(row: int, side: int) -> Any:
-        data = world.picture(row, side) if side in (SMALL, LARGE) else None
+        return JSONResponse(await run_in_threadpool(answer))
+
+    async def audit(request: Request) -> Response:
+        data = await _body(request)
+        if data is None:
+            return HTMLResponse(_problem(f"the file is larger than {MAX_UPLOAD // 1_000_000} MB"))
+        explorer = await run_in_threadpool(lambda: opening.explorer)
+        if explorer is None:
+            return gone
+        return HTMLResponse(await run_in_threadpool(explorer.audit, data.decode("utf-8", errors="replace")))
+
+    def picture(request: Request) -> Response:
+        row, side = request.path_params["row"], request.path_params["side"]
+        explorer = opening.explorer
+        data = explorer.world.picture(row, side) if explorer is not None and side in (SMALL, LARGE) else None
         if data is None:
             return Response("no such picture", status_code=404, media_type="text/plain")
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
 
-    return send
+    def file(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in FILES:
+            return Response("no such file", status_code=404, media_type="text/plain")
+        headers = {"cache-control": "no-cache"}
+        return Response((TEMPLATES / name).read_bytes(), media_type=FILES[name], headers=headers)
+
+    @asynccontextmanager
+    async def started(_: Starlette) -> AsyncIterator[None]:
+        opening.start()
+        yield
+
+    routes = [
+        Route("/", page),
+        Route("/part/{name}", part),
+        Route("/state", state),
+        Route("/embed", embed, methods=["POST"]),
+        Route("/audit", audit, methods=["POST"]),
+        Route("/picture/{row:int}/{side:int}", picture),
+        Route("/static/{name}", file),
+    ]
+    return guarded(Starlette(routes=routes, lifespan=started))
+
+
+async def _body(request: Any) -> bytes | None:
+    """What was sent, or None where it is too large; read to the end then, so that the browser gets the answer."""
+    found = bytearray()
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= MAX_UPLOAD:
+            found += chunk
+    return bytes(found) if size <= MAX_UPLOAD else None
 
 
 def guarded(app: App) -> App:
-    """Only what the explorer needs of gradio's many routes, only to this machine's own pages.
+    """The application for this machine's own pages alone, with headers that forbid the browser everything else.
 
-    Uploads, files by path, proxies and the queue are closed. A request that names another host is a page elsewhere that
-    was made to point here, and is refused, as is one that comes from another page.
+    A request that names another host is from a page elsewhere whose name was made to point here; it is refused, as is
+    a request that comes from another page.
     """
 
     async def inner(scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await app(scope, receive, send)
             return
-        status = refusal(
-            scope["method"], scope["path"], {key.decode("latin-1"): v.decode("latin-1") for key, v in scope["headers"]}
-        )
-        if status:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"not here"})
-            return
-
-        if scope["path"] == "/":
-            scope = {
-                **scope,
-                "query_string": b"",
-            }  # gradio would take our address for its own
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -224,29 +291,56 @@ def guarded(app: App) -> App:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        await app(scope, receive, send_with_headers)
+        status = refusal({key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]})
+        if status is None:
+            await app(scope, receive, send_with_headers)
+            return
+        start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]}
+        await send_with_headers(start)
+        await send({"type": "http.response.body", "body": b"not here"})
 
     return inner
 
 
-def refusal(method: str, path: str, headers: Mapping[str, str]) -> int | None:
-    """The status with which a request is refused, or None."""
+def refusal(headers: Mapping[str, str]) -> int | None:
+    """The status with which a request is refused for the host or page that it names, or None."""
     host = headers.get("host", "")
     if urlsplit(f"//{host}").hostname not in NAMES:
         return 400
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
-        return 403
-    if path.rstrip("/") == RPC:
-        return None if method == "POST" else 405
-    if ".." in path or "\\" in path or "\0" in path:
-        return 404
-    if method not in ("GET", "HEAD"):
-        return 404
-    return None if path in OPEN_FILES or path.startswith(OPEN_PATHS) else 404
+    return 403 if origin is not None and urlsplit(origin).netloc != host else None
 
 
-@contextlib.contextmanager
+def serve(
+    runs: Sequence[str | Path],
+    on: EmbeddingStore | str | Path | None,
+    port: int,
+    say: Say,
+    ready: Say,
+) -> None:
+    """Serve until Ctrl-C, or raise why the runs and the store cannot be shown; see `explore`."""
+    import uvicorn
+
+    opening = Opening(runs, on, say)
+    with listening(port) as found:
+        config = uvicorn.Config(
+            build(opening), log_level="warning", access_log=False, ws="none", server_header=False,
+            timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+
+        def stop() -> None:
+            server.should_exit = True
+
+        opening.stop = stop
+        ready(f"http://{HOST}:{found.getsockname()[1]}/")  # the socket listens: who comes early waits
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[found])
+    if opening.failure is not None:
+        raise opening.failure
+
+
+@contextmanager
 def listening(port: int) -> Iterator[socket.socket]:
     """A socket on this machine alone.
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,7 +29,7 @@ from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit, Sweeper, audit
-from msae.use.audit.subjects import target_columns
+from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
 from msae.web.report.facts import read_trained
@@ -91,6 +89,11 @@ class LoadedRun:
             return None if self.store is None else concept_tree(self.opened, self.store)
 
     @cached_property
+    def known_names(self) -> list[str]:
+        """Every name of a latent, once."""
+        return sorted({concept.name for concept in self.names or ()})
+
+    @cached_property
     def unit_rows(self) -> torch.Tensor:
         """The decoder's rows at length one."""
         return torch.nn.functional.normalize(self.sae.W_dec.detach(), dim=1)
@@ -100,7 +103,9 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                self._searchers[modality] = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                _ = searcher.index  # built here, once
+                self._searchers[modality] = searcher
             return self._searchers[modality]
 
     def audit(self, target: str) -> Audit:
@@ -142,13 +147,15 @@ class World:
         return next(iter(self.runs.values()))
 
     def prepare(self) -> None:
-        """Do what the first page and the first search would wait for: top samples, catalogue, index, metadata."""
-        if self.store is None:
-            return
+        """Do what the first page waits for: top samples, catalogue, metadata."""
         _ = self.first.catalogue
-        _ = self.store.metadata
-        for modality in self.store.modalities:
-            _ = self.first.searcher(modality).index
+        if self.store is not None:
+            _ = self.store.metadata
+
+    def prepare_search(self) -> None:
+        """Do what the first search waits for."""
+        for modality in self.first.modalities:
+            self.first.searcher(modality)
 
     @cached_property
     def has_pictures(self) -> bool:
@@ -158,6 +165,11 @@ class World:
     def targets(self) -> dict[str, int]:
         """Columns that can be audited, with their numbers of classes."""
         return {} if self.store is None else target_columns(self.store)
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Columns that cannot be audited, with the reasons."""
+        return {} if self.store is None else refused_columns(self.store)
 
     def evaluations(self) -> list[Evaluation]:
         """What `msae evaluate` left of the runs and is still true, as far as it can be compared.
@@ -299,27 +311,3 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     except MsaeError as err:
         return None, f"The store that the run was trained on cannot be opened ({err})."
     return store, None
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """For as long as it lasts, no library asks another machine for anything, whether it is loaded by now or not."""
-    wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-              "GRADIO_ANALYTICS_ENABLED": "False"}  # fmt: skip
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    hub = sys.modules.get("huggingface_hub.constants")  # it reads the environment when it is imported, and no more
-    was_offline = getattr(hub, "HF_HUB_OFFLINE", None)
-    if hub is not None:
-        hub.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        hub = sys.modules.get("huggingface_hub.constants")
-        if hub is not None:
-            hub.HF_HUB_OFFLINE = bool(was_offline)  # type: ignore[attr-defined]

@@ -1,76 +1,88 @@
 """The audit as HTML: the ranked table, and for the strongest concepts density, boxes, groups and sweep.
 
-`section` is what a larger report includes; `write_html` makes a page of it that opens offline.
+`section` is what a larger page includes; `write_html` makes a page of it that opens offline.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from msae.use.audit import Audit, ConceptAudit
-from msae.web.report import page
-from msae.web.report.figures import COLOURS, as_svg, legend, new_figure, plain
-from msae.web.report.page import shorten
+from msae.web import page
+from msae.web.report.figures import COLOURS, as_svg, draw_sweep, legend, new_figure, plain
 
 N_PLOTTED = 8
 HEAD = (
-    "concept", "latents", "class", "effect", "remove", "set to p50", "set to p99", "controls to",
-    "beats controls", "flips", "Cliff's delta", "p", "q", "q of errors",
-    "worst group", "once levelled", "overall", "once levelled",
+    "concept", "latents", "class", "effect", "removed", "set to p50", "set to p99", "largest control",
+    "controls beaten", "answers changed", "Cliff's delta", "p", "q", "q of errors",
+    "worst group", "worst group, levelled", "accuracy", "accuracy, levelled",
 )  # fmt: skip
 BRIEF = (0, 2, 3, 4, 6, 7, 9, 12)
 """Columns of a table that fits a page."""
-WORDS = {
-    "effect": "by how much the probability of the class moves when the concept is taken away, or set to a typical "
+MEANINGS = {
+    "latents": "the latents that bear the concept's name",
+    "class": "the class whose probability is watched",
+    "effect": "the largest change of the probability of the class when the concept is removed or set to a typical "
     "strength",
-    "remove, set to p99": "the change in each case, with its 95% interval; p99 is as strong as it gets in one row of a "
-    "hundred",
-    "controls to": "the largest effect among random latents that fire as often: below it, an effect says nothing",
-    "flips": "share of the rows with the concept whose answer changes without it",
-    "levelled": "with the concept at its mean in every row: where accuracy falls then, the classifier leaned on it",
+    "removed": "the mean change of the probability when the concept is removed, with its 95% interval",
+    "set to p50": "the same when it is set to the median of the rows in which it fires",
+    "set to p99": "the same when it is set to the 99th percentile of the rows in which it fires",
+    "largest control": "the largest effect of random latents that fire as often; a smaller effect is no evidence",
+    "controls beaten": "the share of those random latents whose effect is smaller",
+    "answers changed": "the share of the rows with the concept whose predicted class changes when it is removed",
+    "Cliff's delta": "how often the concept is stronger in rows of the class than in others, less how often it is "
+    "weaker; 0 is no difference",
+    "p": "chance of a difference as large if concept and class had nothing to do with each other",
+    "q": "p corrected for the number of tests; concepts below 0.05 are bold",
+    "q of errors": "the same, where only rows of the same true class are compared: does it go with the errors?",
+    "worst group": "the lowest accuracy among the groups of rows with one class, with or without the concept",
+    "worst group, levelled": "the same with the concept at its mean in every row; if it rises, the classifier "
+    "relied on the concept",
+    "accuracy": "of all rows",
+    "accuracy, levelled": "of all rows, with the concept at its mean in every row",
 }
-"""What a first look needs to read it."""
+MAX_GROUPS = 6
+"""More groups than these have their labels upright."""
 MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
-STYLE = """
-.audit tbody th { font-weight: 400; } .audit .reported th { font-weight: 700; } .audit h3 { margin-top: 1.4rem; }
-"""
 
 
 def write_html(audit: Audit, path: str | Path) -> None:
-    """Write the audit as one page without scripts or links to anywhere.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    values = {"audit": audit, "section": section(audit), "style": STYLE}
-    page.write_page(page.render("audit.html", **values), Path(path))
+    """Write the audit as one page without scripts or links to anywhere."""
+    page.write_page(page.render("report/audit.html", audit=audit, section=section(audit)), Path(path))
 
 
-def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = None, brief: bool = False) -> str:
-    """The audit as a piece of HTML; its style is `STYLE`.
+def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = None, brief: bool = False) -> Markup:
+    """The audit as a piece of HTML.
 
     Args:
         n_plotted: Concepts that are drawn.
         n_rows: Concepts in the table; None has all.
-        brief: Only the columns that a first look needs, and what they mean.
+        brief: Only the columns that a first look needs.
     """
     plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
-    pieces = [_head(audit), _table(audit, n_rows, brief=brief)]
-    if audit.sample is not None:
-        pieces += [_concept(audit, concept) for concept in plotted]
-    if brief:
-        words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS.items())
-        pieces.append(f'<dl class="words">{words}</dl>')
-    return f'<section class="audit">{"".join(pieces)}</section>'
+    chosen = BRIEF if brief else range(len(HEAD))
+    return page.render(
+        "report/audit_section.html",
+        facts=_facts(audit),
+        notes=audit.notes,
+        head=[HEAD[i] for i in chosen],
+        meanings={HEAD[i]: MEANINGS[HEAD[i]] for i in chosen if HEAD[i] in MEANINGS},
+        rows=[
+            (concept.main is not None and concept.main.q < 0.05, [_cells(concept)[i] for i in chosen])
+            for concept in audit.concepts[:n_rows]
+        ],
+        n_more=len(audit.concepts) - len(audit.concepts[:n_rows]),
+        drawn=[] if audit.sample is None else [(concept, concept_svgs(audit, concept)) for concept in plotted],
+    )
 
 
-def _head(audit: Audit) -> str:
+def _facts(audit: Audit) -> list[str]:
     classifier = audit.classifier
     facts = [] if audit.target is None else [f"target: the column {audit.target}"]
     facts += [
@@ -82,24 +94,7 @@ def _head(audit: Audit) -> str:
         facts.append(f"accuracy {classifier['accuracy']:.3f}")
     if audit.n_left_out:
         facts.append(f"{audit.n_left_out:,} rows without a known label left out")
-    notes = "".join(f'<p class="pale">{html.escape(note)}</p>' for note in audit.notes)
-    return f"<p>{html.escape('; '.join(map(shorten, facts)))}.</p>{notes}"
-
-
-def _table(audit: Audit, n_rows: int | None, *, brief: bool) -> str:
-    chosen = BRIEF if brief else range(len(HEAD))
-    rows = []
-    for concept in audit.concepts[:n_rows]:
-        main = concept.main
-        kind = ' class="reported"' if main is not None and main.q < 0.05 else ""
-        name, *cells = (_cells(concept)[i] for i in chosen)
-        values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f'<tr{kind}><th scope="row">{html.escape(shorten(name, 60))}</th>{values}</tr>')
-    titles = "".join(f'<th scope="col">{html.escape(HEAD[i])}</th>' for i in chosen)
-    table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    more = len(audit.concepts) - len(rows)
-    note = f'<p class="pale">{more:,} more concepts have smaller effects.</p>' if more else ""
-    return f'<div class="scroll" role="region" aria-label="concepts by effect" tabindex="0">{table}</div>{note}'
+    return facts
 
 
 def _cells(concept: ConceptAudit) -> list[str]:
@@ -133,12 +128,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _concept(audit: Audit, concept: ConceptAudit) -> str:
-    note = f'<p class="pale">{html.escape(concept.note)}</p>' if concept.note else ""
-    drawings = "".join(f"<figure>{svg}</figure>" for svg in concept_svgs(audit, concept))
-    return f'<h3>{html.escape(concept.name)}</h3>{note}<div class="drawings">{drawings}</div>'
-
-
 def concept_svgs(audit: Audit, concept: ConceptAudit) -> list[str]:
     """Density and boxes of the concept's strength by class, accuracy by group, and the sweep of one sample, as SVG."""
     assert audit.sample is not None
@@ -153,7 +142,7 @@ def concept_svgs(audit: Audit, concept: ConceptAudit) -> list[str]:
         ("Accuracy by group", lambda axes: _draw_groups(axes, concept)),
     ]
     if concept.sweep is not None:
-        drawings.append(("Sweep of one sample", lambda axes: _draw_sweep(axes, concept)))
+        drawings.append(("One row, the concept at several strengths", lambda axes: _draw_sweep(axes, concept)))
     made = []
     for words, draw in drawings:
         figure = new_figure()
@@ -193,23 +182,22 @@ def _draw_boxes(
 
 
 def _draw_groups(axes: Any, concept: ConceptAudit) -> None:
-    axes.set(title="accuracy, and (red) once levelled", ylim=(0, 1.02))
+    axes.set(title="accuracy; in red, with the concept at its mean", ylim=(0, 1.02))
     known = [group for group in (concept.debiasing.groups if concept.debiasing else ()) if group.accuracy is not None]
     for place, group in enumerate(known):
         axes.bar(place, group.accuracy, 0.7, color="#4477aa", alpha=0.5)
         axes.plot([place - 0.35, place + 0.35], [group.accuracy_levelled] * 2, color="#ee6677", linewidth=2)
     labels = [plain(f"{group.class_}\n{'with' if group.present else 'without'}\nn={group.n}") for group in known]
-    axes.set_xticks(range(len(known)), labels, fontsize=7)
+    crowded = len(known) > MAX_GROUPS
+    if crowded:
+        labels = [label.replace("\n", " ") for label in labels]
+    axes.set_xticks(range(len(known)), labels, fontsize=6 if crowded else 7, rotation=90 if crowded else 0)
     if not known:
         axes.text(0.5, 0.5, "no true classes", ha="center", transform=axes.transAxes)
 
 
 def _draw_sweep(axes: Any, concept: ConceptAudit) -> None:
-    sweep = concept.sweep
-    assert sweep is not None
-    axes.plot(sweep.strengths, sweep.probabilities, color="#000000")
-    axes.axvspan(0, sweep.natural_p99, color="#228833", alpha=0.12, label="natural, up to p99")
-    axes.axvline(sweep.own, color="#ee6677", linestyle=":", label="the sample's own")
-    title = plain(f"P({concept.class_}) of sample {sweep.id}")
-    axes.set(title=title, xlabel="strength", ylim=(-0.02, 1.02))
-    legend(axes)
+    assert concept.sweep is not None
+    title = plain(f"P({concept.class_}) of row {concept.sweep.id}")
+    axes.set(title=title, xlabel="strength")
+    draw_sweep(axes, concept.sweep)

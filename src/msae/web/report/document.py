@@ -21,11 +21,12 @@ from msae.measure.evaluate.table import COLUMNS, meanings_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
+from msae.web import page
 from msae.web.report import audit as audit_page
-from msae.web.report import figures, page
+from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
-from msae.web.report.facts import Facts, facts_of
+from msae.web.report.facts import HEADINGS, Facts, facts_of
 from msae.web.report.views import (
     N_CONCEPTS,
     SIDE,
@@ -94,22 +95,22 @@ def report(
     beside: Sequence[str | Path] = (),
     audit: Audit | str | Path | None = None,
 ) -> Report:
-    """Write a page about a run that opens offline anywhere, under 10 MB, and the model card, README.md in the run.
+    """Write one HTML file about a run that opens offline, and the model card, README.md in the run folder.
 
-    What the run folder has is shown: figures, curves, names. What it lacks is named with the command that makes it.
+    It shows what the run folder has: figures, curves, names. What it lacks is named with the command that makes it.
 
     Args:
         run: A run folder.
-        on: A store for samples, magnitudes, hierarchy and a search. Without it, that of an earlier gallery or report.
-        out: The page; without it, report.html in the run folder.
-        beside: Other run folders to set beside this one in the tables and curves.
-        audit: An audit to include, or the file that `msae audit --json` wrote.
+        on: The store for samples, hierarchy and an example of a search. Without it, that of an earlier gallery or
+            report.
+        out: The file to write. Without it, report.html in the run folder.
+        beside: Other run folders to show beside this one in tables and curves.
+        audit: An audit to include, as msae audit --json wrote it.
 
     Raises:
         RunError: A run is missing or damaged.
         StoreError: The store is missing, damaged, or does not fit the run.
         ConfigError: `out` is no place for a page, `audit` no audit, or there are too many runs.
-        MissingDependencyError: jinja2, matplotlib or pillow is not installed.
     """
     folder = Path(run)
     facts = facts_of(folder)
@@ -118,7 +119,6 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
-    figures.new_figure()  # a missing matplotlib is said before the work, not after it
     looked = _look(facts, on)
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
@@ -188,6 +188,8 @@ class Table(NamedTuple):
     """The poster's table on one store."""
 
     title: str
+    terms: list[str]
+    """The short names of the columns."""
     columns: list[str]
     rows: list[tuple[bool, list[Cell]]]
     """Whether it is the report's own run, and its cells."""
@@ -216,12 +218,12 @@ class _Draft:
     def page(self) -> str:
         facts, tables = self.facts, self._tables()
         return page.render(
-            "report.html",
+            "report/report.html",
             facts=facts,
             version=__version__,
             store=self.looked and self.looked.store,
             tables=tables,
-            meanings=meanings_of(tables[0].columns) if tables else {},
+            meanings=meanings_of(tables[0].terms) if tables else {},
             recovery=self._recovery(),
             training=self._training(),
             concepts=self._concepts(),
@@ -230,7 +232,6 @@ class _Draft:
             tree=self._tree(),
             search=self._search(),
             audit=self._audit(),
-            audit_style=audit_page.STYLE,
             missing={one.section: one for one in self.missing},
             album=self.album,
         )
@@ -243,8 +244,8 @@ class _Draft:
         for kept in self.facts.evaluations[:MAX_TABLES]:
             compared = self._compared_with(kept)
             rows = table_rows([replace(one, run=name) for name, one in compared.items()])
-            arrows = {column.title: {"up": " ↑", "down": " ↓"}[column.better] for column in COLUMNS}
-            titles = [title + arrows.get(title, "") for title in rows[0]]
+            arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
+            titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
             mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
                 e.inference, f"the {e.k} strongest latents kept"
@@ -252,7 +253,7 @@ class _Draft:
             title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
-            tables.append(Table(title, titles, list(zip(ours, cells, strict=True)), kept.labels))
+            tables.append(Table(title, list(rows[0]), titles, list(zip(ours, cells, strict=True)), kept.labels))
         if not tables:
             self._lacks(
                 "quality", "this run has not been evaluated", "evaluate", self.facts.folder, "--on", self.store_word

@@ -22,6 +22,17 @@ KINDS: Mapping[str, str] = {
     "relu": "ReLU SAE with an L1 penalty",
 }
 
+HEADINGS: Mapping[str, str] = {
+    "FVU": "variance lost (FVU)",
+    "CS": "cosine (CS)",
+    "LP (KL)": "probe, KL (LP)",
+    "LP (Acc)": "probe, agreement (LP)",
+    "CKNNA": "neighbours kept (CKNNA)",
+    "DO": "decoder overlap (DO)",
+    "NDN eval (train)": "never fire, here (in training) (NDN)",
+}
+"""The columns of the table of measures on a page: a measure in words, and its short name in the table of the paper."""
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -43,6 +54,12 @@ class Facts:
     @property
     def name(self) -> str:
         return self.folder.resolve().name or "run"
+
+    @property
+    def place(self) -> str:
+        """A path of the folder that opens it from where the report is made."""
+        folder, here = self.folder.resolve(), Path.cwd()
+        return (folder.relative_to(here) if folder.is_relative_to(here) else folder).as_posix()
 
     @property
     def config(self) -> SAEConfig:

@@ -12,13 +12,15 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from msae.base.errors import MissingDependencyError
 from msae.concepts.gallery import Magnitudes
 from msae.concepts.samples import BINS_PER_OCTAVE, N_BINS, TopSamples, bin_edges
+
+if TYPE_CHECKING:
+    from msae.use.audit import Sweep
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
 """Paul Tol's bright scheme, which the colour-blind can tell apart; black becomes the page's ink."""
@@ -129,16 +131,19 @@ def level_profile(samples: TopSamples, latent: int) -> str:
     return as_svg(figure, f"Level profile of latent {latent}: {words}")
 
 
-def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
-    """An empty matplotlib figure that no other part of the process sees.
+def draw_sweep(axes: Any, sweep: Sweep) -> None:
+    """The probability of a class against the strength of a concept in one row, with what is natural shaded."""
+    axes.plot(sweep.strengths, sweep.probabilities, color="#000000")
+    axes.axvspan(0, sweep.natural_p99, color=COLOURS[2], alpha=0.15, label="natural, up to p99")
+    axes.axvline(sweep.own, color=COLOURS[1], linestyle=":", label="in the row itself")
+    axes.set(ylim=(-0.02, 1.02))
+    legend(axes)
 
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise MissingDependencyError.of("matplotlib", extra="report") from err
+
+def new_figure(width: float = SIZE[0], height: float = SIZE[1]) -> Any:
+    """An empty matplotlib figure that no other part of the process sees."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -190,12 +195,21 @@ def as_svg(figure: Any, label: str) -> str:
 def _for_a_page(text: str, label: str) -> str:
     """matplotlib's file as part of a page: black is the page's ink, and no id or style reaches beyond the drawing."""
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'style="[^"]*"', lambda style: style.group().replace("#000000", "currentColor"), text)
-    text = re.sub(r'<g id="[^"]*"', "<g", text).replace("'DejaVu Sans'", "system-ui")
+    text = re.sub(r'(<\w[^<>]*?) style="([^"]*)"', lambda tag: tag[1] + _attributes(tag[2]), text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = _CONTROL.sub("", text)
     words = html.escape(_CONTROL.sub("", label))
     start, rest = text.split(">", 1)
     return f'{start} role="img" aria-label="{words}" fill="currentColor">\n <title>{words}</title>{rest.strip()}\n'
+
+
+def _attributes(style: str) -> str:
+    """A style as attributes: a page whose security policy forbids styles inside tags shows these all the same."""
+    pairs = [part.split(": ", 1) for part in style.split("; ")]
+    known = {key: value.replace("#000000", "currentColor") for key, value in pairs}
+    if "font-family" in known:
+        known["font-family"] = "system-ui, sans-serif"
+    return "".join(f' {key}="{value}"' for key, value in known.items())
 
 
 def _styles(n: int) -> list[dict[str, Any]]:

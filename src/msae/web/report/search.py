@@ -10,24 +10,20 @@ from typing import Any
 
 from msae.data.thumbnails import Album
 from msae.use.search import Hit, SearchResult
-from msae.web.report import page
+from msae.web import page
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
 
 
 def write_page(result: SearchResult, path: str | Path) -> None:
-    """Write the page of a search to `path`, atomically.
-
-    Raises:
-        MissingDependencyError: jinja2 or pillow is not installed.
-    """
+    """Write the page of a search to `path`, atomically."""
     page.write_page(render(result), Path(path))
 
 
 def render(result: SearchResult) -> str:
     """The page; whatever comes from the store or the command line is escaped."""
-    return page.render("search.html", result=result, **parts(result, Album(result.roots, SIDE)))
+    return page.render("report/search.html", result=result, **parts(result, Album(result.roots, SIDE)))
 
 
 def parts(result: SearchResult, album: Album) -> dict[str, Any]:
@@ -35,8 +31,7 @@ def parts(result: SearchResult, album: Album) -> dict[str, Any]:
     after = [(hit, album.uri(hit.path), *_after(hit, bool(result.edits))) for hit in result.hits]
     sides: list[tuple[str, list[Any]]] = [("Found", after)]
     if result.before:
-        n = len(result.before)
-        before = [(hit, album.uri(hit.path), *_before(hit, n)) for hit in result.before]
+        before = [(hit, album.uri(hit.path), *_before(hit)) for hit in result.before]
         sides = [("Before", before), ("After", after)]
     return {"sides": sides, "query": _query_picture(result, album)}
 
@@ -47,9 +42,8 @@ def _after(hit: Hit, is_edited: bool) -> tuple[int, str, bool]:
     return hit.rank, f"was {hit.rank_before:,} · {hit.score_before:.3f} → {hit.score:.3f}", hit.rank_before > hit.rank
 
 
-def _before(hit: Hit, n: int) -> tuple[int, str, bool]:
-    gone = "falls" if hit.rank > n else "now"
-    return hit.rank_before, f"{hit.score_before:.3f} · {gone} {hit.rank:,}", False
+def _before(hit: Hit) -> tuple[int, str, bool]:
+    return hit.rank_before, f"{hit.score_before:.3f} · now {hit.rank:,}", False
 
 
 def _query_picture(result: SearchResult, album: Album) -> str | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msae.base.errors import ConfigError, MissingDependencyError
+from msae.base.errors import ConfigError
 from msae.base.files import atomic_path
 from msae.concepts.gallery import Gallery, Sample
 from msae.data.thumbnails import thumbnail
+from msae.web import page
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,15 +34,12 @@ def write_sheet(gallery: Gallery, path: Path) -> None:
 
     Raises:
         ConfigError: `path` has another suffix.
-        MissingDependencyError: Pillow is not installed.
     """
     suffix = path.suffix.lower()
     if suffix not in (".png", ".html"):
         raise ConfigError(f"{path} cannot be a contact sheet; give --sheet a name that ends in .png or .html")
     if suffix == ".html":
-        page = as_html(gallery)
-        with atomic_path(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        page.write_page(as_html(gallery), path)
         return
     sheet = draw_sheet(gallery)
     with atomic_path(path) as temporary:
@@ -51,10 +48,8 @@ def write_sheet(gallery: Gallery, path: Path) -> None:
 
 def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
     """Images with their activations and captions on the left, texts on the right, the strongest first."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as err:
-        raise MissingDependencyError.of("pillow", extra="clip") from err
+    from PIL import Image, ImageDraw, ImageFont
+
     font, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 6)
     cell = SIDE + MARGIN, SIDE + (1 + CAPTION_LINES) * LINE + MARGIN
     n_rows = -(-len(gallery.images) // columns)
@@ -83,43 +78,15 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
 
 def as_html(gallery: Gallery) -> str:
     """One page with everything in it; whatever comes from the store is escaped."""
-    title = html.escape(_title(gallery))
-    figures = "\n".join(_figure(gallery, sample) for sample in gallery.images)
-    texts = "\n".join(
-        f"<li><b>{text.activation:.2f}</b> {html.escape(text.caption or text.id)}</li>" for text in gallery.texts
-    )
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in gallery.notes)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; color: {INK}; margin: 1.5rem; }}
-main {{ display: flex; flex-wrap: wrap; gap: 2rem; }}
-.images {{ display: grid; grid-template-columns: repeat({COLUMNS}, {SIDE}px); gap: {MARGIN}px; align-content: start; }}
-figure {{ margin: 0; overflow-wrap: anywhere; }} img {{ display: block; }} p, figcaption {{ color: {PALE}; }}
-</style></head><body>
-<h1>{title}</h1><p>{html.escape(_subtitle(gallery))}</p>{notes}
-<main><section class="images">
-{figures}
-</section><ol>
-{texts}
-</ol></main>
-</body></html>
-"""
+    images = [(sample, _inline(_thumbnail(gallery, sample))) for sample in gallery.images]
+    return page.render("report/sheet.html", gallery=gallery, title=_title(gallery), subtitle=_subtitle(gallery),
+                       images=images, side=SIDE)  # fmt: skip
 
 
-def _figure(gallery: Gallery, sample: Sample) -> str:
-    try:
-        data = io.BytesIO()
-        _thumbnail(gallery, sample).save(data, format="PNG")
-    except ImportError as err:
-        raise MissingDependencyError.of("pillow", extra="clip") from err
-    source = base64.b64encode(data.getvalue()).decode("ascii")
-    words = html.escape(sample.caption or sample.id)
-    alt = html.escape(sample.id, quote=True)
-    return (
-        f'<figure><img src="data:image/png;base64,{source}" alt="{alt}" width="{SIDE}" height="{SIDE}">'
-        f"<b>{sample.activation:.2f}</b><figcaption>{words}</figcaption></figure>"
-    )
+def _inline(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def _thumbnail(gallery: Gallery, sample: Sample) -> Image.Image:
@@ -139,8 +106,8 @@ def _title(gallery: Gallery) -> str:
 
 
 def _subtitle(gallery: Gallery) -> str:
-    return "    ".join(
-        f"{modality}s: fires on {known['firing_rate']:.1%}, median {known['p50']:.2f}, p99 {known['p99']:.2f}"
+    return "; ".join(
+        f"{modality}s: fires in {known['firing_rate']:.1%}, median {known['p50']:.2f}, p99 {known['p99']:.2f}"
         for modality, known in gallery.statistics.items()
     )
 

@@ -1,0 +1,189 @@
+"""A verb's options, read off the signature and the docstring of its Python function, so that each is written once."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, Union
+
+JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
+METAVARS = {
+    "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE", "column": "COLUMN",
+    "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL", "html": "FILE.html",
+    "image": "FILE", "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE",
+    "out": "PATH", "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE",
+    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE",
+}  # fmt: skip
+"""What help shows for a value whose name says more than its type."""
+APPENDED = ("concept", "set")
+"""Options that are given once for each value."""
+
+
+class Option(NamedTuple):
+    """One option or argument of a verb."""
+
+    name: str
+    hint: Any
+    """A type that a word of the command line can be."""
+    default: Any
+    """`inspect.Parameter.empty` where the option must be given."""
+    help: str
+
+
+def options_of(
+    function: Callable[..., Any],
+    finish: Callable[..., Any],
+    *,
+    settings: type | None,
+    hidden: Sequence[str],
+) -> dict[str, Option]:
+    """The options of a verb, by name, in the order of the function's parameters.
+
+    Args:
+        finish: Shows the result; its own parameters are options too.
+        settings: The dataclass whose fields the function takes as `**options`.
+        hidden: Parameters that are for Python alone.
+    """
+    docs = _docs(function)
+    found = [
+        Option(name, hint, parameter.default, docs.get(name, ""))
+        for name, parameter, hint in _parameters(function)
+        if name not in hidden
+    ]
+    if settings is not None:
+        hints, docs = typing.get_type_hints(settings), _docs(settings)
+        found += [
+            Option(field.name, _from_words(hints[field.name]), field.default, docs.get(field.name, ""))
+            for field in dataclasses.fields(settings)
+        ]
+    docs = _docs(finish)
+    found += [
+        Option(name, hint, parameter.default, docs.get(name, ""))
+        for name, parameter, hint in _parameters(finish)
+        if name not in ("call", "json")
+    ]
+    found.append(Option("json", str, None, JSON_HELP))
+    return {option.name: option for option in found}
+
+
+def parse(
+    verb: str, description: str, options: Mapping[str, Option], positional: tuple[str, str], arguments: Sequence[str]
+) -> dict[str, Any]:
+    """The options that are given in `arguments`, and only those; a flag is always among them.
+
+    Args:
+        positional: The name and the metavar of the argument that needs no option.
+    """
+    import tyro
+
+    shown = {name: f"--{name.replace('_', '-')}" for name in options} | {positional[0]: positional[1]}
+
+    fields: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for option in options.values():
+        is_positional = option.name == positional[0]
+        markers: list[Any] = [tyro.conf.Positional] if is_positional else []
+        hint = option.hint
+        if hint is bool:
+            defaults[option.name] = option.default
+        elif option.name in APPENDED and typing.get_origin(hint) is tuple:
+            defaults[option.name] = ()
+            markers.append(tyro.conf.UseAppendAction)
+        about = tyro.conf.arg(
+            metavar=positional[1] if is_positional else None if hint is bool else _metavar(option),
+            help=_help(option, shown),
+            help_behavior_hint=_default(option),
+        )
+        hint = Annotated[(hint, *markers, about)]
+        fields[option.name] = Required[hint] if option.default is inspect.Parameter.empty else hint
+    record: Any = TypedDict(verb, fields, total=False)  # type: ignore[misc]  # made at run time
+    record.__doc__ = _plain(description, shown)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    given = tyro.cli(record, prog=f"msae {verb}", args=arguments, default=defaults, config=config)
+    return {name: value for name, value in given.items() if name in options}
+
+
+def description_of(function: Callable[..., Any]) -> str:
+    """A function's docstring without its sections."""
+    import docstring_parser
+
+    return docstring_parser.parse(inspect.getdoc(function) or "").description or ""
+
+
+def _docs(documented: Any) -> dict[str, str]:
+    """What a docstring says of each parameter, or of each field of a dataclass."""
+    import docstring_parser
+
+    found = docstring_parser.parse_from_object(documented).params
+    return {one.arg_name: " ".join((one.description or "").split()) for one in found}
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, inspect.Parameter, Any]]:
+    """Each parameter that words can give, with its type."""
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        hint = parameter.annotation
+        if isinstance(hint, str):
+            try:
+                hint = eval(hint, vars(inspect.getmodule(function)))  # noqa: S307  # our own annotations
+            except NameError:  # a type that is imported for the type checker alone is no word
+                continue
+        hint = _from_words(hint)
+        if hint is not None:
+            found.append((name, parameter, hint))
+    return found
+
+
+def _from_words(hint: Any) -> Any:
+    """The part of a type that words of a command line can be; None where there is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _from_words(arguments[0])
+    if hint in (str, int, float, bool, Path) or origin is Literal:
+        return hint
+    if origin in (Union, types.UnionType):
+        parts = [part for part in map(_from_words, arguments) if part is not None]
+        # Of several runs or one run it is several; a path is given as its text.
+        several = next((part for part in parts if typing.get_origin(part) is tuple), None)
+        text = str if str in parts else None
+        return several or text or (parts[0] if parts else None)
+    if origin in (tuple, list, collections.abc.Sequence):
+        inner = _from_words(arguments[0])
+        return None if inner is None else tuple[inner, ...]  # type: ignore[valid-type]
+    return None
+
+
+def _metavar(option: Option) -> str:
+    hint, several = option.hint, ""
+    if typing.get_origin(hint) is tuple:
+        hint, several = typing.get_args(hint)[0], "" if option.name in APPENDED else "..."
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}" + several
+    return METAVARS.get(option.name, {int: "INT", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")) + several
+
+
+def _default(option: Option) -> str:
+    """What help says after the text of an option."""
+    if option.default is inspect.Parameter.empty:
+        return "(required)"
+    if option.default is None or isinstance(option.default, bool) or option.default == ():
+        return ""
+    return f"(default: {option.default})"
+
+
+def _help(option: Option, shown: Mapping[str, str]) -> str:
+    text = _plain(option.help, shown)
+    return f"Turn this off: {text[:1].lower()}{text[1:]}" if option.hint is bool and option.default is True else text
+
+
+def _plain(text: str, shown: Mapping[str, str]) -> str:
+    """A docstring's text for a terminal: a parameter in backticks becomes its option, other backticks go."""
+    return re.sub(r"`([^`]*)`", lambda found: shown.get(found.group(1), found.group(1)), text)
