@@ -351,7 +351,7 @@ class SAE(nn.Module):
         if not folder.exists() and _looks_like_hub_id(str(path)):
             folder = _download(str(path), revision)
         folder = folder_of(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         try:
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -462,7 +462,8 @@ def weights_hash(sae: SAE) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> SAEConfig:
+def read_config(folder: Path) -> SAEConfig:
+    """What the SAE saved in a folder is, without its weights; raises `RunError`."""
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist; give the folder that msae train --out made")
     if not (folder / CONFIG_FILE).exists():

@@ -62,8 +62,8 @@ def fit_thresholds(
     """Thresholds under which each latent fires as often as it is among the k strongest, for k = 1, 2, 4 … and `l0`.
 
     So firing rates are those of the k strongest, the mean number of active latents is exact on the fitted rows (but for
-    equal pre-activations), and yet no latent depends on the others of its row. Memory grows with neither the rows nor
-    the latents beyond `COLUMN_ENTRIES`.
+    equal pre-activations), and yet no latent depends on the others of its row. Where rows have fewer than `l0` positive
+    latents the others have more. Memory does not grow with the rows.
 
     Args:
         rows: Gives a fresh iterator over the same standardised rows each time.
@@ -78,7 +78,7 @@ def fit_thresholds(
                 yield x
                 advance(len(x))
 
-        times = _times_among_strongest(sae, told(), ks)
+        times = _with_total(_with_halves(_times_among_strongest(sae, told(), ks)), l0 * n_rows)
         reached = times.sum(1) / n_rows
         kept = np.flatnonzero(np.diff(reached, prepend=0.0) > 0)  # beyond the positive latents nothing is added
         table = np.empty((len(kept) + 1, sae.d_sae), np.float32)
@@ -121,6 +121,25 @@ def _times_among_strongest(sae: SAE, rows: Iterable[Tensor], ks: Sequence[int]) 
             # Sums of so few ones fit 32 bits, in which they are several times as fast as in 64.
             times[i] += np.add.reduce(h >= weakest[:, None], axis=0, dtype=np.uint32)
     return times
+
+
+def _with_halves(times: Int64[np.ndarray, "n l"]) -> Int64[np.ndarray, "m l"]:
+    """A row half-way between each two: with them `ThresholdTable.at` is within about 1 % of what is asked, not 5 %."""
+    between = (times[:-1] + times[1:]) // 2
+    return np.insert(times, np.arange(1, len(times)), between, axis=0)
+
+
+def _with_total(times: Int64[np.ndarray, "n l"], total: int) -> Int64[np.ndarray, "m l"]:
+    """With a row whose sum is `total`, between its neighbours: the k strongest are fewer where k are not positive."""
+    sums = times.sum(1)
+    high = int(np.searchsorted(sums, total))
+    if high == len(times) or sums[high] == total:
+        return times
+    low = times[high - 1] if high else np.zeros_like(times[0])
+    exact = low + (times[high] - low) * ((total - low.sum()) / (sums[high] - low.sum()))
+    row = np.floor(exact).astype(np.int64)
+    row[np.argsort(row - exact, kind="stable")[: total - row.sum()]] += 1
+    return np.insert(times, high, row, axis=0)
 
 
 @torch.no_grad()

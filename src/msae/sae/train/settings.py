@@ -33,8 +33,8 @@ class TrainSettings:
     """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most.
     Default: uniform."""
     levels: tuple[int, ...] | None = None
-    """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up to
-    all dimensions; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
+    """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
+    to all dimensions; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
     widths: tuple[int, ...] | None = None
     """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
     row keeps k on average. The last must be all latents. Default: off."""

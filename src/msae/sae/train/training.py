@@ -28,7 +28,7 @@ from msae.base.loggers import Loggers, check_installed
 from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, SAEConfig, first_not_finite
+from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.train.settings import TrainSettings
@@ -393,6 +393,7 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
         known = {key: value for key, value in to_mapping(run.sae.config).items() if value is not None}
         return {"run": str(folder), "state": "an SAE that was not trained here", **known}
     is_finished = run.folder is not None and (run.folder / "sae.json").exists()
+    active = read_config(run.folder).inference_l0 if run.folder is not None and is_finished else None
     began = run.checkpoints[-1].name if run.checkpoints else "the start"
     return {
         "run": str(folder),
@@ -400,5 +401,6 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
         "store": config["store"],
         "n_rows": config["n_rows"],
         "d_in": config["d_in"],
+        "mean_active_latents": active,
         **{key: value for key, value in config["train"].items() if value not in (None, [])},
     }

@@ -247,9 +247,11 @@ class _Draft:
             arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
             titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
-            mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
-                e.inference, f"the {e.k} strongest latents kept"
-            )
+            mode = {
+                "relu": "every positive latent kept",
+                "trained": "the activation function of the SAE",
+                "threshold": "latents above their thresholds kept",
+            }.get(e.inference, f"the {e.k} strongest latents kept")
             title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
