@@ -73,17 +73,17 @@ def fit_thresholds(
     blocks = [slice(first, min(first + width, sae.d_sae)) for first in range(0, sae.d_sae, width)]
     with progress("fitting thresholds", total=n_rows * (1 + len(blocks)), unit="rows") as advance:
 
-        def told() -> Iterator[Tensor]:
+        def counted() -> Iterator[Tensor]:
             for x in rows():
                 yield x
                 advance(len(x))
 
-        times = _with_total(_with_halves(_times_among_strongest(sae, told(), ks)), l0 * n_rows)
+        times = _with_total(_with_halves(_times_among_strongest(sae, counted(), ks)), l0 * n_rows)
         reached = times.sum(1) / n_rows
         kept = np.flatnonzero(np.diff(reached, prepend=0.0) > 0)  # beyond the positive latents nothing is added
         table = np.empty((len(kept) + 1, sae.d_sae), np.float32)
         for block in blocks:
-            table[:, block] = _exceeded(_columns(sae, told(), n_rows, block), times[kept, block])
+            table[:, block] = _exceeded(_columns(sae, counted(), n_rows, block), times[kept, block])
     device = sae.W_dec.device
     l0s = torch.from_numpy(np.concatenate([[0.0], reached[kept]]))
     return ThresholdTable(l0s.to(device), torch.from_numpy(table).to(device))
