@@ -130,8 +130,8 @@ def gallery(
         concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
             is shown.
         n: How many images and how many texts.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
 
     Raises:
         ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.

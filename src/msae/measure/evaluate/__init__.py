@@ -13,7 +13,7 @@ from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
-from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
+from msae.measure.evaluate.passes import Scores, cknna_over_batches, class_f1, dead_in_training
 from msae.measure.evaluate.probes import Probes
 from msae.measure.evaluate.record import Evaluation, Evaluations, RecoveryPoint, json_number
 from msae.measure.evaluate.subject import Options, StoreLike, Subject, open_subject
@@ -92,8 +92,9 @@ def evaluate(
         sae: One or several run folders, or Hugging Face repositories that hold an SAE.
         on: The store to evaluate on.
         modality: Which embeddings of the store.
-        inference: How activations are made: `trained` uses the activation function of training; `relu` keeps every
-            positive one, as in the paper's table; `topk` keeps the `k` strongest.
+        inference: How activations are made: `trained` uses the activation function of the SAE; `relu` keeps every
+            positive one, as in the paper's table; `threshold` keeps those above the thresholds fitted after training;
+            `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
             embeddings works on the reconstructions.
@@ -167,5 +168,6 @@ def _evaluate(
         dead_train=dead_train,
         recovery=scores.recovery_points(cknna.at),
         notes=tuple(filter(None, [note, cknna.note, *(test.notes if test is not None else ())])),
+        class_f1=None if test is None else json_number(class_f1(subject, test, scores)),
         **scores.figures(),
     )

@@ -15,6 +15,7 @@ from msae.base.errors import RunError
 from msae.base.progress import progress
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
+from msae.measure.evaluate.probes import ProbeTest
 from msae.measure.evaluate.record import RecoveryPoint, json_number
 from msae.measure.evaluate.subject import NoTrainingStoreError, Options, StoreLike, Subject, training_store
 from msae.measure.probe import Probe
@@ -34,6 +35,7 @@ class Scores:
     def __init__(self, subject: Subject, probe: Probe | None, options: Options) -> None:
         sae = subject.sae
         self._subject, self._options, self._probe = subject, options, probe
+        self.firing = None if probe is None else metrics.ClassFiring(len(probe.classes), sae.d_sae)
         self._reconstruction = metrics.ReconstructionScore()
         self._fvu_authors = metrics.RunningMean()
         self.use = metrics.LatentUse(sae.d_sae)
@@ -59,6 +61,8 @@ class Scores:
             self._recovery.update(x, z)
         if targets is not None:
             self._update_probe(x, x_hat, targets)
+            assert self.firing is not None
+            self.firing.update(z, targets)
 
     def _update_probe(self, x: Tensor, x_hat: Tensor, targets: Tensor) -> None:
         assert self._probe is not None
@@ -119,6 +123,18 @@ class Scores:
                 )
             )
         return tuple(points)
+
+
+def class_f1(subject: Subject, test: ProbeTest, scores: Scores) -> float:
+    """`metrics.class_f1` of the rows that the probe was trained on and those that it is evaluated on."""
+    assert scores.firing is not None
+    train = metrics.ClassFiring(len(test.probe.classes), subject.sae.d_sae)
+    view = subject.view.on(test.train)
+    start = 0
+    for z in view.activations(rows=test.train_rows, title=f"classes by the latents of {subject.name}"):
+        train.update(z, test.train_targets[start : start + len(z)])
+        start += len(z)
+    return metrics.class_f1(train, scores.firing)
 
 
 class _Cknna(NamedTuple):

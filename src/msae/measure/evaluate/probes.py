@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from msae.base.errors import ConfigError, StoreError
@@ -22,6 +22,12 @@ class ProbeTest(NamedTuple):
     probe: Probe
     targets: Int[Tensor, " n"]
     """The class of each row of the evaluation store; -1 for rows that are left out."""
+    train: EmbeddingStore
+    """What the probe was trained on."""
+    train_rows: Int64[np.ndarray, " m"]
+    """The rows of `train` that it was trained on."""
+    train_targets: Int[Tensor, " m"]
+    """Their classes."""
     notes: tuple[str, ...]
     """Which rows are left out."""
 
@@ -55,8 +61,9 @@ class Probes:
         def rows(numbers: Int[np.ndarray, " m"]) -> Float[Tensor, "m d_in"]:
             return subject.standardize(store.take(held.train[numbers], options.modality), options.modality)
 
+        known = [labels[row] for row in held.train]
         with torch.enable_grad():
-            probe = fit_probe(rows, [labels[row] for row in held.train], seed=options.seed).to(options.device)
+            probe = fit_probe(rows, known, seed=options.seed).to(options.device)
         targets = torch.full((len(self._truth),), -1)
         targets[torch.from_numpy(held.on)] = probe.encode([self._truth[row] for row in held.on])
         if not bool((targets >= 0).any()):
@@ -70,7 +77,8 @@ class Probes:
         unknown = int((targets[torch.from_numpy(held.on)] < 0).sum())
         if unknown:
             notes.append(f"{unknown:,} rows have a {self._column} that the probe was not trained on; they are left out")
-        return ProbeTest(probe, targets, tuple(filter(None, [held.note, *notes])))
+        train_targets = probe.encode(known)
+        return ProbeTest(probe, targets, store, held.train, train_targets, tuple(filter(None, [held.note, *notes])))
 
     def _without_label(self, store: EmbeddingStore, labels: list[str | None]) -> str | None:
         n = labels.count(None)

@@ -93,6 +93,9 @@ class Evaluation(Result):
     probe_left_out: int | None = None
     """The other rows; `notes` says why they are left out."""
     probe_classes: int | None = None
+    class_f1: float | None = None
+    """Mean over classes of the F1, 0 to 1, with which the one latent that fits a class best on the probe's training
+    rows fires on the evaluated ones."""
     recovery: tuple[RecoveryPoint, ...] | None = None
     notes: tuple[str, ...] = field(default=())
     """Why a figure is None, and which rows are left out of the probe's figures."""
@@ -102,7 +105,7 @@ class Evaluation(Result):
         record = dataclasses.asdict(self)
         unasked = {"recovery"} if self.recovery is None else set()
         if self.probe_n is None:
-            unasked |= {name for name in record if name.startswith("probe_")}
+            unasked |= {name for name in record if name.startswith("probe_") or name == "class_f1"}
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in record.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.inference not in ("relu", "trained", "topk"):
-            raise ConfigError(f"inference {self.inference!r} is unknown; give relu, trained or topk")
+        if self.inference not in get_args(Inference):
+            raise ConfigError(f"inference {self.inference!r} is unknown; give relu, trained, topk or threshold")
         if self.inference == "topk" and (self.k is None or self.k < 1):
             raise ConfigError(f"inference topk with k {self.k}; give a positive --k, for example --k 64")
         if self.inference != "topk" and self.k is not None:
