@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from msae.measure.holdout import hold_out
 
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.base.files import write_json
 from msae.data.store import EmbeddingStore
 from msae.measure import metrics
 from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
+from msae.measure.probe import hold_out
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import metrics as oracle
@@ -278,7 +278,7 @@ def test_a_perfect_reconstruction_agrees_with_itself(world):
 def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatch):
     fitted = []
     real = __import__("msae.measure.probe", fromlist=["fit_probe"]).fit_probe
-    monkeypatch.setattr("msae.measure.evaluate.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    monkeypatch.setattr("msae.measure.evaluate.passes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
     train, holdout, run = world
     other = save_run(tmp_path / "other", make_sae(train, "relu"), train)
     pair = evaluate([run, other], holdout, labels="label")

@@ -15,6 +15,7 @@ from msae.base.errors import MsaeError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 IMAGE_PATH_COLUMNS = ("image_path", "path", "image", "file")
 CAPTION_COLUMNS = ("caption", "text")
@@ -295,6 +296,23 @@ def _read_parquet(path: Path) -> pa.Table:
     return pq.ParquetFile(path).read()  # ParquetFile: read_table would guess partitions from the path
 
 
+def read_footer(path: Path, error: Error) -> pq.FileMetaData:
+    """What a parquet file says of itself, its schema among it.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(path)
+        footer.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+        raise error(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err
+    return footer
+
+
 @dataclass(frozen=True, eq=False)
 class Metadata:
     """A table in several parquet files of which only the asked columns are read, or a table in memory."""
@@ -326,11 +344,8 @@ class Metadata:
             return cls((), [], lambda _: pa.table({}))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
-        try:
-            footers = [pq.read_metadata(path) for path in paths]
-            schemas = [footer.schema.to_arrow_schema() for footer in footers]
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
-            raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
+        footers = [read_footer(path, error) for path in paths]
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
 
         def read(names: list[str]) -> pa.Table:
@@ -361,16 +376,3 @@ def _is_vector(kind: pa.DataType) -> bool:
     types = pa.types
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     return bool(is_list and types.is_floating(kind.value_type))
-
-
-def _unreadable(paths: Sequence[Path]) -> Path:
-    """The first of `paths` that is no parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for path in paths:
-        try:
-            pq.read_metadata(path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return path
-    return paths[0]

@@ -23,6 +23,7 @@ from msae.data.tables import (
     TABLE_SUFFIXES,
     common_schema,
     plain_key,
+    read_footer,
     read_table,
 )
 
@@ -280,11 +281,9 @@ def _parquet(path: Path) -> Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        footer = pq.read_metadata(path)
-        schema = common_schema([footer.schema.to_arrow_schema()])
-    except (pa.ArrowException, OSError) as err:
-        raise SourceError(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err
+    footer = read_footer(path, SourceError)
+    written = footer.schema.to_arrow_schema()
+    schema = common_schema([written])
     if footer.num_rows == 0:
         raise SourceError(f"{path} has no rows")
 
@@ -302,10 +301,8 @@ def _parquet(path: Path) -> Source:
         except (pa.ArrowException, OSError) as err:
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
-    if len(schema) != len(footer.schema.to_arrow_schema()):
-        raise SourceError(
-            f"{path} has two columns of one name among {_list(footer.schema.to_arrow_schema())}; rename one"
-        )
+    if len(schema) != len(written):
+        raise SourceError(f"{path} has two columns of one name among {_list(written)}; rename one")
     notes: list[str] = []
     columns = _Columns.of(schema, str(path), notes, head=next(pieces(0), None))
     signature = _signature_with_pictures(path, columns, pieces)

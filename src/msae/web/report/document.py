@@ -17,7 +17,7 @@ from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
-from msae.measure.evaluate.table import COLUMNS, meanings_of, mode_of
+from msae.measure.evaluate.record import COLUMNS, meanings_of, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
