@@ -22,7 +22,7 @@ from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import EmbeddingStore, as_store, find_picture
+from msae.data.store import EmbeddingStore, Row, as_store, find_picture
 from msae.data.store.rows import PATH_COLUMNS
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
@@ -32,6 +32,7 @@ from msae.use.audit import Audit, Sweeper, audit
 from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
+from msae.web.page import shown_columns, words_of
 from msae.web.report.facts import read_trained
 
 KEPT_SAMPLES = 48
@@ -132,9 +133,17 @@ class LoadedRun:
 class World:
     """The runs, in their order, and the store that all of them are shown on."""
 
-    def __init__(self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None) -> None:
+    def __init__(
+        self,
+        runs: Sequence[LoadedRun],
+        store: EmbeddingStore | None,
+        note: str | None,
+        shown: Sequence[str] = (),
+    ) -> None:
         self.runs = {run.label: run for run in runs}
         self.store = store
+        self.shown = shown
+        """Columns that are shown beside each caption."""
         self.note = note
         """Why there is no store, where there is none."""
         self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
@@ -215,6 +224,10 @@ class World:
         )
         return hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
 
+    def words(self, row: Row) -> str:
+        """What the pages say of a row."""
+        return words_of(row, self.shown)
+
     def is_picture(self, path: str | None) -> bool:
         """Whether the picture that a row lists is there."""
         return self.store is not None and find_picture(path, self.store.picture_roots) is not None
@@ -275,11 +288,12 @@ class World:
         return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
-def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:
+def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, show: Sequence[str] = ()) -> World:
     """The runs and the store, checked against each other.
 
     Args:
         on: Without it, the store that the first run was trained on, where it is still there.
+        show: Columns of the store to show beside each caption.
 
     Raises:
         ConfigError: No runs.
@@ -296,7 +310,7 @@ def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | Non
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
     loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
-    return World(loaded, store, note)
+    return World(loaded, store, note, shown_columns(show, store))
 
 
 def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:

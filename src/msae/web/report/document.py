@@ -94,6 +94,7 @@ def report(
     out: str | Path | None = None,
     beside: Sequence[str | Path] = (),
     audit: Audit | str | Path | None = None,
+    show: Sequence[str] = (),
 ) -> Report:
     """Write one HTML file about a run that opens offline, and the model card, README.md in the run folder.
 
@@ -106,6 +107,7 @@ def report(
         out: The file to write. Without it, report.html in the run folder.
         beside: Other run folders to show beside this one in tables and curves.
         audit: An audit to include, as msae audit --json wrote it.
+        show: Columns of the store to show beside each caption, such as title,colour.
 
     Raises:
         RunError: A run is missing or damaged.
@@ -120,6 +122,8 @@ def report(
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
     looked = _look(facts, on)
+    if looked is not None:
+        looked = replace(looked, shown=page.shown_columns(show, looked.store))
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
     card = None
@@ -354,7 +358,7 @@ class _Draft:
                 why = "no named latent fires in these rows" if len(self.facts.names) else "no latent has earned a name"
                 self._lacks("search", why)
             return None
-        return {"result": result, **search_page.parts(result, self.album)}
+        return {"result": result, **search_page.parts(result, self.album, self.looked.shown)}
 
     def _audit(self) -> str | None:
         if self.audit is None:

@@ -18,6 +18,7 @@ from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
 from msae.use.search import SearchResult, search
+from msae.web.page import words_of
 from msae.web.report import figures
 from msae.web.report.facts import Facts
 
@@ -38,7 +39,7 @@ class Shown(NamedTuple):
 
     activation: float
     words: str
-    """Its caption, or else its id."""
+    """Its caption, or else its id, and the columns that were asked for."""
     picture: str | None
 
 
@@ -80,6 +81,8 @@ class Looked:
 
     store: EmbeddingStore
     samples: Mapping[Modality, TopSamples]
+    shown: tuple[str, ...] = ()
+    """Columns that are shown beside each caption."""
 
     @classmethod
     def at(cls, facts: Facts, store: EmbeddingStore) -> Looked:
@@ -105,7 +108,7 @@ class Looked:
         return [
             Shown(
                 sample.activation,
-                row.words,
+                words_of(row, self.shown),
                 album.uri(row.path) if modality == "image" else None,
             )
             for sample, row in zip(top, rows, strict=True)
