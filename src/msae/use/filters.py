@@ -91,7 +91,9 @@ class Filter:
         """
         for name in self.columns:
             if name not in table.column_names:
-                hint = nearest(name, table.column_names) or f"; there are {', '.join(table.column_names) or 'none'}"
+                hint = nearest(name, table.column_names) or (
+                    f"; there are {', '.join(table.column_names) or 'none'}: compare one of these in --where"
+                )
                 raise ConfigError(f"there is no column {name!r} to filter by{hint}")
         kept = _Evaluation(self.text, table).truth(self.tree)
         result: NDArray[np.bool_] = kept.fill_null(False).to_numpy()

@@ -91,8 +91,10 @@ class AllMagnitudes(Result):
         return "\n".join(lines)
 
 
-def all_magnitudes(sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained") -> AllMagnitudes:
+def all_magnitudes(
+    sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
+) -> AllMagnitudes:
     """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
     run, store = Run.open(sae), as_store(on)
-    found = {m: top_samples(run, store, modality=m, inference=inference) for m in store.modalities}
+    found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
     return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})

@@ -23,7 +23,7 @@ from msae.base.results import import_pandas
 from msae.data.arrays import ShardedRows, fingerprint, first_bad_row, hash_files, is_sampled_fingerprint, zero_rows
 from msae.data.store.files import FOLDERS, MODALITIES, Modality, metadata_files, open_file, open_folder
 from msae.data.store.labels import class_names
-from msae.data.store.rows import Row, find_picture
+from msae.data.store.rows import Row, find_picture, names_to_show, no_column
 from msae.data.tables import Metadata, conform, text_column, unique_ids
 
 if TYPE_CHECKING:
@@ -265,8 +265,11 @@ class EmbeddingStore:
         ids = pa.array(self.ids, pa.string())
         return table.add_column(0, "id", ids) if table.num_columns else pa.table({"id": ids})
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str, *, option: str | None = None) -> list[Any]:
         """One metadata column, a value per row.
+
+        Args:
+            option: What took the name, for the message.
 
         Raises:
             StoreError: There is no such column; the message names the nearest one.
@@ -274,27 +277,39 @@ class EmbeddingStore:
         if name == "id":
             return list(self.ids)
         if name not in self.columns:
-            hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
-            raise StoreError(f"{self.path} has no column {name!r}{hint}")
+            raise StoreError(no_column(self.path, name, self.columns, option))
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
 
-    def labels(self, name: str) -> list[str | None]:
+    def labels(self, name: str, *, option: str | None = None) -> list[str | None]:
         """The classes in one metadata column, as text; None for rows without a label.
+
+        Args:
+            option: What took the name, for the message.
 
         Raises:
             StoreError: There is no such column, or it holds lists and not one value per row.
         """
         import pyarrow as pa
 
-        values = self.column(name)
+        values = self.column(name, option=option)
         if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
             raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
         return class_names(values)
 
-    def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
-        """What a person sees of `rows`, in their order."""
+    def describe_rows(
+        self, rows: Int64[np.ndarray, " n"] | Sequence[int], *, show: str | Sequence[str] = ()
+    ) -> list[Row]:
+        """What a person sees of `rows`, in their order.
+
+        Args:
+            show: Columns to see beside the caption; several in one text are divided by commas.
+
+        Raises:
+            StoreError: There is no such column.
+        """
+        names = names_to_show(show, self.columns, self.path)
         table = self.metadata.take(np.asarray(rows, dtype=np.int64)).to_pylist()
-        return [Row.of(int(row), metadata) for row, metadata in zip(rows, table, strict=True)]
+        return [Row.of(int(row), metadata, names) for row, metadata in zip(rows, table, strict=True)]
 
     @property
     def picture_roots(self) -> tuple[Path, ...]:

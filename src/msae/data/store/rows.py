@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os.path
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msae.base.errors import StoreError, nearest
+from msae.base.records import to_record
 from msae.data.store.labels import is_missing
 from msae.data.tables import CAPTION_COLUMNS
 
@@ -28,12 +30,26 @@ class Row:
     caption: str | None
     columns: Mapping[str, Any]
     """What else the metadata says, such as labels, in values that JSON can hold."""
+    show: tuple[str, ...] = field(default=(), kw_only=True)
+    """Columns that a person asked to see."""
 
     @property
     def words(self) -> str:
-        """What a person reads: the caption, else the label, else the id."""
+        """What a person reads: the columns of `show`, then the caption, else the label, else the id."""
         label = self.columns.get("label")
-        return self.caption or ("" if is_missing(label) else str(label)) or self.id
+        text = self.caption or ("" if is_missing(label) else str(label)) or self.id
+        return f"{self.note} · {text}" if self.note else text
+
+    @property
+    def note(self) -> str:
+        """The columns of `show`, as in `colour: red, size: 3`; those without a value are left out."""
+        known = {"id": self.id, **dict.fromkeys(PATH_COLUMNS, self.path), **self.columns}
+        return ", ".join(f"{name}: {known[name]}" for name in self.show if not is_missing(known.get(name)))
+
+    def to_json(self) -> dict[str, Any]:
+        record = dict(to_record(self))
+        del record["show"]  # how to print it, not what it is
+        return record
 
     def __repr__(self) -> str:
         known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
@@ -45,12 +61,36 @@ class Row:
         return f"Row({', '.join([str(self.row), *shown])})"
 
     @classmethod
-    def of(cls, row: int, metadata: Mapping[str, Any]) -> Row:
-        """The row with these metadata, `id` among them."""
+    def of(cls, row: int, metadata: Mapping[str, Any], show: tuple[str, ...] = ()) -> Row:
+        """The row with these metadata, `id` among them. A title is its caption where it can have no other."""
         columns = {name: _plain(value) for name, value in metadata.items() if name not in ("id", *PATH_COLUMNS)}
         path = next((metadata[name] for name in PATH_COLUMNS if metadata.get(name) is not None), None)
-        caption = next((columns.pop(name) for name in CAPTION_COLUMNS if name in columns), None)
-        return cls(row, str(metadata["id"]), _text(path), _text(caption), columns)
+        caption = next((columns.pop(name) for name in (*CAPTION_COLUMNS, "title") if name in columns), None)
+        return cls(row, str(metadata["id"]), _text(path), _text(caption), columns, show=show)
+
+
+def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: Path) -> tuple[str, ...]:
+    """The columns that `--show` names: one a word, or several divided by commas.
+
+    Raises:
+        StoreError: There is no such column.
+    """
+    found: list[str] = []
+    for word in [show] if isinstance(show, str) else show:
+        found += [word] if word in columns else [name.strip() for name in word.split(",") if name.strip()]
+    unknown = next((name for name in found if name not in columns and name != "id"), None)
+    if unknown is not None:
+        raise StoreError(no_column(where, unknown, columns, "--show"))
+    return tuple(dict.fromkeys(found))
+
+
+def no_column(where: Path, name: str, columns: Sequence[str], option: str | None = None) -> str:
+    """The message about a column that is not there, with the option that takes one."""
+    near = nearest(name, columns)
+    if near or not columns:
+        return f"{where} has no column {name!r}{near or '; it has no metadata'}"
+    give = f": give {option} one of these" if option else ""
+    return f"{where} has no column {name!r}; it has {', '.join(columns)}{give}"
 
 
 def find_picture(path: str | None, roots: Iterable[Path]) -> Path | None:

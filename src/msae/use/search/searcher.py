@@ -17,10 +17,11 @@ from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore, as_store
+from msae.data.store.rows import names_to_show
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
-from msae.sae.view import View
+from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import NeighbourIndex
@@ -45,6 +46,8 @@ class How:
     exclusive: bool
     strict: bool
     filter: Filter | None
+    show: str | Sequence[str] = ()
+    """Columns to see beside the captions."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -60,9 +63,19 @@ class Searcher:
     """
 
     def __init__(
-        self, sae: SAE, store: EmbeddingStore, searched: Modality, names: ConceptNames | None, *, remember: bool = False
+        self,
+        sae: SAE,
+        store: EmbeddingStore,
+        searched: Modality,
+        names: ConceptNames | None,
+        *,
+        remember: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.sae, self.store, self.searched, self.names = sae, store, searched, names
+        self.device = device
+        """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
+        self.sae = placed(sae, "cpu")
+        self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
 
@@ -75,6 +88,7 @@ class Searcher:
         modality: Modality | None = None,
         names: ConceptNames | str | Path | None = None,
         remember: bool = False,
+        device: str = "auto",
     ) -> Searcher:
         """For the arguments of `msae.search`.
 
@@ -88,7 +102,7 @@ class Searcher:
         store, run = as_store(on, modality), Run.open(sae)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
-        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember)
+        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
     def index(self) -> NeighbourIndex | ExactRows:
@@ -104,7 +118,7 @@ class Searcher:
         key = (modality, strict)
         if key not in self._concepts:
             natural = modality if modality in self.store.modalities else self.store.modalities[0]
-            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS)
+            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS, device=self.device)
             self._concepts[key] = ConceptSet(view, self.names, strict=strict, remember=self._remember)
         return self._concepts[key]
 
@@ -115,6 +129,7 @@ class Searcher:
     def search_for(self, query: Query, how: How) -> SearchResult:
         """The same of a query that was read before."""
         sae, store = self.sae, self.store
+        names_to_show(how.show, store.columns, store.path)  # a wrong one is said before the work
         keep = _kept(store, how.filter, query)
         concepts = self.concepts(query.modality, strict=how.strict)
         edits = [Edit(concepts[concept], change) for concept, change in how.edits]
@@ -122,10 +137,10 @@ class Searcher:
             check_modality(sae, query.modality, self.searched)
         edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
-            found = search_latents(sae, store, self.searched, edited, how.n, keep)
+            found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
         else:
             found = search_embeddings(self.index, edited, how.n, keep)
-        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
+        describe = partial(_hits, store, how.show, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
         return SearchResult(
             store=str(store.path),
             kind=query.kind,
@@ -194,13 +209,15 @@ class _Sharing(NamedTuple):
         return found
 
 
-def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: bool) -> tuple[Hit, ...]:
+def _hits(
+    store: EmbeddingStore, show: str | Sequence[str], sharing: _Sharing, found: Ranked, *, flipped: bool
+) -> tuple[Hit, ...]:
     """The rows of an answer with all that is known of them; `flipped` where it is the answer before the edits."""
     own = (np.arange(1, len(found.rows) + 1), found.scores)
     after, before = (
         ((found.other_ranks, found.other_scores), own) if flipped else (own, (found.other_ranks, found.other_scores))
     )
-    rows = store.describe_rows(found.rows)
+    rows = store.describe_rows(found.rows, show=show)
     return tuple(
         Hit(
             **vars(row),

@@ -55,11 +55,18 @@ def search_embeddings(
 
 
 def search_latents(
-    sae: SAE, store: EmbeddingStore, modality: Modality, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    edited: EditedQuery,
+    n: int,
+    keep: NDArray[np.bool_] | None,
+    *,
+    device: str | None = None,
 ) -> Both:
     """The rows whose activations are nearest in L1, from one pass in blocks; scores are minus the distance."""
     assert edited.z is not None and edited.z_edited is not None
-    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]))
+    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]), device=device)
     allowed = np.arange(len(store)) if keep is None else np.flatnonzero(keep)
     orders = [allowed[np.lexsort((allowed, -score[allowed]))] for score in scores]
     answers = []
@@ -102,22 +109,24 @@ def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | Ex
 
 
 def l1_distances(
-    sae: SAE, store: EmbeddingStore, modality: Modality, z: Float[Tensor, "q d_sae"]
+    sae: SAE, store: EmbeddingStore, modality: Modality, z: Float[Tensor, "q d_sae"], *, device: str | None = None
 ) -> NDArray[np.float32]:
     """Of each query's activations to those of every row; no more than a block of rows is encoded at once.
 
     Activations are not negative, so the sum of |a - b| is the sum of a, plus that of b, less twice that of the
     smaller of both; the last needs only the latents that are active in the query.
     """
+    view = View(sae, store, modality, device=device)
+    z = z.to(view.device)
     active = (z != 0).any(0).nonzero()[:, 0]
     own = z[:, active]
     distances = np.empty((len(z), len(store)), np.float32)
     first = 0
-    for theirs in View(sae, store, modality).activations(title="encoding"):
+    for theirs in view.activations(title="encoding"):
         total, active_ones = theirs.sum(1), theirs[:, active]
         for i, query in enumerate(own):
             overlap = torch.minimum(active_ones, query).sum(1)
-            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).numpy()
+            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).cpu().numpy()
         first += len(theirs)
     return distances
 

@@ -23,7 +23,7 @@ from msae.concepts.samples import TopSamples
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.store import EmbeddingStore, as_store, find_picture
-from msae.data.store.rows import PATH_COLUMNS
+from msae.data.store.rows import PATH_COLUMNS, Row, names_to_show
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
@@ -132,15 +132,24 @@ class LoadedRun:
 class World:
     """The runs, in their order, and the store that all of them are shown on."""
 
-    def __init__(self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None) -> None:
+    def __init__(
+        self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None, show: tuple[str, ...] = ()
+    ) -> None:
         self.runs = {run.label: run for run in runs}
         self.store = store
         self.note = note
         """Why there is no store, where there is none."""
+        self.show = show
+        """Columns to show beside the captions."""
         self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
         self._warmed = False
         self._encoder_lock, self._evaluating = threading.Lock(), threading.Lock()
         self._embed_text = lru_cache(KEPT_TEXTS)(lambda text: self.embedder().embed_texts([text])[0])
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """What a page shows of these rows of the store."""
+        assert self.store is not None
+        return self.store.describe_rows(numbers, show=self.show)
 
     @property
     def first(self) -> LoadedRun:
@@ -275,7 +284,9 @@ class World:
         return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
-def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:
+def open_world(
+    runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, show: str | Sequence[str] = ()
+) -> World:
     """The runs and the store, checked against each other.
 
     Args:
@@ -296,7 +307,7 @@ def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | Non
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
     loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
-    return World(loaded, store, note)
+    return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.path))
 
 
 def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:
