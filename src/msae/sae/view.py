@@ -101,6 +101,10 @@ class View:
         self.run.check_fit(other.store)
         return other
 
+    def __repr__(self) -> str:
+        rows = f"{len(self):,} {self.modality} rows of {self.store.path}"
+        return f"View({rows} through {self.run.name}, inference {self.inference})"
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.store)
