@@ -534,3 +534,8 @@ def test_the_keywords_of_name_are_the_fields_of_its_settings():
     hints = typing.get_type_hints(NameSettings)
     assert typing.get_type_hints(NameOptions) == {f.name: hints[f.name] for f in dataclasses.fields(NameSettings)}
     assert typing.get_type_hints(name)["options"] == typing.Unpack[NameOptions]
+
+
+def test_texts_pass_through_the_sae_on_the_device_that_is_named(world):
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        name(world.sae, world.vocabulary, device="meta")  # no values, so none can be read

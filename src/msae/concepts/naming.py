@@ -282,7 +282,7 @@ def _by_evidence(
     texts: View, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
 ) -> ConceptNames:
     """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
-    sae = texts.sae
+    sae = texts.run.sae
     directions = _decoder(sae)
     found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
     rng = np.random.default_rng(settings.seed)
@@ -376,9 +376,8 @@ def _text_ranks(
     n_stronger = np.zeros(len(latents), np.int64)
     for first in range(0, len(x), size):
         is_rival = words.groups[first : first + size, None] != words.groups[own]
-        n_stronger += ((texts.activate(x[first : first + size], latents.tolist()).cpu().numpy() > mine) & is_rival).sum(
-            0
-        )
+        z = texts.activate(x[first : first + size], latents.tolist()).cpu().numpy()
+        n_stronger += ((z > mine) & is_rival).sum(0)
     return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 

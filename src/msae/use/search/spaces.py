@@ -117,9 +117,8 @@ def l1_distances(
     smaller of both; the last needs only the latents that are active in the query.
     """
     view = View(sae, store, modality, device=device)
-    z = z.to(view.device)
     active = (z != 0).any(0).nonzero()[:, 0]
-    own = z[:, active]
+    own, active = z[:, active].to(view.device), active.to(view.device)
     distances = np.empty((len(z), len(store)), np.float32)
     first = 0
     for theirs in view.activations(title="encoding"):
