@@ -59,7 +59,7 @@ def test_the_text_has_at_most_six_columns_and_says_what_is_left_out(world):
     head, _, titles, line, first, *_ = found.to_text().splitlines()
     assert "6 latents in 10 image rows" in head and "inference trained" in head
     assert len(line.split()) == 6 and found.to_text().endswith("2 more latents; to_pandas() has all")
-    assert "red #2" in titles and first.endswith("colour: red · <b>title</b> 0")
+    assert "red #2" in titles and first.endswith("<b>title</b> 0 · colour: red")
     assert len(repr(found)) < 400 and "<b>" not in found._repr_html_()
 
 

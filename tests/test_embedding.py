@@ -425,7 +425,7 @@ def test_a_bad_place_or_source_is_one_line_and_changes_nothing(clip, tmp_path):
 
 
 def test_importing_msae_and_its_embedding_loads_no_heavy_package():
-    heavy = ["transformers", "PIL", "datasets", "webdataset", "pyarrow", "rich"]
+    heavy = ["transformers", "PIL", "datasets", "braceexpand", "pyarrow", "rich"]
     code = f"import sys, msae.data.embed; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -83,7 +83,7 @@ NAMES = {
 
 def test_other_recipes_run_with_the_names_of_the_demo(world):
     datasets = pytest.importorskip("datasets")
-    pytest.importorskip("webdataset")
+    pytest.importorskip("braceexpand")
     with (world / "msae-demo/holdout/scenes.csv").open(newline="", encoding="utf-8") as file:
         scenes = list(csv.DictReader(file))
     pictures = [str(world / "msae-demo/holdout" / scene["image_path"]) for scene in scenes]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import msae
-from msae.base.errors import ConfigError, RunError
+from msae.base.errors import ConfigError, RunError, StoreError
 from msae.cli import main
 from msae.concepts.gallery import ConceptTree
 from msae.concepts.hierarchy import Edge, Hierarchy
@@ -204,6 +204,13 @@ def test_without_a_store_that_of_an_earlier_report_is_used_while_it_is_there(wor
     assert first == second
     shutil.rmtree(world / "pairs.store")
     assert "samples" in {one.section for one in report(world / "run").missing}
+
+
+def test_columns_that_are_asked_for_stand_beside_each_caption(world):
+    pages = [report(world / "run", world / "pairs.store", show=show).path.read_text() for show in ([], ["label"])]
+    assert "· label: &lt;b&gt;a" not in pages[0] and pages[1].count("· label: &lt;b&gt;a") > 3
+    with pytest.raises(StoreError, match="colour"):
+        report(world / "run", world / "pairs.store", show=["colour"])
 
 
 def test_figures_of_other_weights_are_not_shown(world):

@@ -122,7 +122,7 @@ def test_every_verb_computes_on_the_device_that_is_named(made, verb, tmp_path): 
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "samples", ignore_errors=True)
     # A meta tensor has a device and no values: all is well until values are asked for, and nothing mixes devices.
-    with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor|cannot be called on meta tensors"):
+    with pytest.raises(RuntimeError, match=r"Cannot copy out of meta tensor|cannot be called on meta tensors"):
         COMPUTING[verb](tmp_path / "run", made / "pairs.store", device="meta")
 
 

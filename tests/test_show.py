@@ -39,9 +39,9 @@ def test_a_title_is_the_caption_where_there_is_no_other(world):
     assert both.caption == "a cat" and both.columns == {"title": "Cat"}
 
 
-def test_shown_columns_stand_before_the_caption_and_missing_values_are_left_out():
+def test_shown_columns_stand_beside_the_caption_and_missing_values_are_left_out():
     metadata = {"id": "a", "caption": "a cat", "colour": "red", "size": None, "image_path": "a.png"}
-    assert Row.of(0, metadata, ("colour", "size", "image_path")).words == "colour: red, image_path: a.png · a cat"
+    assert Row.of(0, metadata, ("colour", "size", "image_path")).words == "a cat · colour: red · image_path: a.png"
     assert Row.of(0, metadata).words == "a cat" and Row.of(0, metadata, ("size",)).words == "a cat"
     assert "show" not in Row.of(0, metadata, ("size",)).to_json()
 
@@ -66,7 +66,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", ["search", "gallery", "activations"])
 def test_a_verb_shows_the_columns_that_are_asked_for_as_text(world, verb):
     found = VERBS[verb](*world, show="colour,size")
-    assert "colour: red, size: " in found.to_text() and "colour: " not in VERBS[verb](*world).to_text()
+    assert "colour: red · size: " in found.to_text() and "colour: " not in VERBS[verb](*world).to_text()
     assert "<script" not in found._repr_html_() and "colour: &lt;script&gt;" in found._repr_html_()
     assert found.to_json() == VERBS[verb](*world).to_json(), "how it is printed is no data"
 
@@ -102,7 +102,7 @@ def test_show_is_an_option_of_the_command_line(world, capsys, tmp_path):
     for words in (["search", run, "--like", "i3"], ["gallery", run, "--latent", "0"]):
         with pytest.raises(SystemExit) as left:
             main([*words, "--on", store, "--show", "colour,size", "--json", str(tmp_path / "out.json")])
-        assert left.value.code == 0 and "colour: red, size: " in capsys.readouterr().out
+        assert left.value.code == 0 and "colour: red · size: " in capsys.readouterr().out
         json.loads((tmp_path / "out.json").read_text())
 
 

@@ -57,7 +57,7 @@ EXTRAS: Mapping[str, str] = {
     "sentencepiece": "clip",
     "huggingface_hub": "clip",
     "datasets": "sources",
-    "webdataset": "sources",
+    "braceexpand": "sources",
     "numba": "fast",
     "llvmlite": "fast",
     "faiss": "index",

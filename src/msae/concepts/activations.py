@@ -77,10 +77,14 @@ class Activations(Result):
         """A table of the first latents, and how many more there are."""
         head = ["id", *(shorten(label, 24) for label in self.labels[:PRINTED]), "words"]
         cells = [
-            [shorten(row.id), *(f"{value:.3f}" for value in values[:PRINTED]), "" if row.words == row.id else row.words]
+            [
+                shorten(row.id),
+                *(f"{value:.3f}" for value in values[:PRINTED]),
+                row.words.removeprefix(row.id).removeprefix(" · "),
+            ]
             for row, values in zip(self.rows, self.values.tolist(), strict=True)
         ]
-        lines = [self.headline, "", *text_table(head, [[*row[:-1], shorten(row[-1])] for row in cells],
+        lines = [self.headline, "", *text_table(head, [[*row[:-1], shorten(row[-1], 60)] for row in cells],
                                                 right=range(1, len(head) - 1))]  # fmt: skip
         n_more = len(self.latents) - PRINTED
         return "\n".join([*lines, *([f"{n_more:,} more latents; to_pandas() has all"] if n_more > 0 else [])])

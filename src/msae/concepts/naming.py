@@ -376,8 +376,8 @@ def _text_ranks(
     n_stronger = np.zeros(len(latents), np.int64)
     for first in range(0, len(x), size):
         is_rival = words.groups[first : first + size, None] != words.groups[own]
-        z = texts.activate(x[first : first + size], latents.tolist()).cpu().numpy()
-        n_stronger += ((z > mine) & is_rival).sum(0)
+        theirs = texts.activate(x[first : first + size], latents.tolist()).cpu().numpy()
+        n_stronger += ((theirs > mine) & is_rival).sum(0)
     return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
-from msae.base.results import Result
+from msae.base.results import Result, shorten
 from msae.concepts.concept import latents_of
 from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
 from msae.concepts.gallery.mining import check_n, top_samples
@@ -195,9 +195,10 @@ _WIDTH = 58  # characters for a sample; two stand side by side
 
 
 def _line(sample: Sample) -> str:
-    words = "" if sample.words == sample.id else sample.words
-    line = f"{sample.activation:7.3f}  {sample.id}  {' '.join(words.split())}".rstrip()
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
+    tail = f" · {sample.note}" if sample.note else ""  # what a person asked to see is never cut
+    words = " ".join(sample.words.removesuffix(tail).split())
+    line = f"{sample.activation:7.3f}  {sample.id}  {'' if words == sample.id else words}".rstrip()
+    return shorten(line, max(_WIDTH - len(tail), _WIDTH // 2)) + tail
 
 
 def _summary(modality: Modality, known: Mapping[str, Any]) -> str:

@@ -21,9 +21,9 @@ _PIECE = 1 << 20
 def expand(pattern: str) -> list[Path]:
     """The paths that a pattern such as `shards/{000..012}.tar` stands for."""
     try:
-        from braceexpand import braceexpand  # comes with webdataset
+        from braceexpand import braceexpand
     except ImportError:
-        raise MissingDependencyError.of("webdataset", extra="sources") from None
+        raise MissingDependencyError.of("braceexpand", extra="sources") from None
     return [Path(path) for path in braceexpand(pattern)]
 
 

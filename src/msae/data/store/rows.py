@@ -35,16 +35,16 @@ class Row:
 
     @property
     def words(self) -> str:
-        """What a person reads: the columns of `show`, then the caption, else the label, else the id."""
+        """What a person reads: the caption, else the label, else the id; then the columns of `show`."""
         label = self.columns.get("label")
         text = self.caption or ("" if is_missing(label) else str(label)) or self.id
-        return f"{self.note} · {text}" if self.note else text
+        return f"{text} · {self.note}" if self.note else text
 
     @property
     def note(self) -> str:
-        """The columns of `show`, as in `colour: red, size: 3`; those without a value are left out."""
+        """The columns of `show`, as in `colour: red · size: 3`; those without a value are left out."""
         known = {"id": self.id, **dict.fromkeys(PATH_COLUMNS, self.path), **self.columns}
-        return ", ".join(f"{name}: {known[name]}" for name in self.show if not is_missing(known.get(name)))
+        return " · ".join(f"{name}: {known[name]}" for name in self.show if not is_missing(known.get(name)))
 
     def to_json(self) -> dict[str, Any]:
         record = dict(to_record(self))

@@ -52,8 +52,14 @@ def explore(
     """
     from msae.web.explorer.app import serve  # and nothing heavier before the address answers
 
+    runs = [runs] if isinstance(runs, str | Path) else list(runs)
     with offline():
-        serve([runs] if isinstance(runs, str | Path) else list(runs), on, port, say, ready, show)
+        if not all(Path(run).is_dir() for run in runs):  # most likely a slip: say so before an address is printed
+            from msae.sae.run import Run
+
+            for run in runs:
+                Run.open(run).sae  # noqa: B018
+        serve(runs, on, port, show, say, ready)
 
 
 @contextlib.contextmanager

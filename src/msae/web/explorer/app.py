@@ -321,9 +321,9 @@ def serve(
     runs: Sequence[str | Path],
     on: EmbeddingStore | str | Path | None,
     port: int,
+    show: str | Sequence[str],
     say: Say,
     ready: Say,
-    show: str | Sequence[str] = (),
 ) -> None:
     """Serve until Ctrl-C, or raise why the runs and the store cannot be shown; see `explore`."""
     import uvicorn

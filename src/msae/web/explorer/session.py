@@ -291,6 +291,7 @@ def open_world(
 
     Args:
         on: Without it, the store that the first run was trained on, where it is still there.
+        show: Columns of the store to show beside each caption.
 
     Raises:
         ConfigError: No runs.

@@ -38,7 +38,7 @@ class Shown(NamedTuple):
 
     activation: float
     words: str
-    """Its caption, or else its id."""
+    """Its caption, or else its id, and the columns that were asked for."""
     picture: str | None
 
 
