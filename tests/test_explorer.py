@@ -168,8 +168,8 @@ def test_columns_that_are_asked_for_stand_beside_each_caption(folder, world):
     shown = open_world([folder / "runs/named"], world.store, ["background,count"])
     row = world.store.ids[7]
     first = search_page.result(shown, shown.first, Address.parse(f"?row={row}")).hits[0]
-    words = f"{first.words} · background: {first.columns['background']} · count: {first.columns['count']}"
-    assert html.escape(words) in show(Explorer(shown), page="search", row=row)
+    words = f" · background: {first.columns['background']} · count: {first.columns['count']}"
+    assert first.words.endswith(words) and html.escape(first.words) in show(Explorer(shown), page="search", row=row)
     assert "background:" not in show(Explorer(world), page="search", row=row)
     with pytest.raises(StoreError, match="no column 'nothing'"):
         open_world([folder / "runs/named"], world.store, ["nothing"])

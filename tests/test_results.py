@@ -1,12 +1,14 @@
 """What every result can do: JSON, a table, a short repr, and HTML that shows names as text."""
 
+import inspect
 import json
+import shutil
 import sys
 
 import pytest
 
 import msae
-from msae.base.errors import MissingDependencyError
+from msae.base.errors import ConfigError, MissingDependencyError
 from msae.base.results import Result, shorten, text_table
 from msae.concepts.gallery import all_magnitudes
 from tests.test_reporting_report import EVIL, made  # noqa: F401
@@ -58,6 +60,7 @@ VERBS = {
     "top_samples": lambda run, store: msae.top_samples(run, store),
     "magnitudes": lambda run, store: all_magnitudes(run, store),
     "tree": lambda run, store: msae.concept_tree(run, store),
+    "activations": lambda run, store: msae.activations(run, store),
     "search": lambda run, store: msae.search(run, store, like=f"{EVIL} 4", set={"red": 0}, n=40),
     "audit": lambda run, store: msae.audit(run, store, "label"),
     "audit of a concept": lambda run, store: msae.audit(run, store, "label")["red"],
@@ -97,3 +100,45 @@ def test_a_gallery_and_a_search_show_their_pictures(made):  # noqa: F811
         page = found._repr_html_()
         assert page.count('<img src="data:image/jpeg;base64,') >= 5 and "&lt;script&gt;" in page
         assert "example.org" not in page.replace("&", "") and 'src="http' not in page
+
+
+# --- The verbs themselves
+
+COMPUTING = {
+    "evaluate": lambda run, store, **o: msae.evaluate(run, store, **o),
+    "gallery": lambda run, store, **o: msae.gallery(run, store, latent=0, inference="relu", **o),
+    "top_samples": lambda run, store, **o: msae.top_samples(run, store, inference="relu", **o),
+    "concept_tree": lambda run, store, **o: msae.concept_tree(run, store, **o),
+    "search": lambda run, store, **o: msae.search(run, store, like=f"{EVIL} 4", set={"#5": 0}, **o),
+    "search of latents": lambda run, store, **o: msae.search(run, store, like=f"{EVIL} 4", space="latent", **o),
+    "audit": lambda run, store, **o: msae.audit(run, store, "label", **o),
+    "activations": lambda run, store, **o: msae.activations(run, store, **o),
+    "report": lambda run, store, **o: msae.report(run, store, out=run.parent / "on-a-device.html", **o),
+}
+
+
+@pytest.mark.parametrize("verb", COMPUTING)
+def test_every_verb_computes_on_the_device_that_is_named(made, verb, tmp_path):  # noqa: F811
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "samples", ignore_errors=True)
+    # A meta tensor has a device and no values: all is well until values are asked for, and nothing mixes devices.
+    with pytest.raises(RuntimeError, match=r"Cannot copy out of meta tensor|cannot be called on meta tensors"):
+        COMPUTING[verb](tmp_path / "run", made / "pairs.store", device="meta")
+
+
+@pytest.mark.parametrize("verb", COMPUTING)
+def test_a_device_that_is_not_there_is_one_line(made, verb):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"device nowhere cannot be used here .* give --device cpu"):
+        COMPUTING[verb](made / "run", made / "pairs.store", device="nowhere")
+
+
+def test_parameters_are_the_same_in_every_verb():
+    verbs = [msae.evaluate, msae.name, msae.gallery, msae.top_samples, msae.concept_tree, msae.search, msae.audit,
+             msae.activations, msae.report, msae.stability, msae.train, msae.embed, msae.explore]  # fmt: skip
+    for verb in verbs:
+        for name, parameter in inspect.signature(verb).parameters.items():
+            assert parameter.annotation != "Any", f"{verb.__name__}({name}) tells an editor nothing"
+            if name == "inference":
+                assert parameter.default == "trained", verb
+            if name == "device":
+                assert parameter.default == "auto", verb

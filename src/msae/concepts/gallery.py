@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError
-from msae.base.results import Result
+from msae.base.results import Result, shorten
 from msae.concepts.concept import latents_of
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import (
@@ -39,9 +39,6 @@ class Sample(Row):
     """One sample of a gallery."""
 
     activation: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +114,9 @@ def gallery(
     latent: int | None = None,
     concept: str | None = None,
     n: int = 16,
+    show: str | Sequence[str] = (),
     inference: Inference = "trained",
+    device: str = "auto",
 ) -> Gallery:
     """The images and texts of a store that activate one latent most.
 
@@ -130,8 +129,10 @@ def gallery(
         concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
             is shown.
         n: How many images and how many texts.
+        show: Columns of the metadata to print beside the captions, such as title,colour.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.
@@ -150,13 +151,13 @@ def gallery(
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, d_sae)
-    found = {m: top_samples(run, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    found = {m: top_samples(run, store, modality=m, n=n, inference=inference, device=device) for m in store.modalities}
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),
         alike=alike,
-        images=_samples(store, found["image"], latent, n) if "image" in found else (),
-        texts=_samples(store, found["text"], latent, n) if "text" in found else (),
+        images=_samples(store, found["image"], latent, n, show) if "image" in found else (),
+        texts=_samples(store, found["text"], latent, n, show) if "text" in found else (),
         statistics={modality: describe(samples, latent) for modality, samples in found.items()},
         notes=tuple(note for samples in found.values() for note in _notes(samples)),
         roots=store.picture_roots,
@@ -169,9 +170,11 @@ def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[i
     return sorted(latents, key=lambda latent: -(one.cosine if (one := known[latent]) else -1.0))
 
 
-def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
+def _samples(
+    store: EmbeddingStore, samples: TopSamples, latent: int, n: int, show: str | Sequence[str]
+) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
-    rows = store.describe_rows([sample.row for sample in top])
+    rows = store.describe_rows([sample.row for sample in top], show=show)
     return tuple(Sample(**vars(row), activation=sample.activation) for sample, row in zip(top, rows, strict=True))
 
 
@@ -189,9 +192,10 @@ _WIDTH = 58  # characters for a sample; two stand side by side
 
 
 def _line(sample: Sample) -> str:
-    words = sample.caption or sample.columns.get("label") or ""
-    line = f"{sample.activation:7.3f}  {sample.id}  {' '.join(str(words).split())}".rstrip()
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
+    tail = f" · {sample.note}" if sample.note else ""  # what a person asked to see is never cut
+    words = " ".join(sample.words.removesuffix(tail).split())
+    line = f"{sample.activation:7.3f}  {sample.id}  {'' if words == sample.id else words}".rstrip()
+    return shorten(line, max(_WIDTH - len(tail), _WIDTH // 2)) + tail
 
 
 def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
@@ -275,8 +279,10 @@ class AllMagnitudes(Result):
         return "\n".join(lines)
 
 
-def all_magnitudes(sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained") -> AllMagnitudes:
+def all_magnitudes(
+    sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
+) -> AllMagnitudes:
     """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
     run, store = Run.open(sae), as_store(on)
-    found = {m: top_samples(run, store, modality=m, inference=inference) for m in store.modalities}
+    found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
     return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})

@@ -430,6 +430,7 @@ def top_samples(
     modality: Modality = "image",
     n: int = 16,
     inference: Inference = "trained",
+    device: str = "auto",
 ) -> TopSamples:
     """The strongest samples of every latent and the distribution of its activations, in one pass over a store.
 
@@ -441,7 +442,7 @@ def top_samples(
         StoreError: The store does not fit the SAE or has no rows of `modality`.
     """
     check_n(n)
-    view = View(sae, on, modality, inference=inference)
+    view = View(sae, on, modality, inference=inference, device=device)
     run, store = view.run, view.store
     origin = Origin(
         **asdict(run.origin(store)), modality=modality, inference=inference, standardized_by=view.standardized_by

@@ -366,6 +366,7 @@ def concept_tree(
     min_share: float = 0.8,
     inference: Inference = "trained",
     pairs: Pairs | str | Path | None = None,
+    device: str = "auto",
 ) -> ConceptTree:
     """Parents and children among the latents, from which of them fire together on a store.
 
@@ -379,6 +380,7 @@ def concept_tree(
         min_share: A child's rows must be its parent's too in this share, at the lower end of a 95 % interval.
         pairs: Known pairs of a word and a broader one, or a table of them with columns `child` and `parent`, to score
             the edges against.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         ConfigError: `k` or `max_rows` is below 1, the pairs cannot be read, or there are no names to compare with them.
@@ -394,11 +396,11 @@ def concept_tree(
         k = model.config.levels[0]
     chosen = np.linspace(0, len(store) - 1, min(max_rows, len(store))).round().astype(np.int64)
     activity = Activity(model.d_sae)
-    view = View(run, store, modality, inference=inference, k=k)
+    view = View(run, store, modality, inference=inference, k=k, device=device)
     for z in view.activations(rows=chosen, title="reading which latents fire"):
         activity.add((z > 0).cpu().numpy())
     found = find_hierarchy(activity, min_share=min_share)
-    samples = top_samples(run, store, modality=view.modality, inference=inference)
+    samples = top_samples(run, store, modality=view.modality, inference=inference, device=device)
     nodes = [latent for _, latent in found.walk()]
     return ConceptTree(
         hierarchy=found,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from msae.base.errors import StoreError, nearest, nearest_beside
 from msae.base.files import atomic_path, read_json, write_json
 from msae.base.notices import notice
+from msae.base.records import to_record
 from msae.base.results import import_pandas
 from msae.data.arrays import (
     Rows,
@@ -287,8 +288,11 @@ class EmbeddingStore:
         ids = pa.array(self.ids, pa.string())
         return table.add_column(0, "id", ids) if table.num_columns else pa.table({"id": ids})
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str, *, option: str | None = None) -> list[Any]:
         """One metadata column, a value per row.
+
+        Args:
+            option: What took the name, for the message.
 
         Raises:
             StoreError: There is no such column; the message names the nearest one.
@@ -296,27 +300,39 @@ class EmbeddingStore:
         if name == "id":
             return list(self.ids)
         if name not in self.columns:
-            hint = nearest(name, self.columns) or f"; it has {', '.join(self.columns) or 'no metadata'}"
-            raise StoreError(f"{self.path} has no column {name!r}{hint}")
+            raise StoreError(no_column(self.path, name, self.columns, option))
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
 
-    def labels(self, name: str) -> list[str | None]:
+    def labels(self, name: str, *, option: str | None = None) -> list[str | None]:
         """The classes in one metadata column, as text; None for rows without a label.
+
+        Args:
+            option: What took the name, for the message.
 
         Raises:
             StoreError: There is no such column, or it holds lists and not one value per row.
         """
         import pyarrow as pa
 
-        values = self.column(name)
+        values = self.column(name, option=option)
         if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
             raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
         return class_names(values)
 
-    def describe_rows(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> list[Row]:
-        """What a person sees of `rows`, in their order."""
+    def describe_rows(
+        self, rows: Int64[np.ndarray, " n"] | Sequence[int], *, show: str | Sequence[str] = ()
+    ) -> list[Row]:
+        """What a person sees of `rows`, in their order.
+
+        Args:
+            show: Columns to see beside the caption; several in one text are divided by commas.
+
+        Raises:
+            StoreError: There is no such column.
+        """
+        names = names_to_show(show, self.columns, self.path)
         table = self.metadata.take(np.asarray(rows, dtype=np.int64)).to_pylist()
-        return [Row.of(int(row), metadata) for row, metadata in zip(rows, table, strict=True)]
+        return [Row.of(int(row), metadata, names) for row, metadata in zip(rows, table, strict=True)]
 
     @property
     def picture_roots(self) -> tuple[Path, ...]:
@@ -541,12 +557,26 @@ class Row:
     caption: str | None
     columns: Mapping[str, Any]
     """What else the metadata says, such as labels, in values that JSON can hold."""
+    show: tuple[str, ...] = field(default=(), kw_only=True)
+    """Columns that a person asked to see."""
 
     @property
     def words(self) -> str:
-        """What a person reads: the caption, else the label, else the id."""
+        """What a person reads: the caption, else the label, else the id; then the columns of `show`."""
         label = self.columns.get("label")
-        return self.caption or ("" if is_missing(label) else str(label)) or self.id
+        text = self.caption or ("" if is_missing(label) else str(label)) or self.id
+        return f"{text} · {self.note}" if self.note else text
+
+    @property
+    def note(self) -> str:
+        """The columns of `show`, as in `colour: red · size: 3`; those without a value are left out."""
+        known = {"id": self.id, **dict.fromkeys(PATH_COLUMNS, self.path), **self.columns}
+        return " · ".join(f"{name}: {known[name]}" for name in self.show if not is_missing(known.get(name)))
+
+    def to_json(self) -> dict[str, Any]:
+        record = dict(to_record(self))
+        del record["show"]  # how to print it, not what it is
+        return record
 
     def __repr__(self) -> str:
         known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
@@ -558,12 +588,36 @@ class Row:
         return f"Row({', '.join([str(self.row), *shown])})"
 
     @classmethod
-    def of(cls, row: int, metadata: Mapping[str, Any]) -> Row:
-        """The row with these metadata, `id` among them."""
+    def of(cls, row: int, metadata: Mapping[str, Any], show: tuple[str, ...] = ()) -> Row:
+        """The row with these metadata, `id` among them. A title is its caption where it can have no other."""
         columns = {name: _plain(value) for name, value in metadata.items() if name not in ("id", *PATH_COLUMNS)}
         path = next((metadata[name] for name in PATH_COLUMNS if metadata.get(name) is not None), None)
-        caption = next((columns.pop(name) for name in CAPTION_COLUMNS if name in columns), None)
-        return cls(row, str(metadata["id"]), _text(path), _text(caption), columns)
+        caption = next((columns.pop(name) for name in (*CAPTION_COLUMNS, "title") if name in columns), None)
+        return cls(row, str(metadata["id"]), _text(path), _text(caption), columns, show=show)
+
+
+def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: Path) -> tuple[str, ...]:
+    """The columns that `--show` names: one a word, or several divided by commas.
+
+    Raises:
+        StoreError: There is no such column.
+    """
+    found: list[str] = []
+    for word in [show] if isinstance(show, str) else show:
+        found += [word] if word in columns else [name.strip() for name in word.split(",") if name.strip()]
+    unknown = next((name for name in found if name not in columns and name != "id"), None)
+    if unknown is not None:
+        raise StoreError(no_column(where, unknown, columns, "--show"))
+    return tuple(dict.fromkeys(found))
+
+
+def no_column(where: Path, name: str, columns: Sequence[str], option: str | None = None) -> str:
+    """The message about a column that is not there, with the option that takes one."""
+    near = nearest(name, columns)
+    if near or not columns:
+        return f"{where} has no column {name!r}{near or '; it has no metadata'}"
+    give = f": give {option} one of these" if option else ""
+    return f"{where} has no column {name!r}; it has {', '.join(columns)}{give}"
 
 
 def find_picture(path: str | None, roots: Iterable[Path]) -> Path | None:

@@ -88,7 +88,9 @@ class Filter:
         """
         for name in self.columns:
             if name not in table.column_names:
-                hint = nearest(name, table.column_names) or f"; there are {', '.join(table.column_names) or 'none'}"
+                hint = nearest(name, table.column_names) or (
+                    f"; there are {', '.join(table.column_names) or 'none'}: compare one of these in --where"
+                )
                 raise ConfigError(f"there is no column {name!r} to filter by{hint}")
         try:
             kept: NDArray[np.bool_] = self._truth(table).fill_null(False).to_numpy()

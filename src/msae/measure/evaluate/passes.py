@@ -87,7 +87,7 @@ class Probes:
         """`store` is where the probe is trained; None takes each run's training store. `on` is evaluated."""
         assert options.labels is not None
         self._options, self._store, self._on, self._column = options, store, on, options.labels
-        self._truth = on.labels(options.labels)
+        self._truth = on.labels(options.labels, option="--labels")
         self._known: dict[tuple[Any, ...], ProbeTest] = {}
 
     def of(self, view: View) -> ProbeTest:
@@ -100,7 +100,7 @@ class Probes:
 
     def _made(self, view: View, store: EmbeddingStore) -> ProbeTest:
         options = self._options
-        labels = store.labels(self._column)
+        labels = store.labels(self._column, option="--labels")
         held = hold_out(
             store, self._on, options.modality,
             train_rows=labelled_rows(labels), on_rows=labelled_rows(self._truth), seed=options.seed,

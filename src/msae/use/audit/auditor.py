@@ -441,10 +441,11 @@ class Sweeper:
         *,
         modality: Modality = "image",
         inference: Inference = "trained",
+        device: str = "auto",
         seed: int = 0,
     ) -> None:
         """The arguments are those of `msae.audit`, and so is what is raised."""
-        view = View(sae, on, modality, inference=inference)
+        view = View(sae, on, modality, inference=inference, device=device)
         self.subject = make_subject(view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed)
         self._concepts = lru_cache(256)(self._made)
 

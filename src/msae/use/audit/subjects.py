@@ -73,7 +73,7 @@ class Subject:
         """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
         view, classifier = self.view, self.classifier
         to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
-        return make_concepts(groups, view.sae.W_dec.detach(), mean, to_features, classifier.weight)
+        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, classifier.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
@@ -83,7 +83,7 @@ def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
         ConfigError: Fewer than two classes, or more than are classes.
         StoreError: There is no such column, or it holds lists.
     """
-    labels = store.labels(column)
+    labels = store.labels(column, option="--target")
     counts = Counter(label for label in labels if label is not None)
     if len(counts) < 2:
         found = f"only {next(iter(counts))!r} in {counts.total():,} labelled rows" if counts else "no labels"
@@ -165,7 +165,11 @@ def make_subject(
         return _with_given(view, labels, given, positive)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
-    other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
+    other = (
+        view
+        if train_store is None
+        else View(view.run, train_store, modality, inference=view.inference, device=str(view.device))
+    )
     theirs = labels if other is view else labels_of(other.store, target)
     held = hold_out(
         other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed

@@ -41,7 +41,7 @@ class Hit(Row):
     """At most five, those that both have most of first."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**to_record(self), "shared": [shared._asdict() for shared in self.shared]}
+        return {**super().to_json(), "shared": [shared._asdict() for shared in self.shared]}
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,6 @@ class SearchResult(Result):
         for hit in self.hits:
             moved = f"  {hit.rank_before:>5}  {hit.score_before:>6.3f}" if self.edits else ""
             shares = ", ".join(shared.concept for shared in hit.shared)
-            text = "  ".join(part for part in (shares, hit.caption) if part)
+            text = "  ".join(part for part in (shares, hit.caption, hit.note) if part)
             lines.append(f"{hit.rank:>4}  {hit.id:<{width}}  {hit.score:>8.3f}{moved}  {text}".rstrip())
         return "\n".join(lines)

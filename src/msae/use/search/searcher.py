@@ -17,11 +17,11 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
-from msae.sae.view import View
+from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
 from msae.use.neighbours import ExactRows, NeighbourIndex, Neighbours, open_index
@@ -43,6 +43,8 @@ class How:
     exclusive: bool
     strict: bool
     filter: Filter | None
+    show: str | Sequence[str] = ()
+    """Columns to see beside the captions."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -58,9 +60,19 @@ class Searcher:
     """
 
     def __init__(
-        self, sae: SAE, store: EmbeddingStore, searched: Modality, names: ConceptNames | None, *, remember: bool = False
+        self,
+        sae: SAE,
+        store: EmbeddingStore,
+        searched: Modality,
+        names: ConceptNames | None,
+        *,
+        remember: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.sae, self.store, self.searched, self.names = sae, store, searched, names
+        self.device = device
+        """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
+        self.sae = placed(sae, "cpu")
+        self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
 
@@ -73,6 +85,7 @@ class Searcher:
         modality: Modality | None = None,
         names: ConceptNames | str | Path | None = None,
         remember: bool = False,
+        device: str = "auto",
     ) -> Searcher:
         """For the arguments of `msae.search`.
 
@@ -86,7 +99,7 @@ class Searcher:
         store, run = as_store(on, modality), Run.open(sae)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
-        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember)
+        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
     def index(self) -> NeighbourIndex | ExactRows:
@@ -102,7 +115,7 @@ class Searcher:
         key = (modality, strict)
         if key not in self._concepts:
             natural = modality if modality in self.store.modalities else self.store.modalities[0]
-            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS)
+            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS, device=self.device)
             self._concepts[key] = ConceptSet(view, self.names, strict=strict, remember=self._remember)
         return self._concepts[key]
 
@@ -113,6 +126,7 @@ class Searcher:
     def search_for(self, query: Query, how: How) -> SearchResult:
         """The same of a query that was read before."""
         sae, store = self.sae, self.store
+        names_to_show(how.show, store.columns, store.path)  # a wrong one is said before the work
         keep = _kept(store, how.filter, query)
         concepts = self.concepts(query.modality, strict=how.strict)
         edits = [Edit(concepts[concept], change) for concept, change in how.edits]
@@ -121,10 +135,10 @@ class Searcher:
                 sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
         edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
-            found = search_latents(sae, store, self.searched, edited, how.n, keep)
+            found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
         else:
             found = search_embeddings(self.index, edited, how.n, keep)
-        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
+        describe = partial(_hits, store, how.show, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
         return SearchResult(
             store=str(store.path),
             kind=query.kind,
@@ -193,13 +207,15 @@ class _Sharing(NamedTuple):
         return found
 
 
-def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: bool) -> tuple[Hit, ...]:
+def _hits(
+    store: EmbeddingStore, show: str | Sequence[str], sharing: _Sharing, found: Ranked, *, flipped: bool
+) -> tuple[Hit, ...]:
     """The rows of an answer with all that is known of them; `flipped` where it is the answer before the edits."""
     own = (np.arange(1, len(found.rows) + 1), found.scores)
     after, before = (
         ((found.other_ranks, found.other_scores), own) if flipped else (own, (found.other_ranks, found.other_scores))
     )
-    rows = store.describe_rows(found.rows)
+    rows = store.describe_rows(found.rows, show=show)
     return tuple(
         Hit(
             **vars(row),
@@ -243,11 +259,18 @@ def search_embeddings(
 
 
 def search_latents(
-    sae: SAE, store: EmbeddingStore, modality: Modality, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    edited: EditedQuery,
+    n: int,
+    keep: NDArray[np.bool_] | None,
+    *,
+    device: str | None = None,
 ) -> Both:
     """The rows whose activations are nearest in L1, from one pass in blocks; scores are minus the distance."""
     assert edited.z is not None and edited.z_edited is not None
-    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]))
+    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]), device=device)
     allowed = np.arange(len(store)) if keep is None else np.flatnonzero(keep)
     orders = [allowed[np.lexsort((allowed, -score[allowed]))] for score in scores]
     answers = []
@@ -260,22 +283,23 @@ def search_latents(
 
 
 def l1_distances(
-    sae: SAE, store: EmbeddingStore, modality: Modality, z: Float[Tensor, "q d_sae"]
+    sae: SAE, store: EmbeddingStore, modality: Modality, z: Float[Tensor, "q d_sae"], *, device: str | None = None
 ) -> NDArray[np.float32]:
     """Of each query's activations to those of every row; no more than a block of rows is encoded at once.
 
     Activations are not negative, so the sum of |a - b| is the sum of a, plus that of b, less twice that of the
     smaller of both; the last needs only the latents that are active in the query.
     """
+    view = View(sae, store, modality, device=device)
     active = (z != 0).any(0).nonzero()[:, 0]
-    own = z[:, active]
+    own, active = z[:, active].to(view.device), active.to(view.device)
     distances = np.empty((len(z), len(store)), np.float32)
     first = 0
-    for theirs in View(sae, store, modality).activations(title="encoding"):
+    for theirs in view.activations(title="encoding"):
         total, active_ones = theirs.sum(1), theirs[:, active]
         for i, query in enumerate(own):
             overlap = torch.minimum(active_ones, query).sum(1)
-            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).numpy()
+            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).cpu().numpy()
         first += len(theirs)
     return distances
 

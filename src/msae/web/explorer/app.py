@@ -119,7 +119,7 @@ class Opening:
         runs: Sequence[str | Path],
         on: EmbeddingStore | str | Path | None,
         say: Say,
-        show: Sequence[str] = (),
+        show: str | Sequence[str] = (),
     ) -> None:
         self.runs, self.on, self.say, self.show = runs, on, say, show
         self.doing = "Loading PyTorch"
@@ -321,7 +321,7 @@ def serve(
     runs: Sequence[str | Path],
     on: EmbeddingStore | str | Path | None,
     port: int,
-    show: Sequence[str],
+    show: str | Sequence[str],
     say: Say,
     ready: Say,
 ) -> None:

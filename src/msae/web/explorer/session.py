@@ -22,7 +22,7 @@ from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture, names_to_show
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
@@ -31,7 +31,6 @@ from msae.use.audit import Audit, Sweeper, audit
 from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
-from msae.web.page import shown_columns, words_of
 from msae.web.report.facts import read_trained
 
 KEPT_SAMPLES = 48
@@ -133,22 +132,23 @@ class World:
     """The runs, in their order, and the store that all of them are shown on."""
 
     def __init__(
-        self,
-        runs: Sequence[LoadedRun],
-        store: EmbeddingStore | None,
-        note: str | None,
-        shown: Sequence[str] = (),
+        self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None, show: tuple[str, ...] = ()
     ) -> None:
         self.runs = {run.label: run for run in runs}
         self.store = store
-        self.shown = shown
-        """Columns that are shown beside each caption."""
         self.note = note
         """Why there is no store, where there is none."""
+        self.show = show
+        """Columns to show beside the captions."""
         self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
         self._warmed = False
         self._encoder_lock, self._evaluating = threading.Lock(), threading.Lock()
         self._embed_text = lru_cache(KEPT_TEXTS)(lambda text: self.embedder().embed_texts([text])[0])
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """What a page shows of these rows of the store."""
+        assert self.store is not None
+        return self.store.describe_rows(numbers, show=self.show)
 
     @property
     def first(self) -> LoadedRun:
@@ -223,10 +223,6 @@ class World:
         )
         return hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
 
-    def words(self, row: Row) -> str:
-        """What the pages say of a row."""
-        return words_of(row, self.shown)
-
     def is_picture(self, path: str | None) -> bool:
         """Whether the picture that a row lists is there."""
         return self.store is not None and find_picture(path, self.store.picture_roots) is not None
@@ -287,7 +283,9 @@ class World:
         return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
-def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, show: Sequence[str] = ()) -> World:
+def open_world(
+    runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, show: str | Sequence[str] = ()
+) -> World:
     """The runs and the store, checked against each other.
 
     Args:
@@ -309,7 +307,7 @@ def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | Non
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
     loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
-    return World(loaded, store, note, shown_columns(show, store))
+    return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.path))
 
 
 def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:
