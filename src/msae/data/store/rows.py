@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os.path
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,15 @@ class Row:
         return record
 
     def __repr__(self) -> str:
-        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        more = {name: value for name, value in own.items() if name not in Row.__dataclass_fields__}
+        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **more, **self.columns}
         shown = [
             f"{name if name.isidentifier() else repr(name)}={_shortened(value)}"
             for name, value in known.items()
             if value is not None
         ]
-        return f"Row({', '.join([str(self.row), *shown])})"
+        return f"{type(self).__name__}({', '.join([str(self.row), *shown])})"
 
     @classmethod
     def of(cls, row: int, metadata: Mapping[str, Any], show: tuple[str, ...] = ()) -> Row:
