@@ -37,7 +37,7 @@ def test_without_pandas_it_is_one_line(monkeypatch):
 
 
 def test_a_notebook_shows_the_text_and_names_are_no_html():
-    assert repr(Two()) == "<Two: a < b [2 rows]>" and Two()._repr_html_() == "<pre>a &lt; b</pre>"
+    assert repr(Two()) == "<Two: a < b>" and Two()._repr_html_() == "<pre>a &lt; b</pre>"
 
 
 def test_columns_of_a_text_table_line_up():

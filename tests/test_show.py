@@ -31,6 +31,13 @@ def world(tmp_path_factory):
     return folder / "run", folder / "x.npy"
 
 
+def test_the_repr_of_a_row_of_a_result_is_short_and_has_its_figures(world):
+    hit, sample = VERBS["search"](*world).hits[0], VERBS["gallery"](*world).images[0]
+    assert repr(hit).startswith(f"Hit({hit.row}, id='{hit.id}', caption='title ") and "score=0." in repr(hit)
+    assert repr(sample).startswith("Sample(") and f"activation={sample.activation!r}" in repr(sample)
+    assert "show=" not in repr(hit) and len(repr(hit)) < 400 and "\n" not in repr(hit)
+
+
 def test_a_title_is_the_caption_where_there_is_no_other(world):
     row = EmbeddingStore.open(world[1])[3]
     assert row.caption == row.words == "title 3" and "title" not in row.columns

@@ -50,10 +50,8 @@ class Result:
         return next((line for line in self.to_text().splitlines() if line.strip()), "")
 
     def __repr__(self) -> str:
-        """One line: the headline, and how many rows the table has."""
-        n = len(self.records())
-        line = shorten(" ".join(self.headline.split()), REPR)
-        return f"<{type(self).__name__}: {line} [{n:,} row{'s' if n != 1 else ''}]>"
+        """What it is, in one line."""
+        return f"<{type(self).__name__}: {shorten(' '.join(self.headline.split()), REPR)}>"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.to_text())}</pre>"

@@ -34,7 +34,7 @@ from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample(Row):
     """One sample of a gallery."""
 

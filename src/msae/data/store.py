@@ -10,7 +10,7 @@ import math
 import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args, overload
@@ -579,13 +579,15 @@ class Row:
         return record
 
     def __repr__(self) -> str:
-        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **self.columns}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        more = {name: value for name, value in own.items() if name not in Row.__dataclass_fields__}
+        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **more, **self.columns}
         shown = [
             f"{name if name.isidentifier() else repr(name)}={_shortened(value)}"
             for name, value in known.items()
             if value is not None
         ]
-        return f"Row({', '.join([str(self.row), *shown])})"
+        return f"{type(self).__name__}({', '.join([str(self.row), *shown])})"
 
     @classmethod
     def of(cls, row: int, metadata: Mapping[str, Any], show: tuple[str, ...] = ()) -> Row:

@@ -26,7 +26,7 @@ class Shared(NamedTuple):
     hit: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hit(Row):
     """One row that was found."""
 

@@ -28,6 +28,7 @@ def explore(
     port: int = 7860,
     *,
     show: str | Sequence[str] = (),
+    device: str = "auto",
     say: Callable[[str], object] = lambda _: None,
     ready: Callable[[str], object] = lambda _: None,
 ) -> None:
@@ -42,6 +43,7 @@ def explore(
             on.
         port: Port on 127.0.0.1; 0 takes any that is free.
         show: Columns of the metadata to show beside the captions, such as title,colour.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         say: Is called with a line about what is being prepared.
         ready: Is called with the address, once it can be opened.
 
@@ -59,7 +61,7 @@ def explore(
 
             for run in runs:
                 Run.open(run).sae  # noqa: B018
-        serve(runs, on, port, show, say, ready)
+        serve(runs, on, port, show, device, say, ready)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import TopSamples, top_samples
@@ -48,8 +49,8 @@ NO_ENCODER = (
 class LoadedRun:
     """One run with what was learnt of it on the store; made when first asked for, then kept."""
 
-    def __init__(self, folder: Path, label: str, store: EmbeddingStore | None) -> None:
-        self.folder, self.label, self.store = folder, label, store
+    def __init__(self, folder: Path, label: str, store: EmbeddingStore | None, device: str = "auto") -> None:
+        self.folder, self.label, self.store, self.device = folder, label, store, device
         self.opened = Run.open(folder)
         self.sae = self.opened.sae
         self.names: ConceptNames | None = names_of(self.opened)
@@ -75,7 +76,10 @@ class LoadedRun:
         with self.slow:
             if self.store is None:
                 return {}
-            return {m: top_samples(self.opened, self.store, modality=m, n=KEPT_SAMPLES) for m in self.modalities}
+            return {
+                m: top_samples(self.opened, self.store, modality=m, n=KEPT_SAMPLES, device=self.device)
+                for m in self.modalities
+            }
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -85,7 +89,7 @@ class LoadedRun:
     def tree(self) -> ConceptTree | None:
         """How the latents nest on the store; takes seconds for a wide SAE."""
         with self.slow:
-            return None if self.store is None else concept_tree(self.opened, self.store)
+            return None if self.store is None else concept_tree(self.opened, self.store, device=self.device)
 
     @cached_property
     def known_names(self) -> list[str]:
@@ -102,7 +106,7 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True, device=self.device)
                 _ = searcher.index  # built here, once
                 self._searchers[modality] = searcher
             return self._searchers[modality]
@@ -112,7 +116,9 @@ class LoadedRun:
         assert self.store is not None
         with self.slow:
             if target not in self._audits:
-                self._audits[target] = audit(self.folder, self.store, target, modality=self.modalities[0])
+                self._audits[target] = audit(
+                    self.folder, self.store, target, modality=self.modalities[0], device=self.device
+                )
             return self._audits[target]
 
     def sweeper(self, target: str) -> Sweeper:
@@ -120,7 +126,9 @@ class LoadedRun:
         assert self.store is not None
         with self.slow:
             if target not in self._sweepers:
-                self._sweepers[target] = Sweeper(self.sae, self.store, target, modality=self.modalities[0])
+                self._sweepers[target] = Sweeper(
+                    self.sae, self.store, target, modality=self.modalities[0], device=self.device
+                )
             return self._sweepers[target]
 
     def name(self, latent: int) -> str:
@@ -210,7 +218,9 @@ class World:
         assert self.store is not None
         with self._evaluating:
             folders = [run.folder for run in self.runs.values()]
-            found = evaluate(folders, self.store, modality=self.store.modalities[0], recovery=True)
+            found = evaluate(
+                folders, self.store, modality=self.store.modalities[0], recovery=True, device=self.first.device
+            )
         return [replace(one, run=label) for label, one in zip(self.runs, found, strict=True)]
 
     @cached_property
@@ -284,7 +294,10 @@ class World:
 
 
 def open_world(
-    runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, show: str | Sequence[str] = ()
+    runs: Sequence[str | Path],
+    on: EmbeddingStore | str | Path | None,
+    show: str | Sequence[str] = (),
+    device: str = "auto",
 ) -> World:
     """The runs and the store, checked against each other.
 
@@ -299,6 +312,7 @@ def open_world(
     """
     if not runs:
         raise ConfigError("there is nothing to explore; give at least one run: msae explore RUN --on STORE")
+    device = as_device(device)
     folders = list(dict.fromkeys(Path(run) for run in runs))
     note = None
     store = None if on is None else as_store(on)
@@ -306,7 +320,7 @@ def open_world(
         store, note = _training_store(folders)
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
+    loaded = [LoadedRun(folder, label, store, device) for folder, label in zip(folders, labels, strict=True)]
     return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.path))
 
 
