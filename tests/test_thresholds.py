@@ -279,6 +279,6 @@ def test_on_real_vectors_thresholds_are_as_good_as_the_strongest(real_vectors, t
 
     assert sae.config.inference_l0 == 64
     assert fvu(inference="threshold") <= 1.05 * fvu(inference="topk", k=64)
-    for l0 in (24, 64, 100):
+    for l0 in (21, 45, 64, 90, 180):
         z = np.concatenate([z.count_nonzero(1) for z in View(sae.with_l0(l0), tmp_path / "train.npy").activations()])
-        assert z.mean() == pytest.approx(l0, rel=0.03)
+        assert z.mean() == pytest.approx(l0, rel=0.02)

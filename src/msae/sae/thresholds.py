@@ -124,7 +124,7 @@ def _times_among_strongest(sae: SAE, rows: Iterable[Tensor], ks: Sequence[int]) 
 
 
 def _with_halves(times: Int64[np.ndarray, "n l"]) -> Int64[np.ndarray, "m l"]:
-    """A row half-way between each two: with them `ThresholdTable.at` is within about 1 % of what is asked, not 5 %."""
+    """A row half-way between each two: with them `ThresholdTable.at` is within 2 % of what is asked, not 5 %."""
     between = (times[:-1] + times[1:]) // 2
     return np.insert(times, np.arange(1, len(times)), between, axis=0)
 
