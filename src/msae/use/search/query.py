@@ -39,6 +39,8 @@ class Ask:
     """Folder or hub id, where neither store nor SAE says it."""
     embedder: Embedder | None = None
     """A loaded one, to save the loading."""
+    device: str = "auto"
+    """Where it is loaded."""
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in ("like", "image", "text", "embedding") if getattr(self, name) is not None]
@@ -103,7 +105,13 @@ def _embedder(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
     from msae.data.embedder import embedder_for
 
     return embedder_for(
-        store, sae.config, need=f"--{kind}", option="--encoder", encoder=ask.encoder, embedder=ask.embedder
+        store,
+        sae.config,
+        need=f"--{kind}",
+        option="--encoder",
+        encoder=ask.encoder,
+        embedder=ask.embedder,
+        device=ask.device,
     )
 
 
