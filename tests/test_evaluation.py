@@ -12,7 +12,7 @@ from msae.base.files import write_json
 from msae.data.store import EmbeddingStore
 from msae.measure import metrics
 from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
-from msae.measure.holdout import hold_out
+from msae.measure.probe import hold_out
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import metrics as oracle
@@ -144,8 +144,8 @@ def test_recovery_at_k_is_inference_with_topk(world):
 
 @pytest.mark.parametrize("batch_size", [1, 17, 1000])
 def test_the_batch_size_changes_no_figure(world, batch_size):
-    one = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
-    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_dict()
+    one = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
+    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_json()
     recovery, other_recovery = one.pop("recovery"), other.pop("recovery")
     for a, b in [(one, other), *zip(recovery, other_recovery, strict=True)]:
         for key, value in a.items():
@@ -156,10 +156,11 @@ def test_topk_is_removed_from_those_trained_with_it(tmp_path):
     train = write_store(tmp_path / "train.npy")
     sae = make_sae(train, "topk", k=3)
     removed, trained, given = (
-        evaluate(sae, train), evaluate(sae, train, inference="trained"), evaluate(sae, train, inference="topk", k=3),
+        evaluate(sae, train, inference=mode, k=3 if mode == "topk" else None) for mode in ("relu", "trained", "topk")
     )  # fmt: skip
     assert removed.l0 > 3 >= trained.l0
-    assert {**trained.to_dict(), "inference": "topk", "k": 3} == given.to_dict()
+    assert {**trained.to_json(), "inference": "topk", "k": 3} == given.to_json()
+    assert evaluate(sae, train) == trained, "one default everywhere"
 
 
 def test_cknna_is_averaged_over_batches_chosen_by_the_seed(world, monkeypatch):
@@ -277,7 +278,7 @@ def test_a_perfect_reconstruction_agrees_with_itself(world):
 def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatch):
     fitted = []
     real = __import__("msae.measure.probe", fromlist=["fit_probe"]).fit_probe
-    monkeypatch.setattr("msae.measure.evaluate.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    monkeypatch.setattr("msae.measure.evaluate.passes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
     train, holdout, run = world
     other = save_run(tmp_path / "other", make_sae(train, "relu"), train)
     pair = evaluate([run, other], holdout, labels="label")
@@ -289,9 +290,9 @@ def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatc
 
 
 def test_a_record_has_the_keys_of_the_contract(world):
-    plain = evaluate(world[2], world[1]).to_dict()
+    plain = evaluate(world[2], world[1]).to_json()
     assert set(CONTRACT) <= set(plain) and not {*PROBE, "recovery"} & set(plain)
-    full = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
+    full = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
     assert {*CONTRACT, *PROBE, "recovery"} <= set(full)
     assert set(full["recovery"][0]) == {"k", "fvu", "fvu_per_sample", "cosine", "cknna", "dead"}
     assert json.loads(json.dumps(full, allow_nan=False)) == full
@@ -300,7 +301,7 @@ def test_a_record_has_the_keys_of_the_contract(world):
 
 def test_what_is_undefined_is_null_with_a_reason(tmp_path):
     tiny = write_store(tmp_path / "tiny.npy", n=5)
-    record = evaluate(make_sae(tiny), tiny).to_dict()
+    record = evaluate(make_sae(tiny), tiny).to_json()
     assert record["cknna"] is record["cknna_std"] is record["dead_train"] is record["run"] is None
     assert record["cknna_batches"] == 0
     assert [note.split(" is null")[0] for note in record["notes"]] == ["dead_train", "cknna"]
@@ -354,12 +355,27 @@ def test_columns_without_values_are_left_out_and_gaps_are_dashes():
 
 def test_the_table_in_markdown_and_latex():
     pair = [record(run="runs/with_k|2", sparsity=0.9), record(run="runs/b")]
-    head, line, first, _ = poster_table(pair).splitlines()
+    head, line, first, _, _, mode = poster_table(pair).splitlines()
+    assert mode == "inference: relu (every positive latent kept)"
     assert head.startswith("| model ") and "sparsity ↑" in head and "FVU ↓" in head
     assert set(line) <= set("|-: ") and "with_k\\|2" in first and "**0.900**" in first
     latex = poster_table(pair, style="latex")
+    assert latex.endswith("\\end{tabular}\n% inference: relu (every positive latent kept)")
     assert latex.startswith("\\begin{tabular}{lrrrrrr}") and r"with\_k|2 & \textbf{0.900}" in latex
     assert r"$\pm$" in latex and r"sparsity $\uparrow$" in latex and "±" not in latex
+
+
+def test_a_table_of_several_modes_says_which_run_has_which():
+    runs = [
+        record(run="a"),
+        record(run="b", inference="trained"),
+        record(run="c"),
+        record(run="d", inference="topk", k=3),
+    ]
+    assert poster_table(runs).splitlines()[-1] == (
+        "inference: relu (every positive latent kept) for a, c; trained (the activation of training) for b; "
+        "topk (the 3 strongest latents kept) for d"
+    )
 
 
 def test_runs_of_the_same_name_are_told_apart():

@@ -161,15 +161,15 @@ def test_the_page_finds_what_search_finds(world, folder):
     address = Address.parse("?" + urlencode({"row": row, "set": f"{name}=3"}))
     found = search_page.result(world, world.first, address)
     expected = search(folder / "runs/named", world.store, like=row, set={name: 3.0}, n=search_page.HITS)
-    assert found.to_dict()["hits"] == expected.to_dict()["hits"]
+    assert found.to_json()["hits"] == expected.to_json()["hits"]
 
 
 def test_columns_that_are_asked_for_stand_beside_each_caption(folder, world):
     shown = open_world([folder / "runs/named"], world.store, ["background,count"])
     row = world.store.ids[7]
     first = search_page.result(shown, shown.first, Address.parse(f"?row={row}")).hits[0]
-    words = f"{first.words} · background: {first.columns['background']} · count: {first.columns['count']}"
-    assert html.escape(words) in show(Explorer(shown), page="search", row=row)
+    words = f" · background: {first.columns['background']} · count: {first.columns['count']}"
+    assert first.words.endswith(words) and html.escape(first.words) in show(Explorer(shown), page="search", row=row)
     assert "background:" not in show(Explorer(world), page="search", row=row)
     with pytest.raises(StoreError, match="no column 'nothing'"):
         open_world([folder / "runs/named"], world.store, ["nothing"])
@@ -217,9 +217,9 @@ def test_many_at_once_get_what_one_gets(explorer, world):
 
 def test_an_audit_is_read_back_as_it_was_written(world):
     found = world.first.audit("count")
-    again = Audit.from_json(json.dumps(found.to_dict()), where="x.json")
-    assert again.to_dict() == json.loads(json.dumps(found.to_dict()))
-    assert "<table" in audit_page.loaded(json.dumps(found.to_dict()))
+    again = Audit.from_json(json.dumps(found.to_json()), where="x.json")
+    assert again.to_json() == json.loads(json.dumps(found.to_json()))
+    assert "<table" in audit_page.loaded(json.dumps(found.to_json()))
 
 
 def test_every_column_can_be_audited_or_the_page_says_why_not(explorer, world):
@@ -256,6 +256,7 @@ def test_evaluations_that_were_made_are_shown(folder):
         (one, e.fvu) for one, e in zip(world.runs, made, strict=True)
     ]
     assert all(e.recovery for e in world.evaluations())
+    assert "inference trained (the activation of training)" in show(Explorer(world), page="models")
     damaged = runs[0] / "eval" / "damaged.json"
     damaged.write_text("{")
     page = Explorer(world).show("?page=models")

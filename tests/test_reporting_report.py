@@ -14,9 +14,8 @@ import pytest
 import msae
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.gallery import ConceptTree
-from msae.concepts.hierarchy import Edge, Hierarchy
 from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.concepts.tree import ConceptTree, Edge, Hierarchy
 from msae.data.store import StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train
@@ -265,9 +264,9 @@ def test_a_store_of_vectors_alone_will_do(tmp_path):
 
 def test_an_audit_survives_its_json(made):
     found = audit(made / "run", made / "pairs.store", "label", names={EVIL: [0], "red": [5, 7]}, n_permutations=50)
-    text = json.dumps(found.to_dict())
+    text = json.dumps(found.to_json())
     again = Audit.from_json(text, where="audit.json")
-    assert again.to_dict() == found.to_dict() and again.to_text() == found.to_text()
+    assert again.to_json() == found.to_json() and again.to_text() == found.to_text()
     with pytest.raises(ConfigError, match=r"^audit\.json is not what msae audit writes"):
         Audit.from_json('{"concepts": [{"name": 3}]}', where="audit.json")
 

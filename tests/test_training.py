@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae.base.config import from_mapping
+from msae.base.config import settings_from
 from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
 from msae.cli import main
 from msae.data.store import as_store
@@ -461,7 +461,9 @@ def test_the_keywords_of_train_are_the_settings():
 
 def test_a_run_trains_again_from_its_own_settings(store, tmp_path):
     train(store, out=tmp_path / "a", **SMALL, levels=(4, 64), weighting="reverse")
-    settings = from_mapping(TrainSettings, json.loads((tmp_path / "a/config.json").read_text())["train"], where="a")
+    settings = settings_from(
+        TrainSettings, None, json.loads((tmp_path / "a/config.json").read_text())["train"], where="a"
+    )
     train(store, out=tmp_path / "b", settings=settings)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from msae.base.files import atomic_path
-
-if TYPE_CHECKING:
-    from msae.data.store import EmbeddingStore, Row
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -49,26 +45,6 @@ def markdown(value: object) -> str:
     """Text that Markdown and HTML show as it is."""
     text = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", one_line(value))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def shown_columns(show: Sequence[str], store: EmbeddingStore | None) -> tuple[str, ...]:
-    """The columns that `show` names, each alone or several with commas between.
-
-    Raises:
-        StoreError: The store has no such column.
-    """
-    known = () if store is None else store.columns
-    names = [name.strip() for one in show for name in ([one] if one in known else one.split(","))]
-    for name in names:
-        if store is not None and name not in known:
-            store.column(name)  # says so
-    return tuple(dict.fromkeys(names))
-
-
-def words_of(row: Row, columns: Sequence[str]) -> str:
-    """What a page says of a row: its caption, label or id, and the chosen columns."""
-    values = [(name, row.columns.get(name)) for name in columns]
-    return " · ".join([row.words, *(f"{name}: {value}" for name, value in values if value is not None)])
 
 
 def number(value: float | None, digits: int = 2) -> str:

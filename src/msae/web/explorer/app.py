@@ -119,9 +119,10 @@ class Opening:
         runs: Sequence[str | Path],
         on: EmbeddingStore | str | Path | None,
         say: Say,
-        show: Sequence[str] = (),
+        show: str | Sequence[str] = (),
+        device: str = "auto",
     ) -> None:
-        self.runs, self.on, self.say, self.show = runs, on, say, show
+        self.runs, self.on, self.say, self.show, self.device = runs, on, say, show, device
         self.doing = "Loading PyTorch"
         self.failure: BaseException | None = None
         self.stop: Callable[[], None] = lambda: None
@@ -154,7 +155,7 @@ class Opening:
         from msae.web.explorer.session import open_world
 
         self.doing = f"Reading {' and '.join(map(str, self.runs))}"
-        world = open_world(self.runs, self.on, self.show)
+        world = open_world(self.runs, self.on, self.show, self.device)
         if world.store is not None:
             self.doing = f"Reading {world.store.path} with {world.first.folder}"
             self.say(
@@ -321,14 +322,15 @@ def serve(
     runs: Sequence[str | Path],
     on: EmbeddingStore | str | Path | None,
     port: int,
-    show: Sequence[str],
+    show: str | Sequence[str],
+    device: str,
     say: Say,
     ready: Say,
 ) -> None:
     """Serve until Ctrl-C, or raise why the runs and the store cannot be shown; see `explore`."""
     import uvicorn
 
-    opening = Opening(runs, on, say, show)
+    opening = Opening(runs, on, say, show, device)
     with listening(port) as found:
         config = uvicorn.Config(
             build(opening), log_level="warning", access_log=False, ws="none", server_header=False,

@@ -5,14 +5,12 @@ The page opens offline: pictures are inlined. Only pictures that the store itsel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msae.data.thumbnails import Album
 from msae.use.search import Hit, SearchResult
 from msae.web import page
-from msae.web.page import words_of
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
@@ -28,12 +26,12 @@ def render(result: SearchResult) -> str:
     return page.render("report/search.html", result=result, **parts(result, Album(result.roots, SIDE)))
 
 
-def parts(result: SearchResult, album: Album, shown: Sequence[str] = ()) -> dict[str, Any]:
+def parts(result: SearchResult, album: Album) -> dict[str, Any]:
     """What the template of a search shows beside the result itself."""
-    after = [(hit, album.uri(hit.path), words_of(hit, shown), *_after(hit, bool(result.edits))) for hit in result.hits]
+    after = [(hit, album.uri(hit.path), *_after(hit, bool(result.edits))) for hit in result.hits]
     sides: list[tuple[str, list[Any]]] = [("Found", after)]
     if result.before:
-        before = [(hit, album.uri(hit.path), words_of(hit, shown), *_before(hit)) for hit in result.before]
+        before = [(hit, album.uri(hit.path), *_before(hit)) for hit in result.before]
         sides = [("Before", before), ("After", after)]
     return {"sides": sides, "query": _query_picture(result, album)}
 
