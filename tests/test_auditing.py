@@ -18,8 +18,8 @@ from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use.audit import Audit, audit
-from msae.use.audit.association import PermutationTests
-from msae.use.audit.controls import matched_groups, profile_of
+from msae.use.audit.auditor import PermutationTests
+from msae.use.audit.measure import matched_groups, profile_of
 from msae.use.audit.subjects import target_columns
 from msae.use.classifier import LinearClassifier
 from tests.oracles import audits as oracle

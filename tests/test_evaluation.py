@@ -12,6 +12,7 @@ from msae.base.files import write_json
 from msae.data.store import EmbeddingStore
 from msae.measure import metrics
 from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
+from msae.measure.probe import hold_out
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import metrics as oracle
@@ -22,7 +23,9 @@ CONTRACT = [
     *("fvu_per_sample", "fvu_per_sample_std", "fvu_authors", "cosine", "cosine_std", "mae", "cknna", "cknna_std"),
     *("decoder_orthogonality", "max_decoder_cosine", "dead", "dead_train"),
 ]
-PROBE = ["probe_kl", "probe_kl_std", "probe_agreement", "probe_accuracy", "probe_accuracy_reconstructed"]
+PROBE = [
+    *("probe_kl", "probe_kl_std", "probe_agreement", "probe_accuracy", "probe_accuracy_reconstructed", "class_f1"),
+]
 
 
 def write_store(path, *, n=90, d_in=D_IN, seed=0, labels=True):
@@ -223,6 +226,29 @@ def test_the_probe_figures_are_those_of_scikit_learn(world):
     assert found == evaluate(run, holdout, labels="label", probe_train=train)
 
 
+@pytest.mark.parametrize("mode", [{"inference": "relu"}, {"inference": "topk", "k": 3}, {"inference": "threshold"}])
+def test_class_f1_is_that_of_the_inference_on_the_rows_of_the_probe(world, mode):
+    train, holdout, run = world
+    SAE.load(run).with_l0(4, train).save(run)
+    sae = SAE.load(run)
+    rows = [np.load(path) for path in (train, holdout)]
+    # Ten evaluated rows are also training rows: half of them train, half are evaluated.
+    np.save(holdout, np.concatenate([rows[1][:80], rows[0][:10]]))
+    labels = [EmbeddingStore.open(path).column("label") for path in (train, holdout)]
+    with holdout.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "label"], *enumerate([*labels[1][:80], *labels[0][:10]])])
+    stores = [EmbeddingStore.open(path) for path in (train, holdout)]
+    every = [np.arange(len(store)) for store in stores]
+    held = hold_out(*stores, "image", train_rows=every[0], on_rows=every[1], seed=0)
+    assert (len(held.train), len(held.on)) == (195, 85)
+    sides = []
+    for store, chosen in zip(stores, (held.train, held.on), strict=True):
+        z = sae.encode(store.take(chosen, "image"), inference=mode["inference"], k=mode.get("k"))
+        sides += [z, [store.column("label")[row] for row in chosen]]
+    found = evaluate(run, holdout, labels="label", **mode)
+    assert found.class_f1 == pytest.approx(oracle.class_f1(*sides), abs=1e-6) and 0.4 < found.class_f1 < 1
+
+
 def test_rows_without_a_known_label_are_left_out_of_the_probe_and_counted(world):
     _, holdout, run = world
     with holdout.with_suffix(".csv").open(newline="") as file:
@@ -252,7 +278,7 @@ def test_a_perfect_reconstruction_agrees_with_itself(world):
 def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatch):
     fitted = []
     real = __import__("msae.measure.probe", fromlist=["fit_probe"]).fit_probe
-    monkeypatch.setattr("msae.measure.evaluate.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    monkeypatch.setattr("msae.measure.evaluate.passes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
     train, holdout, run = world
     other = save_run(tmp_path / "other", make_sae(train, "relu"), train)
     pair = evaluate([run, other], holdout, labels="label")

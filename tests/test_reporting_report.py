@@ -14,9 +14,8 @@ import pytest
 import msae
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.gallery import ConceptTree
-from msae.concepts.hierarchy import Edge, Hierarchy
 from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.concepts.tree import ConceptTree, Edge, Hierarchy
 from msae.data.store import StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train

@@ -56,7 +56,7 @@ VERBS = {
     "evaluate": lambda run, store: msae.evaluate(run, store),
     "evaluate several": lambda run, store: msae.evaluate([run, run.parent / "beside"], store),
     "names": lambda run, store: msae.ConceptNames.load(run),
-    "gallery": lambda run, store: msae.gallery(run, store, latent=0, n=40),
+    "gallery": lambda run, store: msae.gallery(run, store, latent=0, n=40, inference="relu"),
     "top_samples": lambda run, store: msae.top_samples(run, store),
     "magnitudes": lambda run, store: all_magnitudes(run, store),
     "tree": lambda run, store: msae.concept_tree(run, store),

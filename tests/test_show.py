@@ -9,8 +9,7 @@ import pytest
 import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.cli import main
-from msae.data.store import EmbeddingStore
-from msae.data.store.rows import Row, names_to_show
+from msae.data.store import EmbeddingStore, Row, names_to_show
 from msae.web.report.search import render
 from msae.web.report.sheet import as_html
 
@@ -64,7 +63,7 @@ def test_a_column_with_a_comma_in_its_name_is_one_column(tmp_path):
 
 VERBS = {
     "search": lambda run, store, **o: msae.search(run, store, like="i3", n=40, **o),
-    "gallery": lambda run, store, **o: msae.gallery(run, store, latent=0, n=40, **o),
+    "gallery": lambda run, store, **o: msae.gallery(run, store, latent=0, n=40, inference="relu", **o),
     "activations": lambda run, store, **o: msae.activations(run, store, **o),
     "report": lambda run, store, **o: msae.report(run, store, out=run.parent / "r.html", **o),
 }
@@ -106,7 +105,7 @@ def test_a_report_without_a_store_has_no_columns_to_show(world, tmp_path):
 
 def test_show_is_an_option_of_the_command_line(world, capsys, tmp_path):
     run, store = map(str, world)
-    for words in (["search", run, "--like", "i3"], ["gallery", run, "--latent", "0"]):
+    for words in (["search", run, "--like", "i3"], ["gallery", run, "--latent", "0", "--inference", "relu"]):
         with pytest.raises(SystemExit) as left:
             main([*words, "--on", store, "--show", "colour,size", "--json", str(tmp_path / "out.json")])
         assert left.value.code == 0 and "colour: red · size: " in capsys.readouterr().out

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from msae.base.errors import MsaeError
     from msae.cli.info import info
     from msae.concepts.activations import Activations, activations
-    from msae.concepts.gallery import Gallery, concept_tree, gallery, top_samples
+    from msae.concepts.gallery import Gallery, gallery
     from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
-    from msae.concepts.samples import TopSamples
+    from msae.concepts.samples import TopSamples, top_samples
     from msae.concepts.stability import Stability, stability
+    from msae.concepts.tree import concept_tree
     from msae.data.embed import Embedder, embed
     from msae.data.store import EmbeddingStore
     from msae.measure import metrics
@@ -45,9 +46,9 @@ _HOME = {
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
     "Gallery": "concepts.gallery",
-    "concept_tree": "concepts.gallery",
+    "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
-    "top_samples": "concepts.gallery",
+    "top_samples": "concepts.samples",
     "NameSettings": "concepts.naming",
     "name": "concepts.naming",
     "Report": "web.report",

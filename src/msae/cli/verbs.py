@@ -113,7 +113,8 @@ def gallery(
             broader word.
         magnitudes: Instead of one latent, print how large the activations are, and the largest of each row.
     """
-    from msae.concepts import gallery as galleries
+    from msae.concepts.gallery import all_magnitudes
+    from msae.concepts.tree import concept_tree
 
     given = call.keywords
     common = {key: given[key] for key in ("sae", "on", "inference", "device") if key in given}
@@ -121,10 +122,10 @@ def gallery(
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
     if tree:
-        found = galleries.concept_tree(**common, k=k, pairs=pairs)
+        found = concept_tree(**common, k=k, pairs=pairs)
         return found.to_text(), found.to_json()
     if magnitudes:
-        sizes = galleries.all_magnitudes(**common)
+        sizes = all_magnitudes(**common)
         return sizes.to_text(), sizes.to_json()
     shown = call()
     if sheet is not None:

@@ -84,6 +84,7 @@ class View:
         if block_rows is not None and block_rows < 1:
             raise ConfigError(f"blocks of {block_rows} rows; give at least 1, for example 4096")
         self.inference: Inference = inference if k is None else "topk"
+        sae.check_inference(self.inference)
         self.k = k
         self.block_rows = block_rows or max(64, BLOCK_ENTRIES // sae.d_sae)
         self.standardized_by: Literal["run", "store"] = "run" if self.modality in sae.standardizer else "store"

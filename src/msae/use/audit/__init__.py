@@ -18,10 +18,9 @@ from msae.sae.model import SAE, Inference
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
-from msae.use.audit.auditor import N_CONTROLS, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import make_subject, parse_class_texts
-from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
 
 __all__ = [
@@ -79,8 +78,8 @@ def audit(
         names: The names.json to use. Without it, the run's.
         all_latents: Audit every latent, named or not.
         modality: Which embeddings of the store.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
         sweep_id: Id of the row in which each concept is moved from 0 to twice its p99. Without it, an ordinary row for
             each concept.

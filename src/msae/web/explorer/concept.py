@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from msae.concepts.hierarchy import Edge
+from msae.concepts.tree import Edge
 from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import Slice, draw

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from msae.base.errors import MsaeError
 from msae.measure.evaluate import Evaluation, table_rows
-from msae.measure.evaluate.table import meanings_of, mode_of
+from msae.measure.evaluate.record import meanings_of, mode_of
 from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import draw
 from msae.web.explorer.session import LoadedRun, World

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
-from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import TopSamples, top_samples
+from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import EmbeddingStore, as_store, find_picture
-from msae.data.store.rows import PATH_COLUMNS, Row, names_to_show
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture, names_to_show
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run

@@ -13,13 +13,11 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
-from msae.concepts.gallery.mining import SAMPLES_FOLDER
-from msae.concepts.samples import TopSamples
-from msae.data.store import EmbeddingStore, as_store
-from msae.data.store.rows import names_to_show
+from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
+from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
-from msae.measure.evaluate.table import COLUMNS, meanings_of, mode_of
+from msae.measure.evaluate.record import COLUMNS, meanings_of, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit

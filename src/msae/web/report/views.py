@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msae.concepts.gallery import ConceptTree, Magnitudes, concept_tree, magnitudes, top_samples
+from msae.concepts.gallery import Magnitudes, magnitudes
 from msae.concepts.names import Concept, ConceptNames
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import TopSamples, top_samples
+from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality

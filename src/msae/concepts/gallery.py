@@ -1,4 +1,4 @@
-"""`gallery`: what activates a latent most, how strongly, and how latents nest; from one pass over any store."""
+"""`gallery`: what activates a latent most, and how strongly; from one pass over any store."""
 
 from __future__ import annotations
 
@@ -7,34 +7,31 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError
 from msae.base.results import Result, shorten
 from msae.concepts.concept import latents_of
-from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.concepts.gallery.mining import check_n, top_samples
-from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.samples import TopSamples, check_latent, describe
+from msae.concepts.samples import (
+    BINS_PER_OCTAVE,
+    N_BINS,
+    TopSamples,
+    bin_edges,
+    check_latent,
+    check_n,
+    describe,
+    histogram_quantiles,
+    top_samples,
+)
 from msae.data.store import EmbeddingStore, Row, as_store
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
-
-__all__ = [
-    "AllMagnitudes",
-    "ConceptTree",
-    "Gallery",
-    "Magnitudes",
-    "Sample",
-    "all_magnitudes",
-    "concept_tree",
-    "gallery",
-    "magnitudes",
-    "top_samples",
-]
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,8 +130,8 @@ def gallery(
             is shown.
         n: How many images and how many texts.
         show: Columns of the metadata to print beside the captions, such as title,colour.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
@@ -207,3 +204,85 @@ def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
         f"{modality}s: fires on {known['firing_rate']:.2%}, there among {levels}; "
         f"median {known['p50']:.2f}, p99 {known['p99']:.2f}, largest {known['max']:.2f}"
     )
+
+
+_SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+class Magnitudes(NamedTuple):
+    """How large activations are: the poster's two histograms of one model."""
+
+    edges: NDArray[np.float64]
+    nonzero: NDArray[np.int64]
+    """Of all non-zero activations."""
+    row_maxima: NDArray[np.int64]
+    """Of each row's largest activation."""
+    quantiles: Mapping[str, Mapping[str, float]]
+    """p1, p10, p50, p90, p99 and max of both."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "edges": self.edges.tolist(),
+            "nonzero": self.nonzero.tolist(),
+            "row_maxima": self.row_maxima.tolist(),
+            "quantiles": dict(self.quantiles),
+        }
+
+
+def magnitudes(samples: TopSamples, *, bins_per_octave: int = 4) -> Magnitudes:
+    """Histograms of the non-zero activations and of each row's largest, over all latents.
+
+    Args:
+        bins_per_octave: 1, 2, 4, 8 or 16.
+    """
+    together = BINS_PER_OCTAVE // bins_per_octave
+    both = np.stack([samples.histogram.sum(0), samples.row_maxima])
+    largest = np.full(2, samples.maximum.max(), dtype=np.float32)
+    values = histogram_quantiles(both, list(_SHARES.values()), largest)
+    nonzero, row_maxima = both.reshape(2, N_BINS // together, together).sum(2)
+    named = {
+        name: dict(zip(_SHARES, row.tolist(), strict=True))
+        for name, row in zip(("nonzero", "row_maxima"), values, strict=True)
+    }
+    return Magnitudes(bin_edges()[::together], nonzero, row_maxima, named)
+
+
+@dataclass(frozen=True, repr=False)
+class AllMagnitudes(Result):
+    """The magnitudes of one model on the images and on the texts of a store."""
+
+    by_modality: Mapping[Modality, Magnitudes]
+
+    def to_json(self) -> dict[str, Any]:
+        return {modality: found.to_json() for modality, found in self.by_modality.items()}
+
+    @property
+    def headline(self) -> str:
+        medians = (f"{found.quantiles['nonzero']['p50']:.3f} of {m}s" for m, found in self.by_modality.items())
+        return f"median activation {', '.join(medians)}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record of quantiles for each modality and histogram."""
+        return [
+            {"modality": modality, "of": of, **quantiles}
+            for modality, found in self.by_modality.items()
+            for of, quantiles in found.quantiles.items()
+        ]
+
+    def to_text(self) -> str:
+        """A table of the quantiles, with a line for each modality and histogram."""
+        lines = [f"{'activations':<28}" + "".join(f"{share:>9}" for share in _SHARES)]
+        for modality, found in self.by_modality.items():
+            for name, title in (("nonzero", "non-zero"), ("row_maxima", "largest of each row")):
+                values = found.quantiles[name].values()
+                lines.append(f"{f'{modality}: {title}':<28}" + "".join(f"{value:9.3f}" for value in values))
+        return "\n".join(lines)
+
+
+def all_magnitudes(
+    sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
+) -> AllMagnitudes:
+    """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
+    run, store = Run.open(sae), as_store(on)
+    found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
+    return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})
