@@ -36,7 +36,7 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
 MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
 RECIPES: dict[str, dict[str, Any]] = {
     "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
-    "first-default": {**MATRYOSHKA, "weighting": "reverse"},
+    "first-default": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse", "lr": 5e-4, "warmup": 0.05},
     "8-256": {**MATRYOSHKA, "levels": doubling(8, 256), "lr": 2e-3},
     "8-512": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3},
     "16-512": {**MATRYOSHKA, "levels": doubling(16, 512), "lr": 2e-3},

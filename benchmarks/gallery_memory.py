@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msae.concepts.gallery import top_samples
+from msae.concepts.samples import top_samples
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics

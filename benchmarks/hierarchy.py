@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msae.concepts.gallery import concept_tree
-from msae.concepts.hierarchy import Activity, Edge, Hierarchy, find_hierarchy, score_pairs
 from msae.concepts.naming import name
+from msae.concepts.tree import Activity, Edge, Hierarchy, concept_tree, find_hierarchy, score_pairs
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE

@@ -45,12 +45,13 @@ def main() -> None:
         arguments.test,
         labels=arguments.labels,
         probe_train=arguments.train if arguments.labels else None,
+        inference="relu",  # as in the poster
         recovery=True,
     )
     name = f"poster-{arguments.recipe}"
     curves = FIGURES / f"{name}-recovery.svg"
     plot_recovery(results, curves)
-    records = [{**r.to_dict(), "run": Path(str(r.run)).name, "on": Path(arguments.test).name} for r in results]
+    records = [{**r.to_json(), "run": Path(str(r.run)).name, "on": Path(arguments.test).name} for r in results]
     (FIGURES / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
     body = (
         f"{poster_table(results)}\n\nTraining, wall time: {times}.\n\n"
@@ -86,7 +87,7 @@ def plot_recovery(results: list, file: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, key in zip(axes, ("fvu", "cosine", "cknna"), strict=True):
         for i, result in enumerate(results):
-            points = result.to_dict()["recovery"]
+            points = result.to_json()["recovery"]
             style = "-" if "msae" in Path(result.run).name else "--"
             values = [point[key] for point in points]
             axis.plot([p["k"] for p in points], values, style, color=f"C{i}", label=Path(result.run).name, lw=1.6)

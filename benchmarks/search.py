@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from msae.data.store import EmbeddingStore
-from msae.use.search.spaces import open_index
+from msae.use.neighbours import open_index
 from results import write_section
 
 N = 20

@@ -114,7 +114,7 @@ def test_consensus_is_what_every_seed_found():
 
 def test_result_is_json_with_the_promised_keys():
     saes = [make_sae(rows(30, seed=seed)) for seed in range(2)]
-    data = json.loads(json.dumps(stability(saes, threshold=0.0).to_dict(), allow_nan=False))
+    data = json.loads(json.dumps(stability(saes, threshold=0.0).to_json(), allow_nan=False))
     (pair,) = data["pairs"]
     assert {"a", "b", "decoder", "encoder"} <= set(pair) and isinstance(pair["decoder"], float)
     assert pair["decoder_quantiles"]["p5"] <= pair["decoder_quantiles"]["p95"]
@@ -130,7 +130,7 @@ def test_runs_from_the_same_initial_weights_are_no_measure_of_stability(tmp_path
         train(tmp_path / "x.npy", out=tmp_path / name, seed=seed, kind=kind, **options)
     found = stability([tmp_path / name for name in "abc"])
     assert [pair.same_start for pair in found.pairs] == [True, False, False]
-    pairs = found.to_dict()["pairs"]
+    pairs = found.to_json()["pairs"]
     assert [pair["same_start"] for pair in pairs] == [True, False, False]
     assert pairs[0]["matched_in_place"] > 0.5 > 8 / 64 > pairs[1]["matched_in_place"]
     with pytest.raises(SystemExit):

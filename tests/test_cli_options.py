@@ -7,7 +7,7 @@ import pytest
 
 from msae.cli import VERBS, main, verb_options
 from msae.cli.verbs import load
-from msae.sae.train.settings import LEARNING_RATES
+from msae.sae.train.recipes import RECIPES
 
 OLD_OPTIONS = {
     "demo": "--json --out --seed",
@@ -84,11 +84,17 @@ def test_help_shows_the_real_defaults(verb, capsys, monkeypatch):
 
 
 def test_help_of_the_learning_rate_is_what_the_recipes_fill_in():
-    text = verb_options("train")["lr"].help
-    assert "5e-4; the poster's recipe: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others" in text
-    assert set(LEARNING_RATES["default"].values()) == {5e-4}
-    others = {kind: rate for kind, rate in LEARNING_RATES["poster"].items() if rate != 5e-4}
-    assert others == {"matryoshka": 1e-4, "relu": 5e-5}
+    text = " ".join(verb_options("train")["lr"].help.split())
+    assert "2e-3 for matryoshka, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka; poster: 1e-4" in text
+    assert "1e-4 for matryoshka, 5e-5 for relu" in text
+    unlike = {
+        name: {kind: rate for kind, rate in recipe.lr.items() if rate != 5e-4} for name, recipe in RECIPES.items()
+    }
+    assert unlike == {
+        "default": {"matryoshka": 2e-3},
+        "faithful": {"matryoshka": 1e-3},
+        "poster": {"matryoshka": 1e-4, "relu": 5e-5},
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from msae.base.config import from_mapping, read_toml, to_mapping
+from msae.base.config import read_toml, settings_from, to_mapping
 from msae.base.errors import ConfigError
 
 
@@ -19,9 +19,9 @@ class Settings:
 
 
 def test_mapping_and_back():
-    settings = from_mapping(Settings, {"levels": [1, 2], "lr": 1, "out": "a/b"}, where="x")
+    settings = settings_from(Settings, None, {"levels": [1, 2], "lr": 1, "out": "a/b"}, where="x")
     assert settings == Settings(levels=(1, 2), lr=1.0, out=Path("a/b"))
-    assert from_mapping(Settings, to_mapping(settings), where="x") == settings
+    assert settings_from(Settings, None, to_mapping(settings), where="x") == settings
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_mapping_and_back():
 )
 def test_wrong_values_are_named(values, message):
     with pytest.raises(ConfigError) as caught:
-        from_mapping(Settings, values, where="f.toml")
+        settings_from(Settings, None, values, where="f.toml")
     assert message in str(caught.value)
 
 

@@ -31,7 +31,7 @@ def test_it_makes_everything_it_names(small_world):
     for run in chain.RUNS:
         assert (folder / "runs" / run / "sae.safetensors").exists()
         assert any(run in line for line in said)
-        assert run in result.closing
+        assert run in result.to_text()
     assert all(e.n == 200 and 0 <= e.sparsity < 1 and e.probe_accuracy > 0.9 for e in result.evaluations)
     assert (folder / "runs" / chain.NAMED_RUN / "names.json").exists()
 
@@ -40,7 +40,7 @@ def test_a_second_demo_makes_no_scene_store_or_run_again(small_world):
     _, result, _, again, before, after = small_world
     changed = {p.name for p in before if before[p] != after.get(p)}
     assert changed <= {"words.txt", "names.json"}
-    assert again.to_dict()["evaluations"] == result.to_dict()["evaluations"]
+    assert again.to_json()["evaluations"] == result.to_json()["evaluations"]
 
 
 def test_the_command_names_the_report_last(small_world, capsys):

@@ -62,7 +62,7 @@ def ways(run, store):
     return {
         "search": lambda: msae.search(run, store, text=WORDS[0], modality="text", n=1).hits[0].score,
         "explorer": lambda: float(world.embed_text(WORDS[0]) @ store.take(np.array([0]), "text")[0]),
-        "audit": lambda: msae.audit(run, store, "label", **classes).to_dict()["classifier"]["accuracy"],
+        "audit": lambda: msae.audit(run, store, "label", **classes).to_json()["classifier"]["accuracy"],
     }
 
 

@@ -337,7 +337,7 @@ def test_two_processes_do_not_write_one_store(clip, tmp_path):
     out = tmp_path / "x.store"
     with pytest.raises(Interrupted, match="interrupted"):
         embed(samples(39, stop_at=36), encoder=clip, out=out, batch_size=2)
-    with (out / ".partial" / "lock").open("w") as lock:
+    with (out / ".partial" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match="is being written by another process"):
             embed(samples(39), encoder=clip, out=out, batch_size=2)

@@ -12,6 +12,7 @@ from msae.base.files import write_json
 from msae.data.store import EmbeddingStore
 from msae.measure import metrics
 from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
+from msae.measure.probe import hold_out
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from tests.oracles import metrics as oracle
@@ -22,7 +23,9 @@ CONTRACT = [
     *("fvu_per_sample", "fvu_per_sample_std", "fvu_authors", "cosine", "cosine_std", "mae", "cknna", "cknna_std"),
     *("decoder_orthogonality", "max_decoder_cosine", "dead", "dead_train"),
 ]
-PROBE = ["probe_kl", "probe_kl_std", "probe_agreement", "probe_accuracy", "probe_accuracy_reconstructed"]
+PROBE = [
+    *("probe_kl", "probe_kl_std", "probe_agreement", "probe_accuracy", "probe_accuracy_reconstructed", "class_f1"),
+]
 
 
 def write_store(path, *, n=90, d_in=D_IN, seed=0, labels=True):
@@ -141,8 +144,8 @@ def test_recovery_at_k_is_inference_with_topk(world):
 
 @pytest.mark.parametrize("batch_size", [1, 17, 1000])
 def test_the_batch_size_changes_no_figure(world, batch_size):
-    one = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
-    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_dict()
+    one = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
+    other = evaluate(world[2], world[1], labels="label", recovery=True, batch_size=batch_size).to_json()
     recovery, other_recovery = one.pop("recovery"), other.pop("recovery")
     for a, b in [(one, other), *zip(recovery, other_recovery, strict=True)]:
         for key, value in a.items():
@@ -153,10 +156,11 @@ def test_topk_is_removed_from_those_trained_with_it(tmp_path):
     train = write_store(tmp_path / "train.npy")
     sae = make_sae(train, "topk", k=3)
     removed, trained, given = (
-        evaluate(sae, train), evaluate(sae, train, inference="trained"), evaluate(sae, train, inference="topk", k=3),
+        evaluate(sae, train, inference=mode, k=3 if mode == "topk" else None) for mode in ("relu", "trained", "topk")
     )  # fmt: skip
     assert removed.l0 > 3 >= trained.l0
-    assert {**trained.to_dict(), "inference": "topk", "k": 3} == given.to_dict()
+    assert {**trained.to_json(), "inference": "topk", "k": 3} == given.to_json()
+    assert evaluate(sae, train) == trained, "one default everywhere"
 
 
 def test_cknna_is_averaged_over_batches_chosen_by_the_seed(world, monkeypatch):
@@ -222,6 +226,29 @@ def test_the_probe_figures_are_those_of_scikit_learn(world):
     assert found == evaluate(run, holdout, labels="label", probe_train=train)
 
 
+@pytest.mark.parametrize("mode", [{"inference": "relu"}, {"inference": "topk", "k": 3}, {"inference": "threshold"}])
+def test_class_f1_is_that_of_the_inference_on_the_rows_of_the_probe(world, mode):
+    train, holdout, run = world
+    SAE.load(run).with_l0(4, train).save(run)
+    sae = SAE.load(run)
+    rows = [np.load(path) for path in (train, holdout)]
+    # Ten evaluated rows are also training rows: half of them train, half are evaluated.
+    np.save(holdout, np.concatenate([rows[1][:80], rows[0][:10]]))
+    labels = [EmbeddingStore.open(path).column("label") for path in (train, holdout)]
+    with holdout.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "label"], *enumerate([*labels[1][:80], *labels[0][:10]])])
+    stores = [EmbeddingStore.open(path) for path in (train, holdout)]
+    every = [np.arange(len(store)) for store in stores]
+    held = hold_out(*stores, "image", train_rows=every[0], on_rows=every[1], seed=0)
+    assert (len(held.train), len(held.on)) == (195, 85)
+    sides = []
+    for store, chosen in zip(stores, (held.train, held.on), strict=True):
+        z = sae.encode(store.take(chosen, "image"), inference=mode["inference"], k=mode.get("k"))
+        sides += [z, [store.column("label")[row] for row in chosen]]
+    found = evaluate(run, holdout, labels="label", **mode)
+    assert found.class_f1 == pytest.approx(oracle.class_f1(*sides), abs=1e-6) and 0.4 < found.class_f1 < 1
+
+
 def test_rows_without_a_known_label_are_left_out_of_the_probe_and_counted(world):
     _, holdout, run = world
     with holdout.with_suffix(".csv").open(newline="") as file:
@@ -251,7 +278,7 @@ def test_a_perfect_reconstruction_agrees_with_itself(world):
 def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatch):
     fitted = []
     real = __import__("msae.measure.probe", fromlist=["fit_probe"]).fit_probe
-    monkeypatch.setattr("msae.measure.evaluate.probes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
+    monkeypatch.setattr("msae.measure.evaluate.passes.fit_probe", lambda *a, **k: fitted.append(1) or real(*a, **k))
     train, holdout, run = world
     other = save_run(tmp_path / "other", make_sae(train, "relu"), train)
     pair = evaluate([run, other], holdout, labels="label")
@@ -263,9 +290,9 @@ def test_runs_with_the_same_training_share_one_probe(world, tmp_path, monkeypatc
 
 
 def test_a_record_has_the_keys_of_the_contract(world):
-    plain = evaluate(world[2], world[1]).to_dict()
+    plain = evaluate(world[2], world[1]).to_json()
     assert set(CONTRACT) <= set(plain) and not {*PROBE, "recovery"} & set(plain)
-    full = evaluate(world[2], world[1], labels="label", recovery=True).to_dict()
+    full = evaluate(world[2], world[1], labels="label", recovery=True).to_json()
     assert {*CONTRACT, *PROBE, "recovery"} <= set(full)
     assert set(full["recovery"][0]) == {"k", "fvu", "fvu_per_sample", "cosine", "cknna", "dead"}
     assert json.loads(json.dumps(full, allow_nan=False)) == full
@@ -274,7 +301,7 @@ def test_a_record_has_the_keys_of_the_contract(world):
 
 def test_what_is_undefined_is_null_with_a_reason(tmp_path):
     tiny = write_store(tmp_path / "tiny.npy", n=5)
-    record = evaluate(make_sae(tiny), tiny).to_dict()
+    record = evaluate(make_sae(tiny), tiny).to_json()
     assert record["cknna"] is record["cknna_std"] is record["dead_train"] is record["run"] is None
     assert record["cknna_batches"] == 0
     assert [note.split(" is null")[0] for note in record["notes"]] == ["dead_train", "cknna"]
@@ -328,12 +355,27 @@ def test_columns_without_values_are_left_out_and_gaps_are_dashes():
 
 def test_the_table_in_markdown_and_latex():
     pair = [record(run="runs/with_k|2", sparsity=0.9), record(run="runs/b")]
-    head, line, first, _ = poster_table(pair).splitlines()
+    head, line, first, _, _, mode = poster_table(pair).splitlines()
+    assert mode == "inference: relu (every positive latent kept)"
     assert head.startswith("| model ") and "sparsity ↑" in head and "FVU ↓" in head
     assert set(line) <= set("|-: ") and "with_k\\|2" in first and "**0.900**" in first
     latex = poster_table(pair, style="latex")
+    assert latex.endswith("\\end{tabular}\n% inference: relu (every positive latent kept)")
     assert latex.startswith("\\begin{tabular}{lrrrrrr}") and r"with\_k|2 & \textbf{0.900}" in latex
     assert r"$\pm$" in latex and r"sparsity $\uparrow$" in latex and "±" not in latex
+
+
+def test_a_table_of_several_modes_says_which_run_has_which():
+    runs = [
+        record(run="a"),
+        record(run="b", inference="trained"),
+        record(run="c"),
+        record(run="d", inference="topk", k=3),
+    ]
+    assert poster_table(runs).splitlines()[-1] == (
+        "inference: relu (every positive latent kept) for a, c; trained (the activation of training) for b; "
+        "topk (the 3 strongest latents kept) for d"
+    )
 
 
 def test_runs_of_the_same_name_are_told_apart():

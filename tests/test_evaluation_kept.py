@@ -19,14 +19,14 @@ def test_a_record_is_kept_as_it_was_returned(world):  # noqa: F811
     (kept,) = kept_evaluations(run)
     assert kept.evaluation == found and kept.labels == "label"
     data = json.loads(next((run / "eval").iterdir()).read_text())
-    assert {key: data[key] for key in found.to_dict()} == found.to_dict()
+    assert {key: data[key] for key in found.to_json()} == found.to_json()
 
 
 def test_each_store_modality_and_inference_has_a_file_of_its_own(world):  # noqa: F811
     train, holdout, run = world
     for _ in range(2):
         evaluate(run, holdout)
-        evaluate(run, holdout, inference="trained")
+        evaluate(run, holdout, inference="relu")
         evaluate(run, holdout, inference="topk", k=3)
         evaluate(run, holdout, inference="topk", k=4)
         evaluate(run, train)
@@ -82,7 +82,7 @@ def test_a_run_that_cannot_be_written_has_its_records_in_the_users_cache(world, 
     (run / "eval").write_text("a file where a folder should be")
     found = evaluate(run, holdout)
     assert [kept.evaluation for kept in current_evaluations(run)] == [found]
-    assert len(list((tmp_path / "cache").rglob("*-image-relu.json"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*-image-trained.json"))) == 1
 
 
 def test_figures_are_worth_more_than_their_file(world, tmp_path, monkeypatch):  # noqa: F811
@@ -150,7 +150,7 @@ def test_probes_of_different_columns_or_training_stores_are_not_compared(world, 
     for one in (other_column, other_store, none):
         assert one.compared_with(first).probe_kl is None and first.compared_with(one).probe_kl is None
         assert one.compared_with(first).fvu == first.evaluation.fvu
-    evaluate(tmp_path / "run0", holdout, inference="trained")
+    evaluate(tmp_path / "run0", holdout, inference="relu")
     assert [e for e in current_evaluations(tmp_path / "run0") if e.compared_with(same) is not None] == [first]
 
 

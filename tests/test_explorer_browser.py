@@ -215,7 +215,7 @@ def test_a_written_audit_is_loaded_and_a_wrong_file_is_refused(person, folder, t
 
     name = next(iter(msae.ConceptNames.load(folder / "runs/named"))).name
     found = msae.audit(folder / "runs/named", folder / "scenes.store", "count", concept=[name])
-    (tmp_path / "audit.json").write_text(json.dumps(found.to_dict()))
+    (tmp_path / "audit.json").write_text(json.dumps(found.to_json()))
     (tmp_path / "wrong.json").write_text(HOSTILE)
     page = person.open("?page=audit")
     page.locator("[data-audit]").set_input_files(tmp_path / "wrong.json")

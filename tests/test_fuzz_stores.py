@@ -204,7 +204,7 @@ def look_at_everything(path: Path) -> None:
         assert found.probe_n is not None and found.probe_left_out is not None
         assert found.probe_n + found.probe_left_out == n and found.probe_n > 0
         assert found.probe_n <= n - labels.count(None)
-        json.dumps(found.to_dict(), allow_nan=False)
+        json.dumps(found.to_json(), allow_nan=False)
 
 
 def tiny_sae(d_in: int) -> SAE:

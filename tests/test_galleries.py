@@ -11,9 +11,9 @@ import torch
 
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.gallery import gallery, magnitudes, top_samples
+from msae.concepts.gallery import gallery, magnitudes
 from msae.concepts.names import Concept, ConceptNames
-from msae.concepts.samples import Origin, SampleMiner, TopSamples, bin_edges
+from msae.concepts.samples import Origin, SampleMiner, TopSamples, bin_edges, top_samples
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.run import Run
@@ -178,9 +178,7 @@ def test_gallery_equals_encoding_the_store_and_sorting(store, kind):
 def test_second_gallery_is_read_from_the_run_and_a_retrained_sae_is_mined_again(store, run, monkeypatch):
     first = gallery(run, store, latent=3, n=6)
     mined = []
-    monkeypatch.setattr(
-        "msae.concepts.gallery.mining.SampleMiner", lambda *a, **k: (mined.append(1), SampleMiner(*a, **k))[1]
-    )
+    monkeypatch.setattr("msae.concepts.samples.SampleMiner", lambda *a, **k: (mined.append(1), SampleMiner(*a, **k))[1])
     assert gallery(run, store, latent=3, n=6) == first
     assert gallery(run, store, latent=3, n=2).images == first.images[:2]
     assert not mined
@@ -223,7 +221,7 @@ def test_changed_ids_are_seen_without_mining_again(store, run, monkeypatch):
         named = pa.array([f"new {id}" for id in table["id"].to_pylist()])
         pq.write_table(table.set_column(0, "id", named), file)
     changed = EmbeddingStore.open(store.path)
-    monkeypatch.delattr("msae.concepts.gallery.mining.SampleMiner")
+    monkeypatch.delattr("msae.concepts.samples.SampleMiner")
     for _ in range(2):
         again = gallery(run, changed, latent=3)
         assert [sample.id for sample in again.images] == [f"new {sample.id}" for sample in first.images]
@@ -235,7 +233,7 @@ def test_a_run_that_cannot_be_written_has_its_samples_in_the_users_cache(store, 
     (run / "samples").write_text("a file where a folder should be")
     first = gallery(run, store, latent=3)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
-    monkeypatch.delattr("msae.concepts.gallery.mining.SampleMiner")  # nothing is mined
+    monkeypatch.delattr("msae.concepts.samples.SampleMiner")  # nothing is mined
     assert gallery(run, store, latent=3) == first
 
 
@@ -282,7 +280,7 @@ def test_unknown_modality_is_standardised_by_the_store_and_says_so(store):
 
 
 def test_result_is_json_with_the_promised_keys(store, run):
-    data = json.loads(json.dumps(gallery(run, store, latent=3).to_dict(), allow_nan=False))
+    data = json.loads(json.dumps(gallery(run, store, latent=3).to_json(), allow_nan=False))
     assert {"latent", "name", "firing_rate", "images", "texts"} <= set(data)
     assert {"id", "activation"} <= set(data["images"][0])
     assert data["name"] is None and data["latent"] == 3

@@ -8,9 +8,8 @@ import torch
 
 from msae.base.errors import ConfigError
 from msae.cli import main
-from msae.concepts.gallery import concept_tree
-from msae.concepts.hierarchy import Activity, Edge, find_hierarchy, score_pairs
 from msae.concepts.names import Concept, ConceptNames
+from msae.concepts.tree import Activity, Edge, concept_tree, find_hierarchy, score_pairs
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.view import View
@@ -40,7 +39,7 @@ def as_set(found):
 @pytest.mark.parametrize("sparse_below", [0.0, 1.1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("block", [1, 33, 1000])
 def test_edges_equal_the_definition(monkeypatch, block, sparse_below):
-    monkeypatch.setattr("msae.concepts.hierarchy.SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr("msae.concepts.tree.SPARSE_BELOW", sparse_below)
     rng = np.random.default_rng(1)
     fires = np.concatenate([nested(300), rng.random((300, 40)) < rng.random(40)], axis=1)
     fires[:, 10] = fires[:, 0]  # a twin is no parent: it fires as often
@@ -51,7 +50,7 @@ def test_edges_equal_the_definition(monkeypatch, block, sparse_below):
 def test_more_latents_than_a_block_are_compared_across_blocks(monkeypatch):
     fires = np.concatenate([np.random.default_rng(2).random((200, 30)) < 0.5, nested(200)], axis=1)
     whole = as_set(find_hierarchy(activity_of(fires)))
-    monkeypatch.setattr("msae.concepts.hierarchy._BLOCK", 4)
+    monkeypatch.setattr("msae.concepts.tree._BLOCK", 4)
     assert as_set(find_hierarchy(activity_of(fires))) == whole != set()
 
 
@@ -89,7 +88,7 @@ def test_unrelated_latents_have_no_parents():
 
 def test_tree_as_json_has_names_levels_and_edges():
     found = find_hierarchy(activity_of(nested()))
-    data = found.to_dict({0: "dog"}, {1: {"64": 0.5}})
+    data = found.to_json({0: "dog"}, {1: {"64": 0.5}})
     assert [(node["latent"], node["name"], node["depth"]) for node in data["nodes"]] == [
         (0, "dog", 0), (1, None, 1), (2, None, 2),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 from msae.base.errors import StoreError
 from msae.data.store import EmbeddingStore
 from msae.measure.evaluate import evaluate
-from msae.measure.holdout import hold_out
+from msae.measure.probe import hold_out
 from msae.use.audit import audit
 from msae.use.audit.subjects import refused_columns, target_columns
 from tests.test_evaluation import make_sae, save_run

@@ -308,3 +308,43 @@ def test_cknna_of_real_vectors_equals_the_dense_formula(real_vectors):
     x = torch.from_numpy(np.load(real_vectors / "image_test.npy", mmap_mode="r")[:600].astype(np.float32))
     z = ((x - x.mean(0)) @ normal(512, 1024)).relu()
     assert metrics.cknna(x, z) == pytest.approx(oracle.cknna(*numpy(x, z)), rel=1e-6)
+
+
+# --- Classes
+
+
+@pytest.mark.parametrize("block", [1, 7, 60])
+def test_class_f1_is_the_mean_over_classes_of_the_best_latents_f1(block):
+    rng = np.random.default_rng(0)
+    sides = []
+    for n in (80, 60):
+        labels = rng.integers(5 if n == 80 else 6, size=n)  # class 5 is not in training
+        z = np.maximum(rng.normal(size=(n, 9)) + 2 * (labels[:, None] == np.arange(9)) - 0.8, 0)
+        z[:, 4] = 0  # what would fit class 4 never fires
+        targets = np.where(rng.random(n) < 0.1, -1, labels)  # some rows are left out
+        sides.append((torch.from_numpy(z), torch.from_numpy(targets)))
+    counts = []
+    for z, targets in sides:
+        counts.append(metrics.ClassFiring(6, 9))
+        for rows in torch.arange(len(z)).split(block):
+            counts[-1].update(z[rows], targets[rows])
+    flat = [values[targets >= 0].numpy() for z, targets in sides for values in (z, targets)]
+    found = metrics.class_f1(*counts)
+    assert found == pytest.approx(oracle.class_f1(*flat), abs=1e-6)
+    assert 0.3 < found < 0.9
+
+
+def test_class_f1_by_hand():
+    train, on = metrics.ClassFiring(3, 2), metrics.ClassFiring(3, 2)
+    train.update(torch.tensor([[1.0, 0], [2, 0], [0, 1], [1, 1]]), torch.tensor([0, 0, 1, 1]))
+    on.update(torch.tensor([[1.0, 1], [0, 0], [1, 0], [0, 3], [0, 0]]), torch.tensor([0, 0, 1, 1, 2]))
+    # class 0 by latent 0: 1 hit, 1 missed, 1 false; class 1 by latent 1: the same; class 2 is not in training
+    assert metrics.class_f1(train, on) == pytest.approx(0.5)
+
+
+def test_a_class_that_no_latent_fires_for_scores_zero_and_none_at_all_is_nan():
+    silent, on = metrics.ClassFiring(1, 2), metrics.ClassFiring(1, 2)
+    silent.update(torch.zeros(3, 2), torch.tensor([0, 0, 0]))
+    on.update(torch.ones(3, 2), torch.tensor([0, 0, 0]))
+    assert metrics.class_f1(silent, on) == 0 and metrics.class_f1(on, on) == 1
+    assert math.isnan(metrics.class_f1(on, metrics.ClassFiring(1, 2)))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from msae.base.config import from_mapping
+from msae.base.config import settings_from
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, Statistics
 from msae.web.report import report
@@ -27,7 +27,9 @@ def front_matter(text):
 
 def save_sae(folder, **changes):
     config = {"d_in": 8, "d_sae": 16, "kind": "topk", "k": 4, **changes}
-    sae = SAE(from_mapping(SAEConfig, config, where="test"), Standardizer({"text": Statistics(torch.zeros(8), 1.0)}))
+    sae = SAE(
+        settings_from(SAEConfig, None, config, where="test"), Standardizer({"text": Statistics(torch.zeros(8), 1.0)})
+    )
     sae.save(folder)
     return folder
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import Agreement, ConceptNames, as_names
-from msae.concepts.naming import NameSettings, _agrees, name
+from msae.concepts.naming import NameOptions, NameSettings, _agrees, name
 from msae.data.store import StorePart
 from msae.data.store import write_store as write_embeddings
 from msae.sae.model import SAE, SAEConfig
@@ -301,7 +302,7 @@ def test_names_are_a_table_and_are_found_by_name(world):
     assert isinstance(frame, pandas.DataFrame) and list(frame.latent) == [c.latent for c in names]
     assert frame.auroc[0] == names.concepts[0].agreement.auroc
     assert names[WORDS[0].title()] == names.latents_of(WORDS[0])
-    assert repr(names) == names.to_text() and json.loads(names.to_json())["d_sae"] == D_SAE
+    assert names.to_json()["d_sae"] == D_SAE
     assert "<pre>" in names._repr_html_()
 
 
@@ -527,3 +528,14 @@ def test_random_directions_do_not_depend_on_how_many_are_drawn_at_once(monkeypat
     whole = evidence.random_like(rows, 1000, np.random.default_rng(1))
     monkeypatch.setattr(evidence, "DRAWN_ROWS", 7)
     np.testing.assert_allclose(evidence.random_like(rows, 1000, np.random.default_rng(1)), whole, atol=1e-6)
+
+
+def test_the_keywords_of_name_are_the_fields_of_its_settings():
+    hints = typing.get_type_hints(NameSettings)
+    assert typing.get_type_hints(NameOptions) == {f.name: hints[f.name] for f in dataclasses.fields(NameSettings)}
+    assert typing.get_type_hints(name)["options"] == typing.Unpack[NameOptions]
+
+
+def test_texts_pass_through_the_sae_on_the_device_that_is_named(world):
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        name(world.sae, world.vocabulary, device="meta")  # no values, so none can be read

@@ -7,7 +7,7 @@ import pytest
 from msae.data.store import as_store
 from msae.use import neighbours
 from msae.use.neighbours import NeighbourIndex
-from msae.use.search.spaces import open_index as open_store_index
+from msae.use.neighbours import open_index as open_store_index
 from tests.oracles import neighbours as oracle
 
 faiss = pytest.importorskip("faiss")

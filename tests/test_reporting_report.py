@@ -12,11 +12,10 @@ import pyarrow as pa
 import pytest
 
 import msae
-from msae.base.errors import ConfigError, RunError
+from msae.base.errors import ConfigError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.gallery import ConceptTree
-from msae.concepts.hierarchy import Edge, Hierarchy
 from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.concepts.tree import ConceptTree, Edge, Hierarchy
 from msae.data.store import StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train
@@ -206,6 +205,13 @@ def test_without_a_store_that_of_an_earlier_report_is_used_while_it_is_there(wor
     assert "samples" in {one.section for one in report(world / "run").missing}
 
 
+def test_columns_that_are_asked_for_stand_beside_each_caption(world):
+    pages = [report(world / "run", world / "pairs.store", show=show).path.read_text() for show in ([], ["label"])]
+    assert "· label: &lt;b&gt;a" not in pages[0] and pages[1].count("· label: &lt;b&gt;a") > 3
+    with pytest.raises(StoreError, match="colour"):
+        report(world / "run", world / "pairs.store", show=["colour"])
+
+
 def test_figures_of_other_weights_are_not_shown(world):
     for file in ("sae.safetensors", "sae.json"):
         shutil.copy(world / "bare" / file, world / "run" / file)
@@ -258,9 +264,9 @@ def test_a_store_of_vectors_alone_will_do(tmp_path):
 
 def test_an_audit_survives_its_json(made):
     found = audit(made / "run", made / "pairs.store", "label", names={EVIL: [0], "red": [5, 7]}, n_permutations=50)
-    text = json.dumps(found.to_dict())
+    text = json.dumps(found.to_json())
     again = Audit.from_json(text, where="audit.json")
-    assert again.to_dict() == found.to_dict() and again.to_text() == found.to_text()
+    assert again.to_json() == found.to_json() and again.to_text() == found.to_text()
     with pytest.raises(ConfigError, match=r"^audit\.json is not what msae audit writes"):
         Audit.from_json('{"concepts": [{"name": 3}]}', where="audit.json")
 

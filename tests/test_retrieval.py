@@ -362,7 +362,7 @@ def test_the_index_lies_beside_the_store_and_is_rebuilt_when_the_store_changes(r
 
 def test_json_and_table_hold_the_answer(run, store):
     result = search(run, store, like="row7", set={"green": "p99"}, exclusive=True)
-    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert data["query"] == {"kind": "like", "value": "row7", "modality": "image"}
     assert data["edits"][0]["concept"] == "green" and data["edits"][0]["value"] == "p99"
     assert [hit["rank"] for hit in data["hits"]] == list(range(1, 21))
@@ -413,9 +413,9 @@ def test_one_searcher_for_many_searches_answers_as_a_new_one_does(run, store):
     def one(pair):
         id, edit = pair
         how = How([parse_edit(edit)], 8, "embedding", True, False, False, None)
-        return searcher.search(Ask(like=id), how).to_dict()
+        return searcher.search(Ask(like=id), how).to_json()
 
     with ThreadPoolExecutor(5) as pool:
         found = list(pool.map(one, asked))
-    assert found == [search(run, store, like=id, set=[edit], n=8).to_dict() for id, edit in asked]
+    assert found == [search(run, store, like=id, set=[edit], n=8).to_json() for id, edit in asked]
     assert set(searcher.concepts("image")._made) == {"red", "sky", "blue", "#2"}

@@ -73,7 +73,7 @@ def test_a_search_for_a_row_loads_no_more_than_it_needs(run, store, how):  # noq
 
 def test_a_result_is_text_a_table_and_pictures(run, store, tmp_path, monkeypatch):  # noqa: F811
     result = search(run, store, like="row7", set={"green": "p99"}, n=3)
-    assert repr(result) == result.to_text() and result.to_text().count("\n") == 5
+    assert result.to_text().count("\n") == 5
     table = result.to_pandas()
     assert isinstance(table, pd.DataFrame) and list(table["id"]) == [hit.id for hit in result.hits]
     assert {"rank", "score", "rank_before", "score_before", "colour", "place", "shared"} <= set(table.columns)

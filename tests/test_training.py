@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae.base.config import from_mapping
+from msae.base.config import settings_from
 from msae.base.errors import ConfigError, Interrupted, MissingDependencyError, RunError, StoreError, TrainingError
 from msae.cli import main
 from msae.data.store import as_store
@@ -315,9 +315,48 @@ def test_the_poster_recipe_is_the_papers():
     assert TrainSettings(recipe="poster", expansion=32).resolve(Rows()).epochs == 20
 
 
+def sized(d_in, n_rows=50_000):
+    """What settings must know of a store."""
+
+    class Rows:
+        def __len__(self):
+            return n_rows
+
+    Rows.d_in = d_in
+    return Rows()
+
+
+def test_default_levels_double_up_to_the_dimensions_of_the_embeddings():
+    wide = TrainSettings().resolve(sized(512))
+    assert wide.levels == (8, 16, 32, 64, 128, 256, 512) and wide.weights == (1,) * 7
+    assert (wide.lr, wide.inference_l0, wide.d_sae, wide.batch_size) == (2e-3, 64, 4096, 128)
+    demo = TrainSettings().resolve(sized(128))
+    assert demo.levels == (2, 4, 8, 16, 32, 64, 128) and demo.inference_l0 == 16
+    assert TrainSettings().resolve(sized(768)).levels == (12, 24, 48, 96, 192, 384, 768)
+    assert TrainSettings(d_sae=40).resolve(sized(128)).levels == (2, 4, 8, 16, 32, 40)
+    assert TrainSettings(d_sae=1).resolve(sized(7)).levels == (1,)
+    reverse = TrainSettings(weighting="reverse").resolve(sized(512))
+    assert reverse.levels == wide.levels and reverse.weights == tuple(range(7, 0, -1))
+
+
+def test_the_faithful_recipe_has_levels_up_to_all_latents():
+    settings = TrainSettings(recipe="faithful").resolve(sized(512))
+    assert settings.levels == (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) and settings.lr == 1e-3
+    assert TrainSettings(recipe="faithful", kind="topk").resolve(sized(512)).lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "l0"),
+    [({}, 64), ({"kind": "topk", "k": 16}, 16), ({"inference_l0": 9, "kind": "topk"}, 9), ({"d_sae": 20}, 20)],
+)
+def test_the_mean_number_of_active_latents_is_that_of_the_kind_or_an_eighth_of_the_dimensions(given, l0):
+    assert TrainSettings(**given).resolve(sized(512)).inference_l0 == l0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"inference_l0": 0}, ConfigError, "--inference-l0 0 is not positive"),
         ({"kidn": "topk"}, ConfigError, "unknown setting 'kidn'; did you mean 'kind'"),
         ({"kind": "topp"}, ConfigError, "not one of matryoshka"),
         ({"kind": "topk", "k": 65}, ConfigError, "k 65 is not between 1 and d_sae 64"),
@@ -422,7 +461,9 @@ def test_the_keywords_of_train_are_the_settings():
 
 def test_a_run_trains_again_from_its_own_settings(store, tmp_path):
     train(store, out=tmp_path / "a", **SMALL, levels=(4, 64), weighting="reverse")
-    settings = from_mapping(TrainSettings, json.loads((tmp_path / "a/config.json").read_text())["train"], where="a")
+    settings = settings_from(
+        TrainSettings, None, json.loads((tmp_path / "a/config.json").read_text())["train"], where="a"
+    )
     train(store, out=tmp_path / "b", settings=settings)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
 

@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from msae.base import errors
     from msae.base.errors import MsaeError
     from msae.cli.info import info
-    from msae.concepts.gallery import Gallery, concept_tree, gallery, top_samples
+    from msae.concepts.activations import Activations, activations
+    from msae.concepts.gallery import Gallery, gallery
     from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
-    from msae.concepts.samples import TopSamples
+    from msae.concepts.samples import TopSamples, top_samples
     from msae.concepts.stability import Stability, stability
+    from msae.concepts.tree import concept_tree
     from msae.data.embed import Embedder, embed
     from msae.data.store import EmbeddingStore
     from msae.measure import metrics
-    from msae.measure.evaluate import Evaluation, evaluate, poster_table
+    from msae.measure.evaluate import Evaluation, Evaluations, evaluate, poster_table
     from msae.sae import kernels, losses
     from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
@@ -31,7 +33,10 @@ __version__ = "0.1.0"
 _HOME = {
     "MsaeError": "base.errors",
     "info": "cli.info",
+    "Activations": "concepts.activations",
+    "activations": "concepts.activations",
     "Audit": "use.audit",
+    "Evaluations": "measure.evaluate",
     "ConceptNames": "concepts.names",
     "Embedder": "data.embed",
     "audit": "use.audit",
@@ -41,9 +46,9 @@ _HOME = {
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
     "Gallery": "concepts.gallery",
-    "concept_tree": "concepts.gallery",
+    "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
-    "top_samples": "concepts.gallery",
+    "top_samples": "concepts.samples",
     "NameSettings": "concepts.naming",
     "name": "concepts.naming",
     "Report": "web.report",
@@ -77,11 +82,13 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SAE",
+    "Activations",
     "Audit",
     "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
+    "Evaluations",
     "Gallery",
     "MsaeError",
     "NameSettings",
@@ -91,6 +98,7 @@ __all__ = [
     "Stability",
     "TopSamples",
     "TrainSettings",
+    "activations",
     "audit",
     "concept_tree",
     "embed",

@@ -92,3 +92,20 @@ def probe_kl(logits, logits_hat):
     """sum_c p_c log(p_c / p_hat_c) in nats."""
     p, q = softmax(logits), softmax(logits_hat)
     return np.array([sum(a * np.log(a / b) for a, b in zip(r, s, strict=True)) for r, s in zip(p, q, strict=True)])
+
+
+def f1_of_firing(fires, is_class):
+    """2 TP / (2 TP + FP + FN), counted row by row."""
+    pairs = list(zip(fires, is_class, strict=True))
+    hits, false, missed = (sum(pair == kind for pair in pairs) for kind in ((1, 1), (1, 0), (0, 1)))
+    return 2 * hits / (2 * hits + false + missed) if hits else 0.0
+
+
+def class_f1(z_train, labels_train, z, labels):
+    """Mean over shared classes of the F1 on (z, labels) of the latent that fits the class best in training."""
+    scores = []
+    for name in sorted(set(labels_train) & set(labels)):
+        in_training = [f1_of_firing(latent > 0, np.array(labels_train) == name) for latent in z_train.T]
+        best = int(np.argmax(in_training))
+        scores.append(f1_of_firing(z[:, best] > 0, np.array(labels) == name) if in_training[best] > 0 else 0.0)
+    return np.mean(scores)

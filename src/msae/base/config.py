@@ -30,15 +30,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not readable TOML ({err}); correct that line") from err
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """An instance of the dataclass `cls` from `values`, each checked against its field's type.
-
-    Raises:
-        ConfigError: A key is unknown, or a value is not of its field's type.
-    """
-    return _make(cls, _checked(cls, values, where=where), where=where)
-
-
 def settings_from(
     cls: type[T], settings: T | None, options: Mapping[str, Any], *, config: str | Path | None = None, where: str
 ) -> T:

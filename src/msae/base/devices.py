@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msae.base.errors import ConfigError
+from msae.base.errors import ConfigError, first_line
 
 
 def as_device(name: str, *, allow_mps: bool = False) -> str:
@@ -22,5 +22,5 @@ def as_device(name: str, *, allow_mps: bool = False) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as err:
-        raise ConfigError(f"device {name} cannot be used here ({str(err).splitlines()[0]}); give --device cpu") from err
+        raise ConfigError(f"device {name} cannot be used here ({first_line(err)}); give --device cpu") from err
     return name

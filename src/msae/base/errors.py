@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 class MsaeError(Exception):
@@ -87,7 +88,17 @@ def missing_dependency(err: BaseException) -> MissingDependencyError | None:
     return None
 
 
+def first_line(err: BaseException) -> str:
+    """The first line of an error's message, without a final full stop or colon."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".:")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint `; did you mean 'x'?` for the known word nearest to `word`, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def nearest_beside(path: Path) -> str:
+    """The same hint for a file that is missing: the name in its folder that is nearest."""
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""

@@ -67,7 +67,14 @@ def write_record(path: Path, value: Any, *, schema_version: int) -> None:
     write_json(path, to_record(value), schema_version=schema_version)
 
 
-def read_record(path: Path, cls: type[T], *, schema_version: int, error: Callable[[str], MsaeError], remedy: str) -> T:
+def read_record(
+    path: Path,
+    cls: type[T],
+    *,
+    schema_version: int | tuple[int, ...],
+    error: Callable[[str], MsaeError],
+    remedy: str,
+) -> T:
     """Read what `write_record` wrote.
 
     Raises:

@@ -4,51 +4,69 @@ from __future__ import annotations
 
 import html
 import importlib
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from msae.base.errors import MissingDependencyError
 
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
+
+REPR = 200
+"""Characters of a result's text in its repr."""
+
 
 class Result:
-    """Base of the results of verbs. A subclass has `to_text`, `to_dict` and `records`."""
+    """Base of the results of verbs: a subclass has `to_text`, `to_json` and `records`.
+
+    A dataclass of this kind needs `repr=False`; its own repr would be a dump of all fields.
+    """
 
     def to_text(self) -> str:
         """What the command prints."""
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, as `--json` writes them."""
+    def to_json(self) -> Any:
+        """What `--json` writes, in values that JSON can hold."""
         raise NotImplementedError
 
     def records(self) -> Sequence[Mapping[str, Any]]:
         """One flat record for each row of the result's table."""
         raise NotImplementedError
 
-    def to_json(self) -> str:
-        """The text that `--json` writes."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` of `records`.
+    def to_pandas(self) -> pd.DataFrame:
+        """The result as a table, one row for each of `records`.
 
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            pd = importlib.import_module("pandas")
-        except ModuleNotFoundError as err:
-            raise MissingDependencyError(
-                "pandas is not installed but is needed here; type: pip install pandas"
-            ) from err
-        return pd.DataFrame([dict(row) for row in self.records()])
+        table: pd.DataFrame = import_pandas().DataFrame([dict(row) for row in self.records()])
+        return table
+
+    @property
+    def headline(self) -> str:
+        """One line that says what it is; the first of its text."""
+        return next((line for line in self.to_text().splitlines() if line.strip()), "")
 
     def __repr__(self) -> str:
-        return self.to_text()
+        """What it is, in one line."""
+        return f"<{type(self).__name__}: {shorten(' '.join(self.headline.split()), REPR)}>"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.to_text())}</pre>"
+
+
+def import_pandas() -> ModuleType:
+    """pandas, which only who asks for its tables needs.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        return importlib.import_module("pandas")
+    except ImportError as err:
+        raise MissingDependencyError("pandas is not installed but is needed here; type: pip install pandas") from err
 
 
 def shorten(text: str, length: int = 40) -> str:

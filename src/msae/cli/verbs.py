@@ -56,8 +56,8 @@ def demo(call: Call, *, json: str | None) -> Shown:
     run, holdout = result.named_run, result.holdout
     hats = audit(run, holdout, "hat") if len(result.names) else None
     page = make_report(run, holdout, beside=result.runs, audit=hats).path
-    closing = f"{result.closing}\n\nall of it, to look at  {page}"
-    return closing, {**result.to_dict(), "report": str(page)}
+    closing = f"{result.to_text()}\n\nall of it, to look at  {page}"
+    return closing, {**result.to_json(), "report": str(page)}
 
 
 def embed(call: Call) -> Shown:
@@ -91,7 +91,7 @@ def evaluate(call: Call, *, latex: bool = False) -> Shown:
     results = call()
     for note in dict.fromkeys(note for result in results for note in result.notes):
         say(f"note: {note}")
-    return poster_table(results, style="latex" if latex else "markdown"), [one.to_dict() for one in results]
+    return poster_table(results, style="latex" if latex else "markdown"), results.to_json()
 
 
 def gallery(
@@ -113,7 +113,8 @@ def gallery(
             broader word.
         magnitudes: Instead of one latent, print how large the activations are, and the largest of each row.
     """
-    from msae.concepts import gallery as galleries
+    from msae.concepts.gallery import all_magnitudes
+    from msae.concepts.tree import concept_tree
 
     given = call.keywords
     common = {key: given[key] for key in ("sae", "on", "inference", "device") if key in given}
@@ -121,17 +122,17 @@ def gallery(
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
     if tree:
-        found = galleries.concept_tree(**common, k=k, pairs=pairs)
-        return found.to_text(), found.to_dict()
+        found = concept_tree(**common, k=k, pairs=pairs)
+        return found.to_text(), found.to_json()
     if magnitudes:
-        sizes = galleries.all_magnitudes(**common)
-        return sizes.to_text(), sizes.to_dict()
+        sizes = all_magnitudes(**common)
+        return sizes.to_text(), sizes.to_json()
     shown = call()
     if sheet is not None:
         from msae.web.report.sheet import write_sheet
 
         write_sheet(shown, sheet)
-    return shown.to_text(), shown.to_dict()
+    return shown.to_text(), shown.to_json()
 
 
 def audit(call: Call, *, html: Path | None = None) -> Shown:
@@ -144,7 +145,7 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
         from msae.web.report.audit import write_html
 
         write_html(found, html)
-    return found.to_text(), found.to_dict()
+    return found.to_text(), found.to_json()
 
 
 def search(call: Call, *, html: Path | None = None) -> Shown:
@@ -157,7 +158,7 @@ def search(call: Call, *, html: Path | None = None) -> Shown:
         from msae.web.report.search import write_page
 
         write_page(result, html)
-    return result.to_text(), result.to_dict()
+    return result.to_text(), result.to_json()
 
 
 def explore(call: Call, *, json: str | None) -> Shown:
@@ -173,7 +174,7 @@ def explore(call: Call, *, json: str | None) -> Shown:
 def show(call: Call) -> Shown:
     """The text and the data of a result that knows both."""
     result = call()
-    return result.to_text(), result.to_dict()
+    return result.to_text(), result.to_json()
 
 
 def info(call: Call) -> Shown:

@@ -165,12 +165,12 @@ class LatentGroup:
 
     name: str
     latents: tuple[int, ...]
-    pattern: Float[Tensor, " g"]
+    pattern: Float[Tensor, " g"] = field(repr=False)
     """Activations of the latents at strength one, in the proportions they have on average."""
-    reader: Float[Tensor, " g"]
+    reader: Float[Tensor, " g"] = field(repr=False)
     """What each activation adds to the strength."""
-    natural: Natural
-    correlated: Float[Tensor, " d_sae"] | None = None
+    natural: Natural = field(repr=False)
+    correlated: Float[Tensor, " d_sae"] | None = field(default=None, repr=False)
     """What every other latent gains or loses with one unit of strength; None edits these latents alone."""
 
     def strength(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, " n"]:
@@ -279,8 +279,8 @@ class ConceptSet:
 
     def _make(self, concept: str) -> LatentGroup:
         latents = latents_of(concept, self.names, self.view.sae.d_sae)
-        z = torch.cat(list(self.view.activations(latents, self._sample(SAMPLE))))
-        group = make_group(concept, latents, z, self.view.sae.W_dec)
+        z = torch.cat(list(self._activations(SAMPLE, latents)))
+        group = make_group(concept, latents, z, self.view.sae.W_dec.cpu())
         return group if self.strict or is_numbers(concept) else with_correlated(group, self.sample_activations())
 
     def rivals(self, group: LatentGroup) -> list[LatentGroup]:
@@ -311,17 +311,17 @@ class ConceptSet:
             latents = self.names.latents_of(name)
             z = self._on_sample[:, latents]
             if bool((z > 0).any()):
-                found.append(make_group(name, latents, z, self.view.sae.W_dec))
+                found.append(make_group(name, latents, z, self.view.sae.W_dec.cpu()))
         return found
 
     @cached_property
     def _on_sample(self) -> Tensor:
         """Activations of all latents on fewer rows."""
-        return torch.cat(list(self.view.activations(rows=self._sample(RIVAL_SAMPLE))))
+        return torch.cat(list(self._activations(RIVAL_SAMPLE)))
 
     def sample_activations(self) -> Iterable[Tensor]:
         """Activations of all latents on rows spread evenly over the store, block by block."""
-        return self._kept_activations if self._is_small else self.view.activations(rows=self._sample(SAMPLE))
+        return self._kept_activations if self._is_small else self._activations(SAMPLE)
 
     @property
     def _is_small(self) -> bool:
@@ -329,7 +329,11 @@ class ConceptSet:
 
     @cached_property
     def _kept_activations(self) -> list[Tensor]:
-        return list(self.view.activations(rows=self._sample(SAMPLE)))
+        return list(self._activations(SAMPLE))
+
+    def _activations(self, n: int, latents: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Activations on `n` rows, block by block, on the CPU wherever they were computed."""
+        return (z.cpu() for z in self.view.activations(latents, self._sample(n)))
 
     def _sample(self, n: int) -> NDArray[np.int64]:
         rows: NDArray[np.int64] = np.linspace(0, len(self.view) - 1, min(n, len(self.view))).round().astype(np.int64)

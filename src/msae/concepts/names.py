@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
-from msae.base.records import of_record
+from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
 from msae.sae.run import Run, RunLike
 
@@ -170,11 +170,9 @@ class ConceptNames(Result):
         self._check(latent)
         return self.nearest_words[latent] if self.nearest_words else ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """What names.json holds and `msae name --json` writes, but for the candidates of every latent."""
-        concepts = [
-            {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts
-        ]
+        concepts = [{**to_record(concept), "is_multimodal": concept.is_multimodal} for concept in self.concepts]
         return {
             "rule": self.rule,
             "d_sae": self.d_sae,
@@ -222,7 +220,7 @@ class ConceptNames(Result):
         """Write names.json, into the folder `path` or as that file."""
         # One string a latent, not a list: 24,576 latents must not become half a million lines of JSON.
         near = ["\t".join(f"{c.word}\t{c.cosine}" for c in words) for words in self.nearest_words]
-        write_json(_file(path), {**self.to_dict(), "nearest_words": near}, schema_version=SCHEMA_VERSION)
+        write_json(_file(path), {**self.to_json(), "nearest_words": near}, schema_version=SCHEMA_VERSION)
 
     @classmethod
     def load(cls, path: str | Path) -> ConceptNames:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ INFERENCE: Inference = "trained"
 ACTIVATION_ENTRIES = 1 << 28
 """Activations of the rows that confirm names held at once, 1 GB of them; more latents take another pass."""
 _WORD_COLUMNS = ("text", "caption", "word", "name")
-_CAPTION_COLUMNS = ("caption", "text", "label", "class")
+_CAPTION_COLUMNS = ("caption", "text", "label", "class", "title")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class NameSettings:
     modality: Modality | None = None
     """Which embeddings of the store `on`. Without it, images where it has them."""
     column: str | None = None
-    """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class."""
+    """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class and
+    title."""
     untested: Untested = "unnamed"
     """What becomes of a name that captions cannot confirm: they hardly mention it, or mention fewer than 20 words."""
     max_rows: int = 50_000
@@ -86,14 +87,31 @@ class NameSettings:
                 raise ConfigError(f"--{option} {getattr(self, field)} is not positive; give at least 1")
 
 
+class NameOptions(TypedDict, total=False):
+    """The fields of `NameSettings`, as keywords that an editor completes."""
+
+    rule: Rule
+    centre: Centre
+    subtract_b_dec: bool
+    false_names: float
+    synonyms: float
+    candidates: int
+    modality: Modality | None
+    column: str | None
+    untested: Untested
+    max_rows: int
+    seed: int
+
+
 def name(
     sae: RunLike,
     vocabulary: EmbeddingStore | str | Path,
     *,
     on: EmbeddingStore | str | Path | None = None,
     out: str | Path | None = None,
+    device: str = "auto",
     settings: NameSettings | None = None,
-    **options: Any,
+    **options: Unpack[NameOptions],
 ) -> ConceptNames:
     """Give latents the words nearest to their decoder rows as names, where that is more than chance.
 
@@ -105,6 +123,7 @@ def name(
             is active where captions contain the name. Words are never chosen by these rows, so all of them are held
             out.
         out: Where to write names.json. Without it, into the run folder.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         settings: All settings at once, instead of `options`.
         options: Fields of `NameSettings`, such as `rule="poster"`.
 
@@ -121,7 +140,7 @@ def name(
     if settings.rule == "poster":
         names = _by_poster(sae, words, settings)
     else:
-        names = _by_evidence(View(run, store, "text", inference=INFERENCE), words, on, settings)
+        names = _by_evidence(View(run, store, "text", inference=INFERENCE, device=device), words, on, settings)
     target = out or run.names_file
     if target is not None:
         names.save(target)
@@ -194,14 +213,16 @@ def _standardize(x: Float32[np.ndarray, "n d_in"], origin: Statistics) -> Float3
     return np.asarray((x - origin.mean.cpu().numpy()) * np.float32(origin.scale))
 
 
-def _text_column(store: EmbeddingStore, known: Sequence[str], column: str | None) -> list[str]:
+def _text_column(
+    store: EmbeddingStore, known: Sequence[str], column: str | None, *, option: str | None = None
+) -> list[str]:
     column = column or next((name for name in known if name in store.columns), None)
     if column is None:
         raise StoreError(
             f"{store.path} has none of the columns {', '.join(known)} (it has {', '.join(store.columns) or 'none'}); "
-            f"put a .csv with one of them beside it"
+            f"put a .csv with one of them beside it{f', or name another with {option}' if option else ''}"
         )
-    return ["" if value is None else " ".join(str(value).split()) for value in store.column(column)]
+    return ["" if value is None else " ".join(str(value).split()) for value in store.column(column, option=option)]
 
 
 def _distinct(texts: Sequence[str], vocabulary: EmbeddingStore) -> tuple[tuple[str, ...], Int64[np.ndarray, " n"]]:
@@ -261,7 +282,7 @@ def _by_evidence(
     texts: View, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
 ) -> ConceptNames:
     """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
-    sae = texts.sae
+    sae = texts.run.sae
     directions = _decoder(sae)
     found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
     rng = np.random.default_rng(settings.seed)
@@ -284,7 +305,7 @@ def _by_evidence(
     agreements: list[Agreement | None] = [None] * len(latents)
     keep = [True] * len(latents)
     if on is not None:
-        captions = _Captions(sae, words, as_store(on), settings, rng)
+        captions = _Captions(texts, words, as_store(on), settings, rng)
         agreements = captions.agreements(latents, found.words[latents, 0])
         keep = [_agrees(agreement, settings.untested) for agreement in agreements]
         counts["tested"] = sum(_is_tested(agreement) for agreement in agreements)
@@ -347,15 +368,16 @@ def _text_ranks(
     It is the encoder's word on a name that only the decoder was asked for. Synonyms of the name are no rivals; a
     word that leaves the latent silent is behind all others.
     """
-    x, size = torch.from_numpy(words.standardized), texts.block_rows
+    x, size = torch.from_numpy(words.standardized).to(texts.device), texts.block_rows
     mine = np.empty(len(latents), np.float32)
     for first in range(0, len(latents), size):
         z = texts.activate(x[own[first : first + size]], latents[first : first + size].tolist())
-        mine[first : first + size] = z.diagonal().numpy()
+        mine[first : first + size] = z.diagonal().cpu().numpy()
     n_stronger = np.zeros(len(latents), np.int64)
     for first in range(0, len(x), size):
         is_rival = words.groups[first : first + size, None] != words.groups[own]
-        n_stronger += ((texts.activate(x[first : first + size], latents.tolist()).numpy() > mine) & is_rival).sum(0)
+        theirs = texts.activate(x[first : first + size], latents.tolist()).cpu().numpy()
+        n_stronger += ((theirs > mine) & is_rival).sum(0)
     return np.where(mine > 0, 1 + n_stronger, 1 + len(words.texts))
 
 
@@ -363,10 +385,11 @@ class _Captions:
     """Rows with captions or labels: is a latent active where they mention its name?"""
 
     def __init__(
-        self, sae: SAE, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
+        self, texts: View, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
     ) -> None:
+        sae = texts.sae
         check_fit(sae, store)
-        captions = _text_column(store, _CAPTION_COLUMNS, settings.column)
+        captions = _text_column(store, _CAPTION_COLUMNS, settings.column, option="--column")
         is_readable = [m for m in store.modalities if m in sae.standardizer]
         self.view = View(sae, store, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
         self.words, self.rows = words, np.sort(rng.permutation(len(store))[: settings.max_rows])

@@ -5,8 +5,9 @@ The file format is defined in docs/gallery.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,9 +20,18 @@ from safetensors.numpy import load_file, save_file
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.files import atomic_path, read_json, write_json
-from msae.sae import run
+from msae.base.results import Result, shorten, text_table
+from msae.data.store import EmbeddingStore
+from msae.sae.losses import default_levels
+from msae.sae.model import SAE, Inference
+from msae.sae.run import Origin as StoreOrigin
+from msae.sae.run import RunLike
+from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 SCHEMA_VERSION = 2
+SAMPLES_FOLDER = "samples"
+"""The kind of derived files that mined samples are; see `Run.caches`."""
 BINS_PER_OCTAVE = 16
 FIRST_OCTAVE, LAST_OCTAVE = -8, 7
 N_BINS = BINS_PER_OCTAVE * (LAST_OCTAVE - FIRST_OCTAVE)
@@ -31,6 +41,8 @@ _MANTISSA_SHIFT = 23 - 4  # what is left of a float32's bits are its exponent an
 _FIRST_KEY = (127 + FIRST_OCTAVE) << 4
 _ROW_BITS = 32
 _LAST_ROW = 2**_ROW_BITS - 1
+
+_log = logging.getLogger(__name__)
 
 
 class TopSample(NamedTuple):
@@ -43,7 +55,7 @@ class TopSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Origin(run.Origin):
+class Origin(StoreOrigin):
     """What top samples were mined from; those of another origin are ignored."""
 
     modality: Literal["image", "text"]
@@ -52,8 +64,8 @@ class Origin(run.Origin):
     """Whose mean and scale standardised the rows: the SAE's own, or the store's where the SAE has none."""
 
 
-@dataclass(frozen=True, eq=False)
-class TopSamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class TopSamples(Result):
     """Statistics of every latent over the rows of one modality of one store."""
 
     origin: Origin
@@ -129,6 +141,48 @@ class TopSamples:
         check_latent(latent, self.d_sae)
         kept = zip(self.rows[latent].tolist(), self.activations[latent].tolist(), strict=True)
         return [TopSample(row, self.ids[row], value) for row, value in list(kept)[:n] if row >= 0]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each latent: how often and how strongly it fires, and its strongest sample."""
+        columns = {
+            "fired": self.fired,
+            "firing_rate": self.firing_rate,
+            "mean": self.mean,
+            "mean_nonzero": self.mean_nonzero,
+            **dict(zip(("p50", "p90", "p99"), self.quantiles().T, strict=True)),
+            "max": self.maximum,
+        }
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            {"latent": latent, **dict(zip(columns, row, strict=True)), "strongest": self.ids.get(first)}
+            for latent, (row, first) in enumerate(zip(values, self.rows[:, 0].tolist(), strict=True))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What it was mined from, and of each latent its figures and its samples."""
+        latents = [
+            {**record, "samples": [sample._asdict() for sample in self.top(record["latent"])]}
+            for record in self.records()
+        ]
+        return {**asdict(self.origin), "n_rows": self.n_rows, "latents": latents}
+
+    def to_text(self, n: int = 20) -> str:
+        """The latents that can be strongest, with how often they fire."""
+        strongest = np.argsort(-self.maximum, kind="stable")[:n].tolist()
+        records = self.records()
+        head = ("latent", "rows", "median", "p99", "largest", "strongest sample")
+        cells = [
+            [str(one["latent"]), f"{one['fired']:,}", *(f"{one[key]:.3f}" for key in ("p50", "p99", "max")),
+             shorten(one["strongest"] or "-")]
+            for one in (records[latent] for latent in strongest)
+        ]  # fmt: skip
+        lines = [
+            f"{int((self.fired > 0).sum()):,} of {self.d_sae:,} latents fire on the {self.n_rows:,} "
+            f"{self.origin.modality} rows of {self.origin.store}",
+            "",
+            *text_table(head, cells, right=range(5)),
+        ]
+        return "\n".join([*lines, *([f"{self.d_sae - n:,} more latents"] if self.d_sae > n else [])])
 
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, each atomically; the JSON comes last and vouches for the other."""
@@ -252,8 +306,7 @@ class SampleMiner:
     """
 
     def __init__(self, d_sae: int, *, n: int, levels: Sequence[int]) -> None:
-        if n < 1:
-            raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 16")
+        check_n(n)
         self.n_rows = 0
         self.levels = tuple(levels)
         # A key has the activation's bits above the row's complement: larger is stronger, then the lower row.
@@ -368,3 +421,57 @@ def level_shares(samples: TopSamples, latent: int) -> dict[str, float]:
     """The level profile of one latent, keyed by the level."""
     shares = samples.level_profile[latent].tolist()
     return {str(k): share for k, share in zip(samples.levels, shares, strict=True)}
+
+
+def top_samples(
+    sae: RunLike,
+    on: EmbeddingStore | str | Path,
+    *,
+    modality: Modality = "image",
+    n: int = 16,
+    inference: Inference = "trained",
+    device: str = "auto",
+) -> TopSamples:
+    """The strongest samples of every latent and the distribution of its activations, in one pass over a store.
+
+    With a run folder they are kept in it or, where it cannot be written, in the user's cache folder. They are used
+    again for the same rows, SAE, inference and at most as large an n.
+
+    Raises:
+        ConfigError: n is below 1.
+        StoreError: The store does not fit the SAE or has no rows of `modality`.
+    """
+    check_n(n)
+    view = View(sae, on, modality, inference=inference, device=device)
+    run, store = view.run, view.store
+    origin = Origin(
+        **asdict(run.origin(store)), modality=modality, inference=inference, standardized_by=view.standardized_by
+    )
+    known = TopSamples.cached(run.caches(SAMPLES_FOLDER), origin, n=n)
+    if known is not None and known.origin == origin:
+        return known
+    if known is not None:
+        samples = known.with_origin(origin, store.ids)
+    else:
+        miner = SampleMiner(view.sae.d_sae, n=n, levels=levels_of(view.sae))
+        for z in view.activations(title=f"mining {modality} rows"):
+            miner.add(z.cpu().numpy())
+        samples = miner.finish(origin, store.ids)
+    place = run.writable_cache(SAMPLES_FOLDER)
+    if place is not None:
+        try:
+            samples.save(place)
+        except OSError as err:
+            _log.warning("samples are not kept in %s: %s", place, err)
+    return samples
+
+
+def levels_of(sae: SAE) -> tuple[int, ...]:
+    """The SAE's levels; for kinds without any, those that a Matryoshka SAE of its width would have."""
+    return sae.config.levels or default_levels(sae.d_sae)
+
+
+def check_n(n: int) -> None:
+    """Refuse a number of samples below 1."""
+    if n < 1:
+        raise ConfigError(f"n is {n}; give --n of at least 1, for example --n 16")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError, RunError
 from msae.base.progress import progress
+from msae.base.results import Result
 from msae.concepts.names import names_of
 from msae.data.arrays import unit_rows
 from msae.sae.model import SAE
@@ -73,7 +74,7 @@ class Pair:
         """
         return max(self.decoder.n_in_place, self.encoder.n_in_place) >= SAME_START
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "a": self.a,
             "b": self.b,
@@ -104,7 +105,7 @@ class Consensus:
         given = [name for name in self.names if name is not None]
         return max(given, key=given.count) if given else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "latents": list(self.latents),
             "cosine": self.cosine,
@@ -113,8 +114,8 @@ class Consensus:
         }
 
 
-@dataclass(frozen=True)
-class Stability:
+@dataclass(frozen=True, repr=False)
+class Stability(Result):
     """How far SAEs from different seeds agree."""
 
     runs: tuple[str, ...]
@@ -141,23 +142,34 @@ class Stability:
             for pair in self.pairs
             if pair.same_start
         ]
-        lines.append(
-            f"{len(self.consensus):,} of {self.d_sae:,} latents come back in all {len(self.runs)} runs "
-            f"(decoder cosine at least {self.threshold:g})"
-        )
+        lines.append(self.headline)
         for concept in self.consensus[:PRINTED_CONCEPTS]:
             latents = ", ".join(map(str, concept.latents))
             lines.append(f"  {concept.cosine:.3f}  {concept.name or 'unnamed'}  [{latents}]")
         n_more = len(self.consensus) - PRINTED_CONCEPTS
         return "\n".join([*lines, *([f"  … and {n_more:,} more; --json FILE has all"] if n_more > 0 else [])])
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def headline(self) -> str:
+        return (
+            f"{len(self.consensus):,} of {self.d_sae:,} latents come back in all {len(self.runs)} runs "
+            f"(decoder cosine at least {self.threshold:g})"
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record for each concept that comes back, with its latent in each run."""
+        return [
+            {"name": concept.name, "cosine": concept.cosine, **dict(zip(self.runs, concept.latents, strict=True))}
+            for concept in self.consensus
+        ]
+
+    def to_json(self) -> dict[str, Any]:
         return {
             "runs": list(self.runs),
             "d_sae": self.d_sae,
             "threshold": self.threshold,
-            "pairs": [pair.to_dict() for pair in self.pairs],
-            "consensus": [concept.to_dict() for concept in self.consensus],
+            "pairs": [pair.to_json() for pair in self.pairs],
+            "consensus": [concept.to_json() for concept in self.consensus],
         }
 
 

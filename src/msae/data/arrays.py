@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import MsaeError
+from msae.base.errors import MsaeError, first_line
 from msae.base.files import remembered
 from msae.base.progress import progress
 
@@ -203,7 +203,7 @@ def open_npy(path: Path, error: Error) -> Rows:
             shape, _, dtype = read_header(file)
             start = file.tell()
     except _NPY_ERRORS as err:
-        raise error(f"{path} cannot be read as .npy ({_line(err)}); make it again") from err
+        raise error(f"{path} cannot be read as .npy ({first_line(err)}); make it again") from err
     if dtype.kind != "f" or dtype.itemsize > 8:
         reason = "object: pickled, never opened" if dtype.hasobject else str(dtype)
         raise error(f"{path} holds {reason}; wanted float16, float32 or float64: save it with .astype('float16')")
@@ -231,7 +231,7 @@ def open_npz(path: Path, error: Error) -> dict[str, NDArray[Any]]:
     except MemoryError as err:
         raise error(f"{path} holds {n_bytes:,} bytes, more than fit in memory; save its arrays as .npy") from err
     except _NPZ_ERRORS as err:
-        raise error(f"{path} cannot be read as .npz ({_line(err)}); save it again with numpy.savez") from err
+        raise error(f"{path} cannot be read as .npz ({first_line(err)}); save it again with numpy.savez") from err
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
@@ -268,16 +268,32 @@ def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[st
                 values = np.memmap(path, dtype=stored, mode="r", offset=8 + length + first, shape=shape)
             rows[name] = Rows(path, values, dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise error(f"{path} is no readable safetensors file ({_line(err)}); make it again") from err
+        raise error(f"{path} is no readable safetensors file ({first_line(err)}); make it again") from err
     return rows, strings
 
 
-def same_width(shards: Sequence[Rows], error: Error) -> ShardedRows:
-    """The shards as one array.
+def open_arrays(path: Path, error: Error) -> dict[str, Rows]:
+    """The arrays of a `.npy`, `.npz` or `.safetensors` file by their names; the one of a `.npy` is called "".
 
     Raises:
-        MsaeError: Of the kind made by `error`, when their widths or dtypes differ.
+        MsaeError: Of the kind made by `error`: what `open_npy`, `open_npz` and `open_safetensors` raise.
     """
+    match path.suffix.lower():
+        case ".npy":
+            return {"": open_npy(path, error)}
+        case ".npz":
+            return {name: Rows(path, array, array.dtype.name) for name, array in open_npz(path, error).items()}
+        case _:
+            return open_safetensors(path, error)[0]
+
+
+def open_shards(files: Sequence[Path], error: Error) -> ShardedRows:
+    """Several `.npy` files as one array.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: what `open_npy` raises, or their widths or dtypes differ.
+    """
+    shards = [open_npy(file, error) for file in files]
     first = shards[0]
     for shard in shards[1:]:
         if shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:
@@ -309,8 +325,3 @@ def _shape_in_name(path: Path) -> str:
     if numbers and int(numbers[1]) * int(numbers[2]) * 4 == path.stat().st_size:
         return f"{numbers[1]}, {numbers[2]}"
     return "-1, D_IN"
-
-
-def _line(err: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from msae.base.devices import as_device
-from msae.base.errors import ConfigError, EmbedderError, MissingDependencyError, StoreError, nearest
+from msae.base.errors import ConfigError, EmbedderError, MissingDependencyError, StoreError, first_line, nearest_beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -303,8 +303,7 @@ def find_folder(id: str, revision: str | None = None, *, local: bool = False) ->
             raise EmbedderError(f"{path} holds no config.json; wanted a model folder in the format of transformers")
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id) or id.startswith(".") or id == "demo":
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise EmbedderError(f"encoder {path} does not exist{nearest(path.name, siblings)}; wanted a folder or hub id")
+        raise EmbedderError(f"encoder {path} does not exist{nearest_beside(path)}; wanted a folder or hub id")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as err:
@@ -314,7 +313,7 @@ def find_folder(id: str, revision: str | None = None, *, local: bool = False) ->
     except (OSError, ValueError, RuntimeError) as err:
         at = f" at {revision[:12]}" if revision else ""
         raise EmbedderError(
-            f"encoder {id!r} is no folder here, and the hub does not give it{at} ({_line(err)}); "
+            f"encoder {id!r} is no folder here, and the hub does not give it{at} ({first_line(err)}); "
             f"check the name and the network, give the folder of a model, or --encoder demo"
         ) from err
 
@@ -361,11 +360,13 @@ def _load(id: str | Path, auto: Any, source: Path | str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except ImportError as err:
-        raise EmbedderError(f"encoder {id} needs a package that is not installed: {_line(err)}") from err
+        raise EmbedderError(f"encoder {id} needs a package that is not installed: {first_line(err)}") from err
     except Exception as err:  # a damaged file surfaces as almost any error in transformers
         what = {"AutoConfig": "config.json", "AutoModel": "weights (model.safetensors)"}
         part = what.get(auto.__name__, "tokenizer" if "Tokenizer" in auto.__name__ else "preprocessor_config.json")
-        raise EmbedderError(f"encoder {id}: its {part} cannot be read ({_line(err)}); restore or download it") from err
+        raise EmbedderError(
+            f"encoder {id}: its {part} cannot be read ({first_line(err)}); restore or download it"
+        ) from err
 
 
 def revision_of(folder: Path, *, like: str | None = None) -> str:
@@ -432,7 +433,3 @@ def _silent_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".:")

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from msae.base.errors import MissingDependencyError, SourceError
+from msae.base.errors import MissingDependencyError, SourceError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
@@ -78,7 +78,7 @@ def read_picture(source: Path | bytes) -> Picture:
     except SourceError:
         raise
     except Exception as err:  # decoders raise whatever they trip over in damaged bytes
-        raise SourceError(f"damaged: {(str(err) or type(err).__name__).splitlines()[0]}") from err
+        raise SourceError(f"damaged: {first_line(err)}") from err
 
 
 @contextmanager

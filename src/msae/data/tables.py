@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msae.base.errors import MsaeError
+from msae.base.errors import MsaeError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 IMAGE_PATH_COLUMNS = ("image_path", "path", "image", "file")
 CAPTION_COLUMNS = ("caption", "text")
@@ -151,11 +152,6 @@ def unique_ids(ids: Iterable[str]) -> Iterator[str]:
             unique = f"{id}#{seen[id]}"
         seen[unique] = 1
         yield unique
-
-
-def first_line(err: BaseException) -> str:
-    """The first line of an error's message, without a final full stop."""
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
@@ -300,6 +296,23 @@ def _read_parquet(path: Path) -> pa.Table:
     return pq.ParquetFile(path).read()  # ParquetFile: read_table would guess partitions from the path
 
 
+def read_footer(path: Path, error: Error) -> pq.FileMetaData:
+    """What a parquet file says of itself, its schema among it.
+
+    Raises:
+        MsaeError: Of the kind made by `error`: the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(path)
+        footer.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+        raise error(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err
+    return footer
+
+
 @dataclass(frozen=True, eq=False)
 class Metadata:
     """A table in several parquet files of which only the asked columns are read, or a table in memory."""
@@ -307,30 +320,19 @@ class Metadata:
     names: tuple[str, ...]
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
-    read: Callable[[list[str] | None], pa.Table]
-    """The given columns, or all."""
+    read: Callable[[list[str]], pa.Table]
+    """The given columns."""
     vectors: tuple[str, ...] = ()
     """Names of the columns of float lists."""
 
     @classmethod
-    def none(cls) -> Metadata:
-        """No columns."""
-        import pyarrow as pa
-
-        return cls((), [], lambda _: pa.table({}))
-
-    @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-        return cls(
-            tuple(table.column_names),
-            [table.num_rows],
-            lambda names: table if names is None else table.select(names),
-        )
+        return cls(tuple(table.column_names), [table.num_rows], table.select)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], error: Error, *, without: Sequence[str] = ()) -> Metadata:
-        """The columns of parquet files that hold one table, less the columns `without`.
+    def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
+        """The columns of a `.csv` file, or of the `.parquet` files that hold one table; none without a file.
 
         Raises:
             MsaeError: Of the kind made by `error`: a file is damaged.
@@ -338,16 +340,16 @@ class Metadata:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            footers = [pq.read_metadata(path) for path in paths]
-            schemas = [footer.schema.to_arrow_schema() for footer in footers]
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
-            raise error(f"{_unreadable(paths)} is no readable parquet file ({first_line(err)}); make it again") from err
+        if not paths:
+            return cls((), [], lambda _: pa.table({}))
+        if paths[0].suffix.lower() == ".csv":
+            return cls.of(read_table(paths[0], error))
+        footers = [read_footer(path, error) for path in paths]
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
-        schema = pa.schema([column for column in schema if column.name not in without])
 
-        def read(names: list[str] | None) -> pa.Table:
-            wanted = schema if names is None else pa.schema([schema.field(name) for name in names])
+        def read(names: list[str]) -> pa.Table:
+            wanted = pa.schema([schema.field(name) for name in names])
             tables = []
             for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
@@ -374,16 +376,3 @@ def _is_vector(kind: pa.DataType) -> bool:
     types = pa.types
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     return bool(is_list and types.is_floating(kind.value_type))
-
-
-def _unreadable(paths: Sequence[Path]) -> Path:
-    """The first of `paths` that is no parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for path in paths:
-        try:
-            pq.read_metadata(path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return path
-    return paths[0]

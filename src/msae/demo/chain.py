@@ -13,12 +13,13 @@ from typing import Any
 from msae.base.errors import ConfigError, require
 from msae.base.files import atomic_folder, atomic_path
 from msae.base.progress import progress
+from msae.base.results import Result
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embed import embed
 from msae.demo.drawing import render
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
-from msae.measure.evaluate import Evaluation, evaluate, poster_table
+from msae.measure.evaluate import Evaluations, evaluate
 from msae.sae.train import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
@@ -39,12 +40,12 @@ COMMON: Mapping[str, Any] = {"d_sae": 256, "epochs": 30, "batch_size": 64}
 NAMED_RUN = "msae-reverse"
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Result):
     """What the demo made."""
 
     folder: Path
-    evaluations: list[Evaluation]
+    evaluations: Evaluations
     names: ConceptNames
 
     @property
@@ -62,14 +63,20 @@ class DemoResult:
         return self.folder / "holdout.store"
 
     @property
-    def closing(self) -> str:
+    def headline(self) -> str:
+        return f"{self.folder}: {len(self.runs)} runs, {len(self.names)} latents of {NAMED_RUN} named"
+
+    def records(self) -> list[dict[str, Any]]:
+        return self.evaluations.records()
+
+    def to_text(self) -> str:
         """The table, where the files are, and what to type next."""
         run, holdout = self.named_run, self.holdout
         named = sorted({concept.name for concept in self.names})
         return "\n".join(
             [
                 "",
-                poster_table(self.evaluations),
+                self.evaluations.to_text(),
                 "",
                 f"{len(self.names)} of the {self.names.d_sae} latents of {NAMED_RUN} have a name that the captions "
                 "confirm:",
@@ -86,11 +93,11 @@ class DemoResult:
             ]
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
-            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
-            "names": self.names.to_dict(),
+            "evaluations": self.evaluations.to_json(),
+            "names": self.names.to_json(),
         }
 
 
@@ -128,6 +135,7 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
         stores["holdout"],
         labels="background",
         probe_train=stores["scenes"],
+        inference="relu",  # as in the poster
         recovery=True,
     )
     say(f"naming the latents of {NAMED_RUN} by the words of this world, checked on those scenes' captions")

@@ -476,3 +476,43 @@ def probe_agreement(
 def probe_accuracy(logits: Float[Tensor, "n n_classes"], labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
     """Whether each row's most probable class is its label."""
     return logits.argmax(1) == labels
+
+
+# --- Classes
+
+
+class ClassFiring:
+    """In how many rows of each class each latent fires, over all batches seen."""
+
+    def __init__(self, n_classes: int, d_sae: int) -> None:
+        self._both = torch.zeros(n_classes, d_sae, dtype=torch.int32)
+        self._of_class = torch.zeros(n_classes, dtype=torch.int64)
+
+    def update(self, z: Float[Tensor, "n d_sae"], targets: Int[Tensor, " n"]) -> None:
+        """Count rows of activations; those whose class is -1 are left out."""
+        known = targets >= 0
+        targets = targets[known]
+        self._both.index_add_(0, targets, (z[known.to(z.device)] > 0).to(torch.int32).cpu())
+        self._of_class += torch.bincount(targets, minlength=len(self._of_class))
+
+    @property
+    def occurs(self) -> Bool[Tensor, " n_classes"]:
+        """Classes that have a row."""
+        return self._of_class > 0
+
+    def f1(self) -> Float[Tensor, "n_classes d_sae"]:
+        """F1 of each latent's firing as a detector of each class; 0 where it fires in no row of the class."""
+        return 2 * self._both / (self._of_class[:, None] + self._both.sum(0)).clamp_min(1)
+
+
+def class_f1(train: ClassFiring, on: ClassFiring) -> float:
+    """How well one latent says a class: the mean over classes of the F1 on evaluated rows of the latent with the
+    largest F1 on training rows, from 0 to 1.
+
+    Of equal ones it is the latent of the smallest index. A class that no latent fires for in training scores 0; classes
+    without rows on either side are left out, and the score is NaN where none is left.
+    """
+    shared = train.occurs & on.occurs
+    in_training, latents = train.f1()[shared].max(1)
+    found = on.f1()[shared].gather(1, latents[:, None])[:, 0]
+    return float(torch.where(in_training > 0, found, 0.0).double().mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +25,13 @@ from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
+from msae.sae.thresholds import ThresholdTable, fit_on_store
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
-Inference = Literal["relu", "trained", "topk"]
-SCHEMA_VERSION = 1
+Inference = Literal["relu", "trained", "topk", "threshold"]
+SCHEMA_VERSION = 2
+"""Of sae.json. 2 adds `inference_l0`; files of version 1 are SAEs without thresholds."""
+THRESHOLD_BUFFERS = ("thresholds", "threshold_table", "threshold_table_l0")
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "sae.json"
 
@@ -46,6 +51,8 @@ class SAEConfig:
     """Nested prefixes of the dictionary, instead of levels: the other Matryoshka SAE, by BatchTopK."""
     soft_cap: float | None = None
     """Largest activation, by `c * tanh(z / c)`."""
+    inference_l0: float | None = None
+    """Mean active latents of a training row under the stored thresholds; None where there are none."""
     encoder: str | None = None
     """The CLIP-like model that made the embeddings, where the store said so."""
     encoder_revision: str | None = None
@@ -90,6 +97,11 @@ class SAE(nn.Module):
     """JumpReLU's learnt thresholds."""
     threshold: Float[Tensor, ""] | None
     """Running threshold of BatchTopK and of widths: makes inference independent of the batch; 0 before training."""
+    thresholds: Float[Tensor, " d_sae"] | None
+    """Fitted after training: a latent fires where its pre-activation exceeds its own. None in older SAEs."""
+    threshold_table: Float[Tensor, "n d_sae"] | None
+    """What `with_l0` takes thresholds from: a row for each of `threshold_table_l0`."""
+    threshold_table_l0: Float[Tensor, " n"] | None
 
     def __init__(self, config: SAEConfig, standardizer: Standardizer | None = None, *, seed: int = 0) -> None:
         """Initial weights: biases 0, encoder the transposed decoder with rows of norm 0.1, decoder rows of norm 1."""
@@ -110,6 +122,8 @@ class SAE(nn.Module):
             self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
         has_threshold = config.kind == "batchtopk" or config.widths
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if has_threshold else None)
+        for name in THRESHOLD_BUFFERS:
+            self.register_buffer(name, None)
 
     @property
     def d_in(self) -> int:
@@ -129,11 +143,17 @@ class SAE(nn.Module):
         """`z` of pre-activations.
 
         Args:
-            inference: `relu` keeps every positive latent, as in the poster's tables, for every kind. `trained` is the
-                activation of training: ReLU for matryoshka and relu, the k largest for topk, the thresholds for
-                batchtopk, jumprelu and a matryoshka of widths. `topk` keeps the `k` largest.
+            inference: `threshold` keeps the latents above their stored thresholds: which ones depends on the row
+                alone. `relu` keeps every positive latent, as in the poster's tables, for every kind. `topk` keeps the
+                `k` largest. `trained` is what the SAE was saved with: the k largest for topk, the learnt thresholds
+                for batchtopk, jumprelu and a matryoshka of widths; for matryoshka and relu the stored thresholds, and
+                ReLU where an older SAE has none.
             k: For `topk`.
+
+        Raises:
+            ConfigError: `inference` is `topk` without `k`, or `threshold` where none are stored.
         """
+        self.check_inference(inference)
         z = self._uncapped(h, inference, k)
         return z if self.config.soft_cap is None else activations.soft_cap(z, self.config.soft_cap)
 
@@ -149,7 +169,65 @@ class SAE(nn.Module):
                 return activations.threshold_relu(h, self.threshold)
             if self.log_threshold is not None:
                 return activations.threshold_relu(h, self.log_threshold.exp())
+        if inference != "relu" and self.thresholds is not None:
+            return activations.threshold_relu(h, self.thresholds)
         return h.relu()
+
+    def check_inference(self, inference: Inference) -> None:
+        """Refuse `threshold` where no thresholds are stored; raises `ConfigError`."""
+        if inference == "threshold" and self.thresholds is None:
+            raise ConfigError(
+                "this SAE has no thresholds (they are fitted at the end of msae train, not by earlier versions); fit "
+                "them with the same msae train and --resume, or in Python: sae.with_l0(64, STORE).save(RUN)"
+            )
+
+    @overload
+    def with_l0(self, l0: int) -> SAE: ...
+
+    @overload
+    def with_l0(self, l0: int, on: EmbeddingStore | str | Path, modality: Modality = ...) -> SAE: ...
+
+    def with_l0(self, l0: int, on: EmbeddingStore | str | Path | None = None, modality: Modality = "image") -> SAE:
+        """A copy whose thresholds let `l0` latents fire in a row, on average over the rows that they are fitted on.
+
+        Without `on` they come from the table fitted after training, and nothing is computed.
+
+        Args:
+            on: Fit the thresholds anew on the rows of this store; at most 65,536 of them, chosen at random.
+            modality: Which rows of `on`.
+
+        Raises:
+            ConfigError: `l0` is below 1 or above the positive latents of a row, or no thresholds are stored.
+            StoreError: The store does not fit the SAE or lacks the modality.
+        """
+        if not 1 <= l0 <= self.d_sae:
+            raise ConfigError(f"{l0} active latents a row is not between 1 and d_sae {self.d_sae}; give another number")
+        if on is None:
+            self.check_inference("threshold")
+            assert self.threshold_table is not None and self.threshold_table_l0 is not None
+            table = ThresholdTable(self.threshold_table_l0, self.threshold_table)
+        else:
+            table = self.fitted_thresholds(on, modality, l0=l0)
+        if l0 > table.largest:
+            raise ConfigError(
+                f"only {table.largest:.1f} latents a row are positive on average, so no thresholds let {l0} fire; "
+                f"give at most {int(table.largest)}"
+            )
+        return self.with_thresholds(table, float(l0))
+
+    def fitted_thresholds(self, on: EmbeddingStore | str | Path, modality: Modality, *, l0: int) -> ThresholdTable:
+        """Thresholds fitted on the rows of a store, exact at `l0`; raises `StoreError` where it does not fit."""
+        store = as_store(on, modality)
+        check_fit(self, store)
+        return fit_on_store(self, store, modality, l0=l0)
+
+    def with_thresholds(self, table: ThresholdTable, l0: float) -> SAE:
+        """A copy with the thresholds of a table for `l0`, or for all positive latents where those are fewer."""
+        sae = copy.deepcopy(self)
+        reached = min(float(l0), table.largest)
+        sae.config = dataclasses.replace(self.config, inference_l0=reached)
+        sae.thresholds, sae.threshold_table, sae.threshold_table_l0 = table.at(reached), table.thresholds, table.l0
+        return sae
 
     def reconstruct(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
         """`x_hat` in the standardised space."""
@@ -237,6 +315,8 @@ class SAE(nn.Module):
             value = getattr(config, name)
             if value is not None:
                 parts.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else f'{value:g}'}")
+        if config.inference_l0 is not None:
+            parts.append(f"{config.inference_l0:.4g} active latents a row on average")
         parts.append(f"standardises {' and '.join(self.standardizer.modalities) or 'nothing'}")
         if config.encoder:
             parts.append(f"embeddings of {told_encoder((config.encoder, config.encoder_revision))}")
@@ -271,7 +351,7 @@ class SAE(nn.Module):
         if not folder.exists() and _looks_like_hub_id(str(path)):
             folder = _download(str(path), revision)
         folder = folder_of(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         try:
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -280,6 +360,11 @@ class SAE(nn.Module):
         except (SafetensorError, OSError) as err:
             raise RunError(f"{folder / WEIGHTS_FILE} is damaged ({err}); train again or restore it") from err
         sae = cls(config, _pop_standardizer(tensors))
+        if config.inference_l0 is not None:
+            n = tensors.get("threshold_table_l0", torch.empty(0)).numel()
+            for name, shape in zip(THRESHOLD_BUFFERS, ((config.d_sae,), (n, config.d_sae), (n,)), strict=True):
+                dtype = torch.float64 if name == "threshold_table_l0" else torch.float32
+                setattr(sae, name, torch.zeros(shape, dtype=dtype))
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -367,7 +452,7 @@ def weights_hash(sae: SAE) -> str:
     """A hash of all that activations depend on: weights, statistics that standardise, activation function."""
     known = sae.config
     digest = hashlib.blake2b(repr((known.kind, known.k, known.levels, known.soft_cap)).encode(), digest_size=16)
-    tensors = dict(sae.state_dict())
+    tensors = {name: t for name, t in sae.state_dict().items() if not name.startswith("threshold_table")}
     for modality, statistics in sae.standardizer.statistics.items():
         scale = torch.tensor([statistics.scale]).double()
         tensors[f"standardizer.{modality}"] = torch.cat([statistics.mean.cpu().double(), scale])
@@ -377,7 +462,8 @@ def weights_hash(sae: SAE) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> SAEConfig:
+def read_config(folder: Path) -> SAEConfig:
+    """What the SAE saved in a folder is, without its weights; raises `RunError`."""
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist; give the folder that msae train --out made")
     if not (folder / CONFIG_FILE).exists():
@@ -385,7 +471,7 @@ def _read_config(folder: Path) -> SAEConfig:
     return read_record(
         folder / CONFIG_FILE,
         SAEConfig,
-        schema_version=SCHEMA_VERSION,
+        schema_version=(1, SCHEMA_VERSION),
         error=RunError,
         remedy=f"restore {CONFIG_FILE} or train again",
     )

@@ -69,6 +69,9 @@ class Run:
             return cls(folder_of(path), given=str(run))
         return cls(None, sae=SAE.load(run), given=str(run))
 
+    def __repr__(self) -> str:
+        return f"Run({self.name})"
+
     @cached_property
     def sae(self) -> SAE:
         """The SAE, loaded once; raises `RunError` where it is missing or damaged."""

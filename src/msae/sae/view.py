@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msae.base.devices import as_device
 from msae.base.errors import ConfigError
 from msae.base.progress import progress
 from msae.data.store import EmbeddingStore, as_store
@@ -27,6 +28,16 @@ FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
 
 Latents: TypeAlias = Sequence[int] | NDArray[np.int64]
+
+
+def placed(sae: SAE, device: str) -> SAE:
+    """The SAE itself where it is on the device, else a copy that is.
+
+    Raises:
+        ConfigError: The device cannot be used here.
+    """
+    there = torch.empty(0, device=as_device(device)).device
+    return sae if sae.W_dec.device == there else copy.deepcopy(sae).to(there).eval()
 
 
 class View:
@@ -53,7 +64,8 @@ class View:
             inference: How `z` is made; with `k` alone it is `topk`.
             block_rows: Rows at once; None takes some 16 MB of activations. float32 products differ in their last
                 bit with the shape of a block, so one place's figures need one number.
-            device: Where to compute, None: where the SAE is. An SAE elsewhere is copied, not moved.
+            device: Where to compute: a torch device, `auto`, or None for where the SAE is. An SAE elsewhere is
+                copied, not moved.
 
         Raises:
             StoreError: The store does not fit the SAE or lacks the modality.
@@ -63,9 +75,7 @@ class View:
         self.store = as_store(on, modality)
         self.run.check_fit(self.store)
         self.modality: Modality = modality or self.store.modalities[0]
-        sae = self.run.sae
-        if device is not None and torch.device(device).type != sae.W_dec.device.type:
-            sae = copy.deepcopy(sae).to(device).eval()
+        sae = self.run.sae if device is None else placed(self.run.sae, device)
         self.sae: SAE = sae
         if k is not None and not 1 <= k <= sae.d_sae:
             raise ConfigError(
@@ -74,6 +84,7 @@ class View:
         if block_rows is not None and block_rows < 1:
             raise ConfigError(f"blocks of {block_rows} rows; give at least 1, for example 4096")
         self.inference: Inference = inference if k is None else "topk"
+        sae.check_inference(self.inference)
         self.k = k
         self.block_rows = block_rows or max(64, BLOCK_ENTRIES // sae.d_sae)
         self.standardized_by: Literal["run", "store"] = "run" if self.modality in sae.standardizer else "store"
@@ -90,6 +101,10 @@ class View:
         other.store = as_store(store, other.modality)
         self.run.check_fit(other.store)
         return other
+
+    def __repr__(self) -> str:
+        rows = f"{len(self):,} {self.modality} rows of {self.store.path}"
+        return f"View({rows} through {self.run.name}, inference {self.inference})"
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from msae.base.errors import ConfigError
+from msae.base.errors import ConfigError, first_line
 from msae.base.files import atomic_path
 
 KEYS = ("weight", "bias", "classes", "mean", "scale", "unit_norm")
@@ -83,7 +83,8 @@ class LinearClassifier:
                   for key, default in (("mean", 0.0), ("scale", 1.0))}  # fmt: skip
         if not all(np.isfinite(part).all() for part in (weight, bias, *shifts.values())):
             raise ConfigError(f"{path} holds NaN or infinite coefficients; fit the classifier again")
-        w, b, mean, scale = (_tensor(part) for part in (weight, bias, shifts["mean"], shifts["scale"]))
+        parts = (weight, bias, shifts["mean"], shifts["scale"])
+        w, b, mean, scale = (torch.from_numpy(np.array(part, np.float32)) for part in parts)
         return cls(names, w, b, mean, scale, bool(arrays.get("unit_norm", False)), str(path))
 
     def save(self, path: str | Path) -> None:
@@ -93,10 +94,6 @@ class LinearClassifier:
                 file, weight=self.weight.numpy(), bias=self.bias.numpy(), classes=np.array(self.classes),
                 mean=self.mean.numpy(), scale=self.scale.numpy(), unit_norm=np.array(self.unit_norm),
             )  # fmt: skip
-
-
-def _tensor(numbers: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(numbers, np.float32))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -114,5 +111,5 @@ def _read(path: Path) -> dict[str, Any]:
                 words = tensors.metadata() or {}
             return found | {key: np.array(json.loads(words[key])) for key in ("classes", "unit_norm") if key in words}
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as err:
-        raise ConfigError(f"{path} cannot be read ({str(err).splitlines()[0]}); save it with numpy.savez") from err
+        raise ConfigError(f"{path} cannot be read ({first_line(err)}); save it with numpy.savez") from err
     raise ConfigError(f"{path} is no .npz or .safetensors file; save the coefficients with numpy.savez")

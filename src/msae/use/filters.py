@@ -14,7 +14,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,11 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Gt: "greater",
     ast.GtE: "greater_equal",
 }
-_MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Eq: ast.Eq,
-    ast.NotEq: ast.NotEq,
-    ast.Lt: ast.Gt,
-    ast.LtE: ast.GtE,
-    ast.Gt: ast.Lt,
-    ast.GtE: ast.LtE,
-}
+_MIRRORED = {"less": "greater", "less_equal": "greater_equal", "greater": "less", "greater_equal": "less_equal"}
 _NULLS = ("null", "NULL")
+
+Truth = Callable[["pa.Table"], "pa.ChunkedArray"]
+"""Gives true, false or null for each row of a table."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,9 @@ class Filter:
     """A filter that is well formed; whether it fits a table shows when it meets one."""
 
     text: str
-    tree: ast.expr = field(repr=False)
     columns: tuple[str, ...]
     """Names of the columns it asks for."""
+    _truth: Truth = field(repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Filter:
@@ -76,12 +73,12 @@ class Filter:
             raise _refuse(text, place, f"{err.msg}{doubled}; {_HELP}") from None
         except (ValueError, RecursionError, MemoryError) as err:
             raise ConfigError(f"the filter cannot be read ({type(err).__name__}); {_HELP}") from None
-        columns: dict[str, None] = {}
+        parser = _Parser(text)
         try:
-            _check(text, tree, columns)
+            truth = parser.truth(tree)
         except RecursionError:
-            raise ConfigError(f"the filter is nested too deep; {_HELP}") from None
-        return cls(text, tree, tuple(columns))
+            raise _too_deep() from None
+        return cls(text, tuple(parser.columns), truth)
 
     def mask(self, table: pa.Table) -> NDArray[np.bool_]:
         """Which rows of `table` to keep.
@@ -91,15 +88,23 @@ class Filter:
         """
         for name in self.columns:
             if name not in table.column_names:
-                hint = nearest(name, table.column_names) or f"; there are {', '.join(table.column_names) or 'none'}"
+                hint = nearest(name, table.column_names) or (
+                    f"; there are {', '.join(table.column_names) or 'none'}: compare one of these in --where"
+                )
                 raise ConfigError(f"there is no column {name!r} to filter by{hint}")
-        kept = _Evaluation(self.text, table).truth(self.tree)
-        result: NDArray[np.bool_] = kept.fill_null(False).to_numpy()
-        return result
+        try:
+            kept: NDArray[np.bool_] = self._truth(table).fill_null(False).to_numpy()
+        except RecursionError:
+            raise _too_deep() from None
+        return kept
 
 
 def _has_single_equals(text: str) -> bool:
     return "=" in text.replace("==", "").replace("!=", "").replace("<=", "").replace(">=", "")
+
+
+def _too_deep() -> ConfigError:
+    return ConfigError(f"the filter is nested too deep; {_HELP}")
 
 
 def _refuse(text: str, place: int, why: str) -> ConfigError:
@@ -108,169 +113,142 @@ def _refuse(text: str, place: int, why: str) -> ConfigError:
     return ConfigError(f"the filter {text!r} cannot be read {where}: {why}")
 
 
-def _place(text: str, node: ast.expr) -> int:
-    """Number of the character where a node begins; the parser counts bytes of UTF-8, line by line."""
-    lines = text.splitlines(keepends=True)
-    before = lines[node.lineno - 1].encode()[: node.col_offset].decode()
-    return sum(map(len, lines[: node.lineno - 1])) + len(before)
+class _Parser:
+    """Turns the nodes of a filter into functions of a table, and collects the columns."""
 
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.columns: dict[str, None] = {}
 
-def _check(text: str, node: ast.expr, columns: dict[str, None]) -> None:
-    """Refuse what is not on the list, and collect the columns."""
-    match node:
-        case ast.BoolOp(values=parts):
-            for part in parts:
-                _check(text, part, columns)
-        case ast.UnaryOp(op=ast.Not(), operand=part):
-            _check(text, part, columns)
-        case ast.Compare(left=left, ops=ops, comparators=others):
-            _check_compare(text, [left, *others], ops, columns)
-        case _ if (name := _column(node)) is not None:
-            columns[name] = None
-        case _:
-            raise _refuse(text, _place(text, node), f"wanted a comparison of a column; {_HELP}")
-
-
-def _check_compare(text: str, sides: list[ast.expr], ops: list[ast.cmpop], columns: dict[str, None]) -> None:
-    for left, op, right in zip(sides, ops, sides[1:], strict=False):
-        names = [name for side in (left, right) if (name := _column(side)) is not None]
-        columns |= dict.fromkeys(names)
-        is_list = isinstance(right, ast.Tuple | ast.List | ast.Set)
-        if isinstance(op, ast.In | ast.NotIn):
-            if _column(left) is None:
-                raise _refuse(text, _place(text, left), "wanted a column before in")
-            if not is_list or not all(map(_is_value, right.elts)):  # type: ignore[attr-defined]
-                raise _refuse(text, _place(text, right), "wanted a list of values after in, such as ('a', 'b')")
-        elif isinstance(op, ast.Is | ast.IsNot):
-            if _column(left) is None or not _is_null(right):
-                raise _refuse(text, _place(text, right), "is compares with null alone: COLUMN is null")
-        else:
-            for side in (left, right):
-                if _column(side) is None and not _is_value(side):
-                    raise _refuse(text, _place(text, side), f"wanted a column, a number or a quoted text; {_HELP}")
-            if not names:
-                raise _refuse(text, _place(text, left), f"no column is compared here; {_HELP}")
-
-
-def _column(node: ast.expr) -> str | None:
-    """The column that a node names, if it names one."""
-    match node:
-        case ast.Name(id=name) if name not in _NULLS:
-            return name
-        case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str(name))], keywords=[]):
-            return name
-    return None
-
-
-def _is_null(node: ast.expr) -> bool:
-    return (isinstance(node, ast.Name) and node.id in _NULLS) or (isinstance(node, ast.Constant) and node.value is None)
-
-
-def _is_value(node: ast.expr) -> bool:
-    match node:
-        case ast.Constant(value=value):
-            return isinstance(value, str | int | float)
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=ast.Constant(value=value)):
-            return isinstance(value, int | float) and not isinstance(value, bool)
-    return False
-
-
-def _value(node: ast.expr) -> str | int | float | bool:
-    if isinstance(node, ast.UnaryOp):
-        number = _value(node.operand)
-        assert not isinstance(number, str)
-        return -number if isinstance(node.op, ast.USub) else number
-    assert isinstance(node, ast.Constant) and isinstance(node.value, str | int | float)
-    return node.value
-
-
-class _Evaluation:
-    """A checked filter over the columns of one table."""
-
-    def __init__(self, text: str, table: pa.Table) -> None:
-        self.text, self.table = text, table
-
-    def truth(self, node: ast.expr) -> pa.ChunkedArray:
-        """True, false or null for each row."""
-        import pyarrow as pa
+    def truth(self, node: ast.expr) -> Truth:
         import pyarrow.compute as pc
 
         match node:
-            case ast.BoolOp(op=op, values=parts):
-                combine: Callable[[Any, Any], Any] = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
-                result = self.truth(parts[0])
-                for part in parts[1:]:
-                    result = combine(result, self.truth(part))
-                return result
-            case ast.UnaryOp(operand=part):
-                return pc.invert(self.truth(part))
+            case ast.BoolOp(op=op, values=values):
+                parts = [self.truth(value) for value in values]
+                combine = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
+                return lambda table: reduce(combine, [part(table) for part in parts])
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                inner = self.truth(operand)
+                return lambda table: pc.invert(inner(table))
             case ast.Compare(left=left, ops=ops, comparators=others):
-                sides = [left, *others]
-                results = [self._compare(*three) for three in zip(sides, ops, others, strict=False)]
-                result = results[0]
-                for other in results[1:]:
-                    result = pc.and_kleene(result, other)
-                return result
-        values = _as_truth(self._column(node))
-        if not pa.types.is_boolean(values.type):
-            raise _refuse(
-                self.text, _place(self.text, node), f"this column holds {values.type}; compare it with a value"
-            )
-        return values
+                three = zip([left, *others], ops, others, strict=False)
+                pairs = [self._compare(*one) for one in three]
+                return lambda table: reduce(pc.and_kleene, [pair(table) for pair in pairs])
+        name = self._column(node)
+        if name is None:
+            raise self._refuse(node, f"wanted a comparison of a column; {_HELP}")
+        return lambda table: self._alone(node, _as_truth(_values(table, name)))
 
-    def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pa.ChunkedArray:
+    def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Truth:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if _column(left) is None:
-            left, op, right = right, _MIRRORED[type(op)](), left
-        values = self._column(left)
-        try:
+        name, other = self._column(left), self._column(right)
+        match op:
+            case ast.In() | ast.NotIn():
+                if name is None:
+                    raise self._refuse(left, "wanted a column before in")
+                is_list = isinstance(right, ast.Tuple | ast.List | ast.Set)
+                members = [_value(member) for member in right.elts] if is_list else [None]  # type: ignore[attr-defined]
+                if None in members:
+                    raise self._refuse(right, "wanted a list of values after in, such as ('a', 'b')")
+            case ast.Is() | ast.IsNot():
+                if name is None or not _is_null(right):
+                    raise self._refuse(right, "is compares with null alone: COLUMN is null")
+            case _:
+                for side, column in ((left, name), (right, other)):
+                    if column is None and _value(side) is None:
+                        raise self._refuse(side, f"wanted a column, a number or a quoted text; {_HELP}")
+                comparison = _COMPARISONS[type(op)]
+                if name is None:
+                    left, comparison, right = right, _MIRRORED.get(comparison, comparison), left
+                    name, other = other, None
+                if name is None:
+                    raise self._refuse(right, f"no column is compared here; {_HELP}")
+
+        def compared(table: pa.Table, values: pa.ChunkedArray) -> pa.ChunkedArray:
             match op:
                 case ast.Is():
                     return values.is_null()
                 case ast.IsNot():
                     return values.is_valid()
                 case ast.In() | ast.NotIn():
-                    members = [self._scalar(part, values.type) for part in right.elts]  # type: ignore[attr-defined]
-                    equal = [pc.equal(values, member) for member in members]
-                    found = equal[0] if equal else pc.and_kleene(values.is_null(), values.is_valid())
-                    for other in equal[1:]:
-                        found = pc.or_kleene(found, other)
-                    return pc.invert(found) if isinstance(op, ast.NotIn) else found
-            if _column(right) is not None:
-                other = self._column(right)
-            else:
-                other = self._scalar(right, values.type)
-                if pa.types.is_boolean(other.type):
-                    values = _as_truth(values)
-                elif pa.types.is_integer(other.type) or pa.types.is_floating(other.type):
-                    values = values if isinstance(op, ast.Eq | ast.NotEq) else _as_numbers(values)
-            return getattr(pc, _COMPARISONS[type(op)])(values, other)
-        except (pa.ArrowException, TypeError, OverflowError):
-            name = _column(left)
-            raise _refuse(
-                self.text, _place(self.text, right), f"column {name!r} holds {values.type}; compare it with one"
-            ) from None
+                    none = pc.and_kleene(values.is_null(), values.is_valid())
+                    equal = [pc.equal(values, _scalar(member, values.type)) for member in members]
+                    found = reduce(pc.or_kleene, equal, none)
+                    return found if isinstance(op, ast.In) else pc.invert(found)
+            if other is not None:
+                return getattr(pc, comparison)(values, _values(table, other))
+            scalar = _scalar(_value(right), values.type)
+            if pa.types.is_boolean(scalar.type):
+                values = _as_truth(values)
+            elif not pa.types.is_string(scalar.type) and not isinstance(op, ast.Eq | ast.NotEq):
+                values = _as_numbers(values)
+            return getattr(pc, comparison)(values, scalar)
 
-    def _scalar(self, node: ast.expr, kind: pa.DataType) -> pa.Scalar:
-        """A value as one of the column's kind, where it is of a kind that is written as text, such as a date."""
+        def truth(table: pa.Table) -> pa.ChunkedArray:
+            values = _values(table, name)
+            try:
+                return compared(table, values)
+            except (pa.ArrowException, TypeError, OverflowError):
+                raise self._refuse(right, f"column {name!r} holds {values.type}; compare it with one") from None
+
+        return truth
+
+    def _alone(self, node: ast.expr, values: pa.ChunkedArray) -> pa.ChunkedArray:
         import pyarrow as pa
 
-        value = _value(node)
-        scalar = pa.scalar(value)
-        if pa.types.is_temporal(kind) and isinstance(value, str):
-            return scalar.cast(kind)
-        return scalar
-
-    def _column(self, node: ast.expr) -> pa.ChunkedArray:
-        import pyarrow as pa
-
-        name = _column(node)
-        values = self.table.column(name)
-        if pa.types.is_dictionary(values.type):
-            return values.cast(values.type.value_type)
+        if not pa.types.is_boolean(values.type):
+            raise self._refuse(node, f"this column holds {values.type}; compare it with a value")
         return values
+
+    def _column(self, node: ast.expr) -> str | None:
+        """The column that a node names, if it names one."""
+        match node:
+            case ast.Name(id=name) if name not in _NULLS:
+                self.columns[name] = None
+                return name
+            case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str(name))], keywords=[]):
+                self.columns[name] = None
+                return name
+        return None
+
+    def _refuse(self, node: ast.expr, why: str) -> ConfigError:
+        """The error at a node; the parser counts bytes of UTF-8, line by line."""
+        lines = self.text.splitlines(keepends=True)
+        before = lines[node.lineno - 1].encode()[: node.col_offset].decode()
+        return _refuse(self.text, sum(map(len, lines[: node.lineno - 1])) + len(before), why)
+
+
+def _is_null(node: ast.expr) -> bool:
+    return (isinstance(node, ast.Name) and node.id in _NULLS) or (isinstance(node, ast.Constant) and node.value is None)
+
+
+def _value(node: ast.expr) -> str | int | float | bool | None:
+    """The number, text or truth value that a node is; None where it is none of these."""
+    match node:
+        case ast.Constant(value=str() | int() | float() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as number)):
+            if not isinstance(number, bool):
+                return -number if isinstance(sign, ast.USub) else number
+    return None
+
+
+def _values(table: pa.Table, name: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    values = table.column(name)
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def _scalar(value: object, kind: pa.DataType) -> pa.Scalar:
+    """A value as one of the column's kind, where it is of a kind that is written as text, such as a date."""
+    import pyarrow as pa
+
+    scalar = pa.scalar(value)
+    return scalar.cast(kind) if pa.types.is_temporal(kind) and isinstance(value, str) else scalar
 
 
 def _as_truth(values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,26 +1,32 @@
-"""`NeighbourIndex`: the rows of a store by cosine, in a memory-mapped faiss file that is built once and beside it.
+"""The rows of a store by cosine: `NeighbourIndex`, a memory-mapped faiss file, and `ExactRows`, which reads every row.
 
-The index holds unit rows in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more
-candidates than are wanted, scores those in float32 from the store, and asks for more still until no row that was
-left out can belong to the answer: what comes back is what a float32 search of every row would have found.
+The index is built once and lies beside the store. It holds unit rows in float16, so its scores are off by up to
+`ERROR`. A search therefore asks it for more candidates than are wanted, scores those in float32 from the store, and
+asks for more still until no row that was left out can belong to the answer: what comes back is what a float32 search
+of every row would have found. Without faiss, as in a bare install, every row is read.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
+from torch.nn.functional import normalize
 
 from msae.base.errors import MissingDependencyError, StoreError
 from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
+from msae.base.progress import progress
 from msae.data.arrays import unit_rows
+from msae.data.store import EmbeddingStore, Modality
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4
@@ -30,7 +36,9 @@ AT_FIRST = 64
 """Candidates beyond those wanted in the first round."""
 
 BLOCK = 4096
-"""Rows read at once to be scored."""
+"""Candidates read at once to be scored."""
+BUILD_ROWS = 8192
+"""Rows read at once while an index is built, or searched without one."""
 
 _log = logging.getLogger(__name__)
 _COUNT_AT = 8  # where a faiss file has its number of rows: after the kind (4 bytes) and the width (4)
@@ -202,3 +210,94 @@ def _header(faiss: Any, d_in: int, n_rows: int) -> bytes:
     struct.pack_into("<q", header, _COUNT_AT, n_rows)
     struct.pack_into("<Q", header, len(header) + _VECTOR_AT, 2 * n_rows * d_in)
     return bytes(header)
+
+
+# --- Without faiss
+
+
+@dataclass(frozen=True, eq=False)
+class ExactRows:
+    """The rows of one modality of one store; answers as `NeighbourIndex` does."""
+
+    store: EmbeddingStore
+    modality: Modality
+
+    def search(
+        self, query: Float32[np.ndarray, " d_in"], n: int, *, keep: NDArray[np.bool_] | None = None
+    ) -> Neighbours:
+        """The `n` rows of the largest cosine to `query`; of equal ones the lower row first.
+
+        Args:
+            query: Any raw vector but zero.
+            keep: Which rows may be found; all without it.
+        """
+        rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
+        for some, theirs in self._scored(query, keep):  # the best so far, and those of the next block
+            rows, scores = np.concatenate([rows, some]), np.concatenate([scores, theirs])
+            order = np.lexsort((rows, -scores))[:n]
+            rows, scores = rows[order], scores[order]
+        return Neighbours(rows, scores)
+
+    def cosines(self, query: Float32[np.ndarray, " d_in"], rows: Int64[np.ndarray, " m"]) -> NDArray[np.float32]:
+        """Of the query and some rows."""
+        return self._cosines(query, self.store.take(rows, self.modality))
+
+    def ranks(
+        self,
+        query: Float32[np.ndarray, " d_in"],
+        scores: Float32[np.ndarray, " m"],
+        *,
+        keep: NDArray[np.bool_] | None = None,
+    ) -> Int64[np.ndarray, " m"]:
+        """How many rows have a larger cosine to `query` than each of `scores`, plus one."""
+        ranks = np.ones(len(scores), np.int64)
+        for _, theirs in self._scored(query, keep):
+            ranks += len(theirs) - np.searchsorted(np.sort(theirs), scores, side="right")
+        return ranks
+
+    def _scored(
+        self, query: Float32[np.ndarray, " d_in"], keep: NDArray[np.bool_] | None
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """The rows that may be found and their cosines, block by block."""
+        first = 0
+        with progress("comparing", total=len(self.store), unit="rows") as advance:
+            for x in self.store.batches(self.modality, BUILD_ROWS):
+                scores = self._cosines(query, x)
+                own = np.arange(len(x)) if keep is None else np.flatnonzero(keep[first : first + len(x)])
+                yield first + own, scores[own]
+                first += len(x)
+                advance(len(x))
+
+    @staticmethod
+    def _cosines(query: Float32[np.ndarray, " d_in"], x: Float32[np.ndarray, "n d_in"]) -> NDArray[np.float32]:
+        """Each row by itself, so that a row has the same cosine to the last bit in whatever block it is read."""
+        unit = normalize(torch.from_numpy(query), dim=0, eps=1e-38)
+        cosines: NDArray[np.float32] = (normalize(torch.from_numpy(x), dim=1, eps=1e-38) * unit).sum(1).numpy()
+        return cosines
+
+
+def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | ExactRows:
+    """The index of a store, built beside it when first asked for; without faiss, the rows themselves.
+
+    Raises:
+        StoreError: The store has no rows of `modality`, or they hold NaN.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        return ExactRows(store, modality)
+    place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
+    return NeighbourIndex.open(
+        place,
+        modality,
+        fingerprint=store.fingerprint,
+        n_rows=len(store),
+        d_in=store.d_in,
+        rows=lambda rows: store.take(rows, modality),
+        batches=lambda: _watched(store, modality),
+    )
+
+
+def _watched(store: EmbeddingStore, modality: Modality) -> Iterator[NDArray[np.float32]]:
+    with progress("building the index", total=len(store), unit="rows") as advance:
+        for batch in store.batches(modality, BUILD_ROWS):
+            yield batch
+            advance(len(batch))

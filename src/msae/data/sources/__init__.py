@@ -8,22 +8,22 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from msae.base.errors import MissingDependencyError, SourceError, nearest
+from msae.base.errors import MissingDependencyError, SourceError, first_line, nearest, nearest_beside
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.sources import members, tars
-from msae.data.sources.members import Sample, described, texts_of
+from msae.data.sources.members import SourceItem, described, texts_of
 from msae.data.tables import (
     CAPTION_COLUMNS,
     IMAGE_PATH_COLUMNS,
     TABLE_SUFFIXES,
     common_schema,
-    first_line,
     plain_key,
+    read_footer,
     read_table,
 )
 
@@ -41,20 +41,6 @@ _PATHS = (*IMAGE_PATH_COLUMNS, "file_name", "filename", "filepath", "file_path",
 _CAPTIONS = (*CAPTION_COLUMNS, "captions", "title")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SourceItem:
-    """One sample, not yet decoded."""
-
-    id: str
-    """Not necessarily unique: `embed` numbers repeated ones."""
-    image: Path | bytes | None = None
-    caption: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known about it."""
-    damage: str | None = None
-    """Why the sample cannot be used at all, where reading it has already failed."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +95,7 @@ def _open(source: str | Path) -> Source:
     if path.is_dir():
         return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path)
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise SourceError(f"{path} does not exist{nearest(path.name, siblings)}")
+        raise SourceError(f"{path} does not exist{nearest_beside(path)}")
     if suffix == ".txt":
         return _captions(path)
     if suffix == ".parquet":
@@ -156,28 +141,30 @@ def _folder(path: Path) -> Source:
     if labels:
         notes.append(f"column label: the folder of each picture, {len(set(labels.values()))} of them")
 
-    def sample(name: str) -> Sample:
+    def sample(name: str) -> SourceItem:
         if not _could_be_picture(name):
-            return Sample(name, damage=_why_not_picture(name))
+            return SourceItem(name, damage=_why_not_picture(name))
         of_name = {**beside.get(str(PurePosixPath(name).with_suffix("")), {}), **beside.get(name, {})}
         found = described(
-            Sample(name, path / name), {suffix: (path / file).read_bytes() for suffix, file in of_name.items()}
+            SourceItem(name, path / name), {suffix: (path / file).read_bytes() for suffix, file in of_name.items()}
         )
         if name in labels and "label" not in found.columns:
             found = replace(found, columns={**found.columns, "label": labels[name]})
         return found
 
-    def safe(name: str) -> Sample:
+    def safe(name: str) -> SourceItem:
         try:
             return sample(name)
         except OSError as err:
-            return Sample(name, damage=f"unreadable: {err.strerror or err}")
+            return SourceItem(name, damage=f"unreadable: {err.strerror or err}")
 
     has_captions = bool(beside) and _has_captions(map(safe, samples), notes)
     signature = _digest(f"{name}:{_state(path / name)}" for name in names)
-    return _sampled(
-        str(path), True, has_captions, signature, lambda start: map(safe, samples[start:]), len(samples), notes
-    )
+
+    def items(start: int) -> Iterator[SourceItem]:
+        return map(safe, samples[start:])
+
+    return Source(str(path), True, has_captions, signature, items, len(samples), notes=tuple(notes))
 
 
 def _walk(path: Path) -> tuple[list[str], list[str]]:
@@ -234,7 +221,7 @@ def _state(path: Path) -> str:
     return f"{state.st_size}:{state.st_mtime_ns}"
 
 
-def _has_captions(samples: Iterable[Sample], notes: list[str]) -> bool:
+def _has_captions(samples: Iterable[SourceItem], notes: list[str]) -> bool:
     """Whether captions are embedded: where at least half of the images have one. A note says what else happens."""
     looked_at = [sample for sample in itertools.islice(samples, _SAMPLED) if sample.damage is None]
     n_images = sum(sample.image is not None for sample in looked_at)
@@ -251,24 +238,6 @@ def _has_captions(samples: Iterable[Sample], notes: list[str]) -> bool:
     if n_captions and n_images > n_both:
         notes.append(f"{n_images - n_both:,} of the first {n_images:,} images have no caption; such are skipped")
     return n_captions > 0
-
-
-def _sampled(
-    name: str,
-    has_images: bool,
-    has_captions: bool,
-    signature: str,
-    samples: Callable[[int], Iterable[Sample]],
-    total: int | None,
-    notes: Sequence[str],
-) -> Source:
-    """A source of samples that are made of files."""
-
-    def items(start: int) -> Iterator[SourceItem]:
-        for sample in samples(start):
-            yield SourceItem(sample.key, sample.image, sample.caption, sample.columns, sample.damage)
-
-    return Source(name, has_images, has_captions, signature, items, total, notes=tuple(notes))
 
 
 def _captions(path: Path) -> Source:
@@ -312,11 +281,9 @@ def _parquet(path: Path) -> Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        footer = pq.read_metadata(path)
-        schema = common_schema([footer.schema.to_arrow_schema()])
-    except (pa.ArrowException, OSError) as err:
-        raise SourceError(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err
+    footer = read_footer(path, SourceError)
+    written = footer.schema.to_arrow_schema()
+    schema = common_schema([written])
     if footer.num_rows == 0:
         raise SourceError(f"{path} has no rows")
 
@@ -334,10 +301,8 @@ def _parquet(path: Path) -> Source:
         except (pa.ArrowException, OSError) as err:
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
-    if len(schema) != len(footer.schema.to_arrow_schema()):
-        raise SourceError(
-            f"{path} has two columns of one name among {_list(footer.schema.to_arrow_schema())}; rename one"
-        )
+    if len(schema) != len(written):
+        raise SourceError(f"{path} has two columns of one name among {_list(written)}; rename one")
     notes: list[str] = []
     columns = _Columns.of(schema, str(path), notes, head=next(pieces(0), None))
     signature = _signature_with_pictures(path, columns, pieces)
@@ -615,19 +580,19 @@ def _tars(name: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Source
             raise SourceError(f"{path} does not exist; {name} names {len(paths)} shards")
     first = list(itertools.islice(tars.samples(paths), _SAMPLED))
     if all(sample.damage is not None for sample in first):
-        reason = f"; {first[0].key}: {first[0].damage}" if first else ""
+        reason = f"; {first[0].id}: {first[0].damage}" if first else ""
         raise SourceError(f"{name} holds no samples; wanted members like 000001.jpg and 000001.txt{reason}")
     notes = list(notes)
     has_captions = _has_captions(first, notes)
     has_images = any(sample.image is not None for sample in first)
     if not has_images and not has_captions:
-        key = next(sample.key for sample in first if sample.damage is None)
+        key = next(sample.id for sample in first if sample.damage is None)
         raise SourceError(f"{name}: sample {key!r} has neither an image nor a caption (.txt, or in .json)")
 
-    def samples(start: int) -> Iterator[Sample]:
+    def items(start: int) -> Iterator[SourceItem]:
         return tars.samples(paths, start)
 
-    return _sampled(name, has_images, has_captions, _file_signature(paths), samples, None, notes)
+    return Source(name, has_images, has_captions, _file_signature(paths), items, notes=tuple(notes))
 
 
 def _is_bytes(schema: pa.Schema, column: str, *, whole: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""A sample made of files that share a name: a picture, its caption in .txt or .json, its class in .cls."""
+"""`SourceItem`: one sample; and samples of files that share a name: a picture, a caption in .txt, a class in .cls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msae.base.errors import first_line
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.tables import CAPTION_COLUMNS
 
@@ -17,17 +18,20 @@ SUFFIXES = frozenset({*IMAGE_SUFFIXES, *TEXTS, *LABELS, ".json"})
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The files of one key."""
+class SourceItem:
+    """One sample, not yet decoded."""
 
-    key: str
+    id: str
+    """Not necessarily unique: `embed` numbers repeated ones."""
     image: Path | bytes | None = None
     caption: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known about it."""
     damage: str | None = None
+    """Why the sample cannot be used at all, where reading it has already failed."""
 
 
-def described(sample: Sample, files: Mapping[str, bytes]) -> Sample:
+def described(sample: SourceItem, files: Mapping[str, bytes]) -> SourceItem:
     """`sample` with the caption, the label and the other columns that its files, by their suffix, hold.
 
     Of several captions the first is the caption and all are the column `captions`.
@@ -37,7 +41,7 @@ def described(sample: Sample, files: Mapping[str, bytes]) -> Sample:
         label = next((files[suffix].decode("utf-8").strip() for suffix in LABELS if suffix in files), None)
         record = json.loads(files[".json"]) if ".json" in files else {}
     except (ValueError, RecursionError) as err:
-        return replace(sample, damage=f"damaged .txt, .cls or .json: {str(err).splitlines()[0]}")
+        return replace(sample, damage=f"damaged .txt, .cls or .json: {first_line(err)}")
     if not isinstance(record, dict):
         record = {"caption": record} if isinstance(record, str | list) else {}
     columns = {name: value for name, value in record.items() if _is_plain(value)}

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from msae.base.errors import MissingDependencyError, SourceError
+from msae.base.errors import MissingDependencyError, SourceError, first_line
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
-from msae.data.sources.members import SUFFIXES, Sample, described
+from msae.data.sources.members import SUFFIXES, SourceItem, described
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error)
 """What tarfile raises when it trips over damaged bytes."""
@@ -27,7 +27,7 @@ def expand(pattern: str) -> list[Path]:
     return [Path(path) for path in braceexpand(pattern)]
 
 
-def samples(paths: Sequence[Path], start: int = 0) -> Iterator[Sample]:
+def samples(paths: Sequence[Path], start: int = 0) -> Iterator[SourceItem]:
     """The samples of the shards from the given position on; what is damaged is a sample that says so.
 
     Members of one key are one sample wherever in their shard they are. A key is the name without the ending,
@@ -60,7 +60,7 @@ class _Shard:
 
     path: Path
     members: dict[str, dict[str, tarfile.TarInfo]] = field(default_factory=dict)
-    lines: list[Sample] = field(default_factory=list)
+    lines: list[SourceItem] = field(default_factory=list)
     """What is to be said of it: members that are there twice or that are not read, and damage."""
 
     def read_headers(self, tar: tarfile.TarFile) -> None:
@@ -84,7 +84,7 @@ class _Shard:
             self.add_damage(err)
         for key, suffix in unknown.items():
             if key not in self.members and _first_part(key) not in self.members:
-                self.lines.append(Sample(key, damage=f"not read: {suffix} is no image and no text"))
+                self.lines.append(SourceItem(key, damage=f"not read: {suffix} is no image and no text"))
         offsets = [member.offset for files in self.members.values() for member in files.values()]
         if not is_plain and offsets != sorted(offsets):
             raise SourceError(
@@ -100,7 +100,7 @@ class _Shard:
             key = str(name)  # a.jpg and a.png are two samples
             files = self.members.setdefault(key, {})
         if suffix in files:
-            self.lines.append(Sample(key, damage=f"the member {name} is there twice; the later one is read"))
+            self.lines.append(SourceItem(key, damage=f"the member {name} is there twice; the later one is read"))
         files[suffix] = member
 
     def _check_end(self, offset: int) -> None:
@@ -117,24 +117,25 @@ class _Shard:
 
     def add_damage(self, err: BaseException) -> None:
         """Say what is wrong with the shard."""
-        reason = (str(err) or type(err).__name__).splitlines()[0]
         self.lines.append(
-            Sample(self.path.name, damage=f"damaged shard: {reason}; the samples after this point are lost")
+            SourceItem(
+                self.path.name, damage=f"damaged shard: {first_line(err)}; the samples after this point are lost"
+            )
         )
 
-    def sample(self, tar: tarfile.TarFile, key: str) -> Sample:
+    def sample(self, tar: tarfile.TarFile, key: str) -> SourceItem:
         """The sample of a key."""
         files = {}
         try:
             for suffix, member in self.members[key].items():
                 content = tar.extractfile(member)
                 if content is None:
-                    return Sample(key, damage=f"the member {member.name} is no ordinary file")
+                    return SourceItem(key, damage=f"the member {member.name} is no ordinary file")
                 files[suffix] = content.read()
         except _DAMAGE as err:
-            return Sample(key, damage=f"damaged member: {(str(err) or type(err).__name__).splitlines()[0]}")
+            return SourceItem(key, damage=f"damaged member: {first_line(err)}")
         image = next((files[suffix] for suffix in files if suffix in IMAGE_SUFFIXES or not suffix), None)
-        return described(Sample(key, image), files)
+        return described(SourceItem(key, image), files)
 
 
 def _first_part(key: str) -> str:

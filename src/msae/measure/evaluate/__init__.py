@@ -9,21 +9,38 @@ from typing import overload
 import torch
 
 from msae.base.devices import as_device
+from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
-from msae.measure.evaluate.passes import Scores, cknna_over_batches, dead_in_training
-from msae.measure.evaluate.probes import Probes
-from msae.measure.evaluate.record import Evaluation, RecoveryPoint, json_number
-from msae.measure.evaluate.subject import Options, StoreLike, Subject, open_subject
-from msae.measure.evaluate.table import Cell, poster_table, table_rows
+from msae.measure.evaluate.passes import (
+    Options,
+    Probes,
+    Scores,
+    StoreLike,
+    cknna_over_batches,
+    class_f1,
+    dead_in_training,
+    open_view,
+)
+from msae.measure.evaluate.record import (
+    Cell,
+    Evaluation,
+    Evaluations,
+    RecoveryPoint,
+    json_number,
+    poster_table,
+    table_rows,
+)
 from msae.sae.model import SAE, Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 __all__ = [
     "Cell",
     "Evaluation",
+    "Evaluations",
     "Kept",
     "RecoveryPoint",
     "current_evaluations",
@@ -65,13 +82,13 @@ def evaluate(
     batch_size: int | None = ...,
     device: str = ...,
     seed: int = ...,
-) -> list[Evaluation]: ...
+) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
     modality: Modality = "image",
-    inference: Inference = "relu",
+    inference: Inference = "trained",
     k: int | None = None,
     labels: str | None = None,
     probe_train: StoreLike | None = None,
@@ -80,7 +97,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
-) -> Evaluation | list[Evaluation]:
+) -> Evaluation | Evaluations:
     """Measure how well SAEs reconstruct the embeddings of a store, and how sparse they are.
 
     Several runs make one table, in which the best values are marked. The figures of a run are also kept in the folder
@@ -90,8 +107,9 @@ def evaluate(
         sae: One or several run folders, or Hugging Face repositories that hold an SAE.
         on: The store to evaluate on.
         modality: Which embeddings of the store.
-        inference: How activations are made: `relu` keeps every positive one, as in the paper's table; `trained` uses
-            the activation function of training; `topk` keeps the `k` strongest.
+        inference: How activations are made: `trained` uses the activation function of the SAE; `relu` keeps every
+            positive one, as in the paper's table; `threshold` keeps those above the thresholds fitted after training;
+            `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
             embeddings works on the reconstructions.
@@ -112,46 +130,48 @@ def evaluate(
     options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     store = as_store(on, modality)
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
-    subjects = [open_subject(one, store, options) for one in every]
+    if not every:
+        raise ConfigError("there is no run to evaluate; give at least one")
+    views = [open_view(one, store, options) for one in every]
     probes = None
     if labels is not None:
         probes = Probes(options, None if probe_train is None else as_store(probe_train, modality), store)
     if train_store is not None:  # a wrong one is said now, not after the passes
         train_store = as_store(train_store)
-        for subject in subjects:
-            subject.view.run.check_fit(train_store)
-    results = []
-    for subject in subjects:
-        found = _evaluate(subject, store, probes, train_store, options)
-        results.append(keep(found, subject.view, labels, None if probes is None else probes.store_of(subject)))
+        for view in views:
+            view.run.check_fit(train_store)
+    results = Evaluations()
+    for view in views:
+        found = _evaluate(view, store, probes, train_store, options)
+        results.append(keep(found, view, labels, None if probes is None else probes.store_of(view)))
     return results[0] if isinstance(sae, Run | SAE | str | Path) else results
 
 
 @torch.no_grad()
 def _evaluate(
-    subject: Subject,
+    view: View,
     store: EmbeddingStore,
     probes: Probes | None,
     train_store: StoreLike | None,
     options: Options,
 ) -> Evaluation:
-    sae = subject.sae
-    test = None if probes is None else probes.of(subject)
-    scores = Scores(subject, None if test is None else test.probe, options)
+    sae = view.sae
+    test = None if probes is None else probes.of(view)
+    scores = Scores(view, None if test is None else test.probe, options)
     start = 0
-    for raw in subject.view.raw(title=f"evaluating {subject.name}"):
+    for raw in view.raw(title=f"evaluating {view.run.name}"):
         scores.update(raw, None if test is None else test.targets[start : start + len(raw)])
         start += len(raw)
-    cknna = cknna_over_batches(subject, store, options)
-    dead_train, note = dead_in_training(subject, store, train_store, scores.use.dead(), options)
+    cknna = cknna_over_batches(view, store, options)
+    dead_train, note = dead_in_training(view, store, train_store, scores.use.dead(), options)
     return Evaluation(
-        run=subject.run,
+        run=view.run.given,
         kind=sae.config.kind,
         inference=options.inference,
         k=options.k,
         modality=options.modality,
         on=str(store.path),
-        standardized_by=subject.standardized_by,
+        standardized_by="run" if view.standardized_by == "run" else "evaluation store",
         n=len(store),
         d_in=sae.d_in,
         d_sae=sae.d_sae,
@@ -163,5 +183,6 @@ def _evaluate(
         dead_train=dead_train,
         recovery=scores.recovery_points(cknna.at),
         notes=tuple(filter(None, [note, cknna.note, *(test.notes if test is not None else ())])),
+        class_f1=None if test is None else json_number(class_f1(view, test, scores)),
         **scores.figures(),
     )

@@ -173,7 +173,7 @@ def _record(kept: Kept) -> dict[str, Any]:
         "sae": origin.sae,
         "labels": kept.labels,
         "probe_train": probe and {"store": probe.store, "fingerprint": probe.fingerprint, "metadata": probe.metadata},
-        **kept.evaluation.to_dict(),
+        **kept.evaluation.to_json(),
     }
 
 

@@ -3,23 +3,153 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.base.errors import RunError
+from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.progress import progress
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, labelled_rows
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
-from msae.measure.evaluate.subject import NoTrainingStoreError, Options, StoreLike, Subject, training_store
-from msae.measure.probe import Probe
+from msae.measure.probe import Probe, fit_probe, hold_out
 from msae.sae import activations
+from msae.sae.model import Inference, check_fit
+from msae.sae.run import NoTrainingStoreError, Run, RunLike
 from msae.sae.standardize import Modality
+from msae.sae.view import View
+
+StoreLike = EmbeddingStore | str | Path
+
+
+@dataclass(frozen=True)
+class Options:
+    modality: Modality
+    inference: Inference
+    k: int | None
+    labels: str | None
+    recovery: bool
+    batch_size: int | None
+    device: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.inference not in get_args(Inference):
+            raise ConfigError(f"inference {self.inference!r} is unknown; give relu, trained, topk or threshold")
+        if self.inference == "topk" and (self.k is None or self.k < 1):
+            raise ConfigError(f"inference topk with k {self.k}; give a positive --k, for example --k 64")
+        if self.inference != "topk" and self.k is not None:
+            raise ConfigError(f"--k {self.k} has no meaning for inference {self.inference}; add --inference topk")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch size {self.batch_size} is not positive; give for example 4096")
+
+
+def open_view(sae: RunLike, store: EmbeddingStore, options: Options) -> View:
+    """The rows of the evaluation store through an SAE, on the device."""
+    run = Run.open(sae)
+    run.check_fit(store)
+    d_sae = run.sae.d_sae
+    if options.k is not None and options.k > d_sae:
+        raise ConfigError(f"--k {options.k} is above the {d_sae} latents of {run.name}; give a smaller --k")
+    rows_at_once = options.batch_size or max(64, min(8192, 2**24 // d_sae))
+    return View(
+        run, store, options.modality, inference=options.inference, k=options.k, block_rows=rows_at_once,
+        device=options.device,
+    )  # fmt: skip
+
+
+class ProbeTest(NamedTuple):
+    """A probe, and the rows on which it is evaluated."""
+
+    probe: Probe
+    targets: Int[Tensor, " n"]
+    """The class of each row of the evaluation store; -1 for rows that are left out."""
+    train: EmbeddingStore
+    """What the probe was trained on."""
+    train_rows: Int64[np.ndarray, " m"]
+    """The rows of `train` that it was trained on."""
+    train_targets: Int[Tensor, " m"]
+    """Their classes."""
+    notes: tuple[str, ...]
+    """Which rows are left out."""
+
+
+class Probes:
+    """The probe of each run; runs that share training rows and standardisation share it."""
+
+    def __init__(self, options: Options, store: EmbeddingStore | None, on: EmbeddingStore) -> None:
+        """`store` is where the probe is trained; None takes each run's training store. `on` is evaluated."""
+        assert options.labels is not None
+        self._options, self._store, self._on, self._column = options, store, on, options.labels
+        self._truth = on.labels(options.labels, option="--labels")
+        self._known: dict[tuple[Any, ...], ProbeTest] = {}
+
+    def of(self, view: View) -> ProbeTest:
+        options, store = self._options, self.store_of(view)
+        statistics = view.standardizer.statistics[options.modality]
+        key = (store.path, store.fingerprint, statistics.mean.cpu().numpy().tobytes(), statistics.scale)
+        if key not in self._known:
+            self._known[key] = self._made(view, store)
+        return self._known[key]
+
+    def _made(self, view: View, store: EmbeddingStore) -> ProbeTest:
+        options = self._options
+        labels = store.labels(self._column, option="--labels")
+        held = hold_out(
+            store, self._on, options.modality,
+            train_rows=labelled_rows(labels), on_rows=labelled_rows(self._truth), seed=options.seed,
+        )  # fmt: skip
+
+        def rows(numbers: Int[np.ndarray, " m"]) -> Float[Tensor, "m d_in"]:
+            raw = torch.from_numpy(store.take(held.train[numbers], options.modality))
+            return view.standardize(raw.to(view.device))
+
+        known = [labels[row] for row in held.train]
+        with torch.enable_grad():
+            probe = fit_probe(rows, known, seed=options.seed).to(options.device)
+        targets = torch.full((len(self._truth),), -1)
+        targets[torch.from_numpy(held.on)] = probe.encode([self._truth[row] for row in held.on])
+        if not bool((targets >= 0).any()):
+            raise StoreError(
+                f"no row of {self._on.path} has a {self._column} that occurs where the probe is trained "
+                f"({', '.join(probe.classes[:3])} …); give --probe-train a store with the same classes"
+            )
+        notes = [self._without_label(self._on, self._truth)]
+        if store.path != self._on.path:
+            notes.append(self._without_label(store, labels))
+        unknown = int((targets[torch.from_numpy(held.on)] < 0).sum())
+        if unknown:
+            notes.append(f"{unknown:,} rows have a {self._column} that the probe was not trained on; they are left out")
+        train_targets = probe.encode(known)
+        return ProbeTest(probe, targets, store, held.train, train_targets, tuple(filter(None, [held.note, *notes])))
+
+    def _without_label(self, store: EmbeddingStore, labels: list[str | None]) -> str | None:
+        n = labels.count(None)
+        return f"{n:,} of {len(labels):,} rows of {store.path} have no {self._column} and are left out" if n else None
+
+    def store_of(self, view: View) -> EmbeddingStore:
+        """The store that the probe of a run is trained on."""
+        if self._store is not None:
+            check_fit(view.sae, self._store, run=view.run.given)
+            return self._store
+        wanted = f"--labels {self._column} needs original embeddings to train the probe on"
+        try:
+            store = view.run.training_store()
+        except NoTrainingStoreError as err:
+            raise ConfigError(f"{wanted}, but {err}; give --probe-train STORE") from err
+        if self._column not in store.columns or self._options.modality not in store.modalities:
+            raise ConfigError(
+                f"{wanted}, but the training store {store.path} has no such column of {self._options.modality} rows; "
+                f"give --probe-train STORE"
+            )
+        return store
+
 
 CKNNA_ROWS = 10_000
 """Rows of one CKNNA batch, as in the paper: the value depends on it."""
@@ -31,9 +161,10 @@ CKNNA_NEIGHBORS = 10
 class Scores:
     """The accumulators that one pass over the evaluation store feeds."""
 
-    def __init__(self, subject: Subject, probe: Probe | None, options: Options) -> None:
-        sae = subject.sae
-        self._subject, self._options, self._probe = subject, options, probe
+    def __init__(self, view: View, probe: Probe | None, options: Options) -> None:
+        sae = view.sae
+        self._view, self._options, self._probe = view, options, probe
+        self.firing = None if probe is None else metrics.ClassFiring(len(probe.classes), sae.d_sae)
         self._reconstruction = metrics.ReconstructionScore()
         self._fvu_authors = metrics.RunningMean()
         self.use = metrics.LatentUse(sae.d_sae)
@@ -43,13 +174,13 @@ class Scores:
         self._left_out = 0
 
     def update(self, raw: Float[Tensor, "n d_in"], targets: Int[Tensor, " n"] | None) -> None:
-        sae, view = self._subject.sae, self._subject.view
+        sae, view = self._view.sae, self._view
         x = view.standardize(raw)
         z = view.activate(x)
         x_hat = sae.reconstruct(z)
         if not bool(torch.isfinite(x_hat).all()):
             raise RunError(
-                f"{self._subject.name} reconstructs rows of the store as NaN or infinity; train again with a lower --lr"
+                f"{view.run.name} reconstructs rows of the store as NaN or infinity; train again with a lower --lr"
             )
         self.use.update(z)
         self._reconstruction.update(x, x_hat)
@@ -59,6 +190,8 @@ class Scores:
             self._recovery.update(x, z)
         if targets is not None:
             self._update_probe(x, x_hat, targets)
+            assert self.firing is not None
+            self.firing.update(z, targets)
 
     def _update_probe(self, x: Tensor, x_hat: Tensor, targets: Tensor) -> None:
         assert self._probe is not None
@@ -121,6 +254,17 @@ class Scores:
         return tuple(points)
 
 
+def class_f1(view: View, test: ProbeTest, scores: Scores) -> float:
+    """`metrics.class_f1` of the rows that the probe was trained on and those that it is evaluated on."""
+    assert scores.firing is not None
+    train = metrics.ClassFiring(len(test.probe.classes), view.sae.d_sae)
+    start = 0
+    for z in view.on(test.train).activations(rows=test.train_rows, title=f"classes by the latents of {view.run.name}"):
+        train.update(z, test.train_targets[start : start + len(z)])
+        start += len(z)
+    return metrics.class_f1(train, scores.firing)
+
+
 class _Cknna(NamedTuple):
     value: metrics.Summary
     at: dict[int, float]
@@ -128,7 +272,7 @@ class _Cknna(NamedTuple):
     note: str | None
 
 
-def cknna_over_batches(subject: Subject, store: EmbeddingStore, options: Options) -> _Cknna:
+def cknna_over_batches(view: View, store: EmbeddingStore, options: Options) -> _Cknna:
     """CKNNA over random batches without common rows; a remainder smaller than a batch is left out."""
     n = len(store)
     if n <= CKNNA_NEIGHBORS:
@@ -138,9 +282,9 @@ def cknna_over_batches(subject: Subject, store: EmbeddingStore, options: Options
     n_batches = max(1, min(n // size, CKNNA_BATCHES))
     chosen = np.random.default_rng(options.seed).permutation(n)[: size * n_batches].reshape(n_batches, size)
     mean, at = metrics.RunningMean(), {}
-    with progress(f"CKNNA of {subject.name}", total=n_batches, unit="batches") as advance:
+    with progress(f"CKNNA of {view.run.name}", total=n_batches, unit="batches") as advance:
         for number, rows in enumerate(np.sort(chosen, axis=1)):
-            x, z = _encode_rows(subject, rows)
+            x, z = _encode_rows(view, rows)
             near_x = metrics.nearest_neighbors(x, CKNNA_NEIGHBORS)
             value = metrics.cknna_of(near_x, metrics.nearest_neighbors(z, CKNNA_NEIGHBORS))
             mean.update(torch.tensor([value], dtype=torch.float64))
@@ -150,9 +294,9 @@ def cknna_over_batches(subject: Subject, store: EmbeddingStore, options: Options
     return _Cknna(mean.summary(), at, None)
 
 
-def _encode_rows(subject: Subject, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    xs = list(subject.view.rows(rows))
-    return torch.cat(xs), torch.cat([subject.view.activate(x) for x in xs])
+def _encode_rows(view: View, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    xs = list(view.rows(rows))
+    return torch.cat(xs), torch.cat([view.activate(x) for x in xs])
 
 
 def _cknna_by_k(near_x: metrics.Neighbors, z: Tensor, value: float) -> dict[int, float]:
@@ -168,17 +312,17 @@ def _cknna_by_k(near_x: metrics.Neighbors, z: Tensor, value: float) -> dict[int,
 
 
 def dead_in_training(
-    subject: Subject, on: EmbeddingStore, given: StoreLike | None, dead: int, options: Options
+    view: View, on: EmbeddingStore, given: StoreLike | None, dead: int, options: Options
 ) -> tuple[int | None, str | None]:
     """Dead latents on the training store, or why that is unknown."""
-    modality: Modality = subject.view.run.settings.get("modality", options.modality)
+    modality: Modality = view.run.settings.get("modality", options.modality)
     try:
-        store = training_store(subject) if given is None else as_store(given, modality)
+        store = view.run.training_store() if given is None else as_store(given, modality)
     except NoTrainingStoreError as err:
         return None, f"dead_train is null: {err}"
     if (store.fingerprint, modality) == (on.fingerprint, options.modality):
         return dead, None
-    use = metrics.LatentUse(subject.sae.d_sae)
-    for z in subject.view.on(store, modality).activations(title=f"dead latents of {subject.name} in training"):
+    use = metrics.LatentUse(view.sae.d_sae)
+    for z in view.on(store, modality).activations(title=f"dead latents of {view.run.name} in training"):
         use.update(z)
     return use.dead(), None

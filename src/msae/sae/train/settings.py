@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -16,13 +15,9 @@ from msae.sae.kernels import Kernel
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
 from msae.sae.standardize import Modality
+from msae.sae.train.recipes import RECIPES, RecipeName
 
-Recipe = Literal["default", "poster"]
 Arithmetic = Literal["float32", "bfloat16"]
-LEARNING_RATES: Mapping[Recipe, Mapping[Kind, float]] = {
-    "poster": {"matryoshka": 1e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-5, "jumprelu": 5e-4},
-    "default": {"matryoshka": 5e-4, "topk": 5e-4, "batchtopk": 5e-4, "relu": 5e-4, "jumprelu": 5e-4},
-}
 DEFAULT_K = 64
 DEFAULT_L1 = 0.003
 
@@ -34,11 +29,12 @@ class TrainSettings:
     kind: Kind = "matryoshka"
     """Which SAE. matryoshka: nested levels. topk: the k strongest latents of each row. batchtopk: k a row on average.
     jumprelu: a threshold for each latent, learnt. relu: every positive latent, kept sparse by an L1 penalty."""
-    weighting: Weighting = "uniform"
-    """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most."""
+    weighting: Weighting | None = None
+    """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most.
+    Default: uniform."""
     levels: tuple[int, ...] | None = None
-    """Latents kept at each level of a matryoshka SAE. Default: 64, doubled up to all latents (fewer than 64 for a small
-    SAE)."""
+    """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
+    to all dimensions; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
     widths: tuple[int, ...] | None = None
     """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
     row keeps k on average. The last must be all latents. Default: off."""
@@ -58,13 +54,18 @@ class TrainSettings:
     """Rows in a step. Default: a power of two from 64 to 4096 that gives about 200 steps an epoch; the poster's recipe:
     4096."""
     lr: float | None = None
-    """Learning rate. Default: 5e-4; the poster's recipe: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
+    """Learning rate. Default: 2e-3 for matryoshka, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka; poster:
+    1e-4 for matryoshka, 5e-5 for relu."""
     seed: int = 0
     """Random seed of the initial weights and of the order of the rows."""
     modality: Modality = "image"
     """Which embeddings of the store to train on."""
-    recipe: Recipe = "default"
-    """Where the defaults come from. poster: the paper's recipe to the letter."""
+    recipe: RecipeName = "default"
+    """Where the defaults come from. default: few latents that say what a concept is. faithful: a small error at every
+    number of latents kept. poster: the paper's recipe to the letter."""
+    inference_l0: int | None = None
+    """Mean number of active latents of a row under the thresholds that are fitted after training. Default: k where the
+    kind has one, else an eighth of the dimensions of the embeddings."""
     warmup: float | None = None
     """Share of the steps, at the start, over which the learning rate rises from 0. Default: 0.05; the poster's recipe:
     0."""
@@ -94,7 +95,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("expansion", "d_sae", "epochs", "batch_size", "lr", "k", "max_grad_norm", "log_every", "dead_after")
-        for name in (*positive, "checkpoint_every"):
+        for name in (*positive, "checkpoint_every", "inference_l0"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
@@ -119,11 +120,13 @@ class TrainSettings:
             ConfigError: A setting is given that this kind does not use.
         """
         self._check_kind()
-        poster = self.recipe == "poster"
+        recipe = RECIPES[self.recipe]
         d_sae = self.d_sae or round(self.expansion * store.d_in)
         is_nested, counts = self.kind == "matryoshka", self.counts_latents
-        levels = self.levels or losses.default_levels(d_sae, smallest=min(64, max(1, d_sae // 8)))
-        weights = self.weights or losses.level_weights(self.weighting, len(self.widths or levels))
+        levels = self.levels or recipe.levels(store.d_in, d_sae)
+        weighting = self.weighting or recipe.weighting
+        weights = self.weights or losses.level_weights(weighting, len(self.widths or levels))
+        k = (self.k or DEFAULT_K) if counts else None
         if self.widths and self.widths[-1] != d_sae:
             raise ConfigError(f"the last of --widths is {self.widths[-1]}; give all latents, {d_sae}, as the last one")
         return dataclasses.replace(
@@ -131,12 +134,14 @@ class TrainSettings:
             d_sae=d_sae,
             levels=levels if is_nested and not self.widths else None,
             weights=weights if is_nested else None,
-            k=(self.k or DEFAULT_K) if counts else None,
+            weighting="uniform" if self.weights and not self.weighting else weighting,
+            k=k,
             l1=(DEFAULT_L1 if self.l1 is None else self.l1) if self.kind == "relu" else None,
-            epochs=self.epochs or (20 if poster and self.expansion >= 32 else 30),
-            batch_size=min(self.batch_size or (4096 if poster else _batch_size_for(len(store))), len(store)),
-            lr=self.lr or LEARNING_RATES[self.recipe][self.kind],
-            warmup=self.warmup if self.warmup is not None else (0.0 if poster else 0.05),
+            epochs=self.epochs or recipe.epochs(self.expansion),
+            batch_size=min(self.batch_size or recipe.batch_size(len(store)), len(store)),
+            lr=self.lr or recipe.lr[self.kind],
+            warmup=recipe.warmup if self.warmup is None else self.warmup,
+            inference_l0=min(self.inference_l0 or k or recipe.inference_l0(store.d_in), d_sae),
             device=as_device(self.device),
         )
 
@@ -147,14 +152,14 @@ class TrainSettings:
 
     def _check_kind(self) -> None:
         """Refuse what this kind would ignore. Not before: a file may give the levels, and the command line the kind."""
-        nesting = self.levels or self.widths or self.weights or self.weighting != "uniform"
+        nesting = self.levels or self.widths or self.weights or self.weighting not in (None, "uniform")
         if self.kind != "matryoshka" and nesting:
             raise ConfigError(
                 f"--levels, --widths, --weights and --weighting belong to matryoshka; leave them out for {self.kind}"
             )
         # A run's own config.json has both, in agreement.
-        as_weighted = losses.level_weights(self.weighting, len(self.weights or ()))
-        if self.weights and self.weighting != "uniform" and self.weights != as_weighted:
+        as_weighted = losses.level_weights(self.weighting or "uniform", len(self.weights or ()))
+        if self.weights and self.weighting not in (None, "uniform") and self.weights != as_weighted:
             raise ConfigError(f"--weights and --weighting {self.weighting} are both given; give one of them")
         if self.k is not None and not self.counts_latents:
             raise ConfigError(
@@ -169,7 +174,7 @@ class TrainOptions(TypedDict, total=False):
     """The fields of `TrainSettings`, as keywords that an editor completes."""
 
     kind: Kind
-    weighting: Weighting
+    weighting: Weighting | None
     levels: tuple[int, ...] | None
     widths: tuple[int, ...] | None
     weights: tuple[float, ...] | None
@@ -182,7 +187,8 @@ class TrainOptions(TypedDict, total=False):
     lr: float | None
     seed: int
     modality: Modality
-    recipe: Recipe
+    recipe: RecipeName
+    inference_l0: int | None
     warmup: float | None
     decay: float
     max_grad_norm: float
@@ -195,8 +201,3 @@ class TrainOptions(TypedDict, total=False):
     checkpoint_every: int | None
     loggers: tuple[LoggerName, ...]
     device: str
-
-
-def _batch_size_for(n_rows: int) -> int:
-    """The largest power of two up to 4096 that still gives an epoch about 200 steps, and at least 64."""
-    return max(64, min(4096, 1 << max(0, (n_rows // 200).bit_length() - 1)))

@@ -28,7 +28,7 @@ from msae.base.loggers import Loggers, check_installed
 from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, SAEConfig, first_not_finite
+from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.train.settings import TrainSettings
@@ -79,14 +79,16 @@ class Training:
         check_installed(self.settings.loggers)
         if self._is_finished():  # before the lock: a finished run may lie where nothing can be written
             self._is_begun(resume=resume)
-            return SAE.load(self.folder)
+            sae = SAE.load(self.folder)
+            if sae.config.inference_l0 is not None and not self._asks_for_another_l0():
+                return sae
         with locked(self.folder, error=RunError):
             return self._train(resume=resume)
 
     def _train(self, *, resume: bool) -> SAE:
         is_begun = self._is_begun(resume=resume)
-        if self._is_finished():  # another process has just finished it
-            return SAE.load(self.folder)
+        if self._is_finished():
+            return self._with_asked_l0(SAE.load(self.folder))
         if is_begun:
             remove_leftovers(self.folder)
             remove_leftovers(self.folder / "checkpoints")
@@ -101,10 +103,34 @@ class Training:
                 self._loop(state, loggers, how="the same command again" if resume else _RESUME)
         finally:
             loggers.close()
-        state.sae.save(self.folder)
+        sae = self._with_thresholds(state.sae)
+        sae.save(self.folder)
         for checkpoint in self._checkpoints():
             _remove_folder(checkpoint)
-        return state.sae.cpu().eval()
+        return sae.cpu().eval()
+
+    def _with_thresholds(self, sae: SAE) -> SAE:
+        """A copy with thresholds for the asked mean number of active latents, fitted on the training rows."""
+        l0 = self.settings.inference_l0
+        assert l0 is not None
+        return sae.with_thresholds(sae.fitted_thresholds(self.store, self.settings.modality, l0=l0), float(l0))
+
+    def _asks_for_another_l0(self) -> bool:
+        """Whether the finished run was made for another mean number of active latents."""
+        theirs = read_json(self.folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
+        return bool(theirs.get("train", {}).get("inference_l0") != self.settings.inference_l0)
+
+    def _with_asked_l0(self, sae: SAE) -> SAE:
+        """The SAE of the finished run; thresholds that it lacks, or has for another number, are fitted and saved."""
+        if sae.config.inference_l0 is not None and not self._asks_for_another_l0():
+            return sae  # another process has just finished it
+        sae = self._with_thresholds(sae.to(self.settings.device))
+        sae.save(self.folder)
+        config = read_json(self.folder / "config.json", schema_version=SCHEMA_VERSION, error=RunError)
+        config["train"]["inference_l0"] = self.settings.inference_l0
+        del config["schema_version"], config["made_by"]
+        write_json(self.folder / "config.json", config, schema_version=SCHEMA_VERSION)
+        return sae.cpu().eval()
 
     def _loop(self, state: _State, loggers: Loggers, *, how: str) -> None:
         """Every step that is still to do.
@@ -315,8 +341,8 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
         )
     before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
     for name, value in mine["train"].items():
-        # How often to log and save, and where to compute, do not change what is computed.
-        if name in ("device", "loggers", "log_every", "checkpoint_every"):
+        # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
+        if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):
             continue
         if value is None and name in ("k", "l1"):  # not used by this kind; earlier versions recorded their defaults
             continue
@@ -367,6 +393,7 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
         known = {key: value for key, value in to_mapping(run.sae.config).items() if value is not None}
         return {"run": str(folder), "state": "an SAE that was not trained here", **known}
     is_finished = run.folder is not None and (run.folder / "sae.json").exists()
+    active = read_config(run.folder).inference_l0 if run.folder is not None and is_finished else None
     began = run.checkpoints[-1].name if run.checkpoints else "the start"
     return {
         "run": str(folder),
@@ -374,5 +401,6 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
         "store": config["store"],
         "n_rows": config["n_rows"],
         "d_in": config["d_in"],
+        "mean_active_latents": active,
         **{key: value for key, value in config["train"].items() if value not in (None, [])},
     }

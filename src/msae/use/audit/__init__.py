@@ -18,10 +18,9 @@ from msae.sae.model import SAE, Inference
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
-from msae.use.audit.auditor import N_CONTROLS, Auditor
+from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.subjects import make_subject, parse_class_texts
-from msae.use.audit.sweeping import Sweeper
 from msae.use.classifier import LinearClassifier
 
 __all__ = [
@@ -55,6 +54,7 @@ def audit(
     inference: Inference = "trained",
     n_permutations: int | None = None,
     sweep_id: str | None = None,
+    device: str = "auto",
     seed: int = 0,
 ) -> Audit:
     """Which concepts a linear classifier of embeddings relies on, the strongest causal effect first.
@@ -78,11 +78,12 @@ def audit(
         names: The names.json to use. Without it, the run's.
         all_latents: Audit every latent, named or not.
         modality: Which embeddings of the store.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
         sweep_id: Id of the row in which each concept is moved from 0 to twice its p99. Without it, an ordinary row for
             each concept.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         seed: Random seed.
 
     Raises:
@@ -90,7 +91,7 @@ def audit(
         RunError: The run is missing or damaged.
         StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
-    view = View(sae, on, modality, inference=inference)
+    view = View(sae, on, modality, inference=inference, device=device)
     subject = make_subject(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
         train_store=train_store, seed=seed, positive=positive,

@@ -1,24 +1,30 @@
-"""The audit of one classifier, step by step: measure, associate, control, debias, rank."""
+"""The audit of one classifier, step by step: measure, associate, control, debias, sweep, rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int, Int64
 from torch import Tensor
 
+from msae.base import statistics
+from msae.base.errors import ConfigError
 from msae.base.progress import progress
 from msae.base.statistics import mean_interval
-from msae.use.audit.association import PermutationTests, with_q
-from msae.use.audit.controls import Sizes, control_sizes
-from msae.use.audit.measure import Measured, Tally, measure_edits, quantiles
+from msae.data.store import EmbeddingStore
+from msae.sae.model import SAE, Inference
+from msae.sae.standardize import Modality
+from msae.sae.view import View
+from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, probabilities, quantiles
 from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
-from msae.use.audit.subjects import Subject
-from msae.use.audit.sweeping import sweep_row
+from msae.use.audit.subjects import Subject, make_subject
 from msae.use.interventions import Concepts
 
 N_CONTROLS = 20
@@ -274,3 +280,194 @@ def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Deb
     worst = [float(kind.min()) if shares.shape[1] else None for kind in shares]
     overall = (correct.sum((1, 2)) / n.sum()).tolist()
     return Debiasing(tuple(groups), worst[0], worst[1], worst[2], overall[0], overall[1], overall[2])
+
+
+BLOCK = 256
+"""Columns whose intervals are computed at once; they take some tables of that width."""
+
+
+@dataclass(frozen=True)
+class PermutationTests:
+    """The tests of one audit: what its classes are, and how p-values are drawn."""
+
+    classes: Sequence[str]
+    positive: int | None
+    """The class that is compared with the others; None takes for each column the one of the largest effect, and the
+    p-value is that of the largest."""
+    n_permutations: int
+    rng: np.random.Generator
+
+    @property
+    def watched(self) -> list[int]:
+        """Numbers of the classes that are compared with the others."""
+        return list(range(len(self.classes))) if self.positive is None else [self.positive]
+
+    def associate(
+        self, strengths: Float32[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
+    ) -> list[Association | None]:
+        """For each column its association with `labels` among rows of one stratum; q-values are not filled in yet.
+
+        None for a column without two different values, and for all where no stratum has two classes.
+        """
+        found: list[Association | None] = [None] * strengths.shape[1]
+        columns = _varying(strengths)
+        wins = statistics.net_wins(strengths[:, columns], strata)
+        sizes = [statistics.cliffs_delta(wins, labels == k, strata) for k in self.watched]
+        usable = [(k, size) for k, size in zip(self.watched, sizes, strict=True) if size is not None]
+        if not len(columns) or not usable:
+            return found
+        best = np.abs(np.stack([size for _, size in usable])).argmax(0)
+        p = statistics.permutation_p(
+            wins, labels, strata, n_permutations=self.n_permutations, rng=self.rng, focus=self.positive
+        )
+        del wins
+        for place, (k, size) in enumerate(usable):
+            own = np.flatnonzero(best == place)
+            for first in range(0, len(own), BLOCK):
+                some = own[first : first + BLOCK]
+                ends = statistics.cliffs_delta_interval(strengths[:, columns[some]], labels == k, strata)
+                for i, low, high in zip(some, *ends, strict=True):
+                    found[columns[i]] = _association(size[i], low, high, p[i], self.classes[k])
+        return found
+
+    def train_shift(
+        self, strengths: Float32[np.ndarray, "n c"], is_training: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]
+    ) -> list[Association | None]:
+        """For each column how much more it goes with a class in training rows than in the others.
+
+        The effect is half of: Cliff's delta of training against other rows of the class, less the same of the other
+        classes. Under the null hypothesis that training and other rows of a class have the column alike, membership
+        may be shuffled within classes; whatever else tells the classes apart, in both sets of rows, is no part of it.
+        """
+        found: list[Association | None] = [None] * strengths.shape[1]
+        columns = _varying(strengths)
+        wins = statistics.net_wins(strengths[:, columns], truth)
+        best: dict[int, tuple[float, float, int]] = {}
+        for k in self.watched:
+            sides = [truth == k, truth != k]
+            pairs = [statistics.n_pairs(is_training[side], truth[side]) for side in sides]
+            if not len(columns) or not all(pairs):
+                continue
+            weight = np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[:, None]
+            sizes = (wins * weight)[is_training].sum(0, dtype=np.float64)
+            p = statistics.permutation_p(
+                wins * weight, is_training.astype(np.int64), truth,
+                n_permutations=self.n_permutations, rng=self.rng, focus=1,
+            )  # fmt: skip
+            for i, (size, value) in enumerate(zip(sizes, p, strict=True)):
+                if i not in best or abs(size) > abs(best[i][0]):
+                    best[i] = (float(size), min(1.0, float(value) * len(self.watched)), k)
+        for k in self.watched:
+            own = [i for i, one in best.items() if one[2] == k]
+            for first in range(0, len(own), BLOCK):
+                some = own[first : first + BLOCK]
+                chosen = strengths[:, columns[some]]
+                of_class, of_rest = (
+                    _with_interval(chosen[s], is_training[s], truth[s]) for s in (truth == k, truth != k)
+                )
+                ends = statistics.difference_interval(*of_class, *of_rest)
+                for i, low, high in zip(some, ends.low / 2, ends.high / 2, strict=True):
+                    found[columns[i]] = _association(best[i][0], low, high, best[i][1], self.classes[k])
+        return found
+
+
+def _varying(strengths: Float32[np.ndarray, "n c"]) -> Int64[np.ndarray, " v"]:
+    """The columns with two different values."""
+    return np.flatnonzero(strengths.max(0) > strengths.min(0))
+
+
+def _with_interval(
+    strengths: Float32[np.ndarray, "n c"], is_positive: Bool[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
+) -> tuple[Float64[np.ndarray, " c"], statistics.Interval]:
+    """Cliff's delta of each column and its interval."""
+    size = statistics.cliffs_delta(statistics.net_wins(strengths, strata), is_positive, strata)
+    assert size is not None
+    return size, statistics.cliffs_delta_interval(strengths, is_positive, strata)
+
+
+def _association(size: float, low: float, high: float, p: float, class_: str) -> Association:
+    size = float(size)
+    ends = (max(-1.0, min(float(low), size)), min(1.0, max(float(high), size)))
+    return Association(size, *ends, (size + 1) / 2, float(p), 1.0, class_)
+
+
+def with_q(associations: Sequence[Association | None]) -> list[Association | None]:
+    """The associations of one test with q-values: all concepts that were tested by it are one family."""
+    tested = [i for i, one in enumerate(associations) if one is not None]
+    q = statistics.q_values(np.array([one.p for one in associations if one is not None]))
+    found = list(associations)
+    for i, value in zip(tested, q, strict=True):
+        one = found[i]
+        assert one is not None
+        found[i] = dataclasses.replace(one, q=float(value))
+    return found
+
+
+SWEEP_POINTS = 33
+
+
+def sweep_row(
+    subject: Subject, concepts: Concepts, column: int, group: Sequence[int], row: int, class_: int, p99: float
+) -> Sweep:
+    """The sweep of the concept `column` of `concepts`, whose latents are `group`, in a row of the store.
+
+    Args:
+        class_: Whose probability is computed.
+        p99: Of the concept's natural strengths.
+    """
+    own = np.array([row], dtype=np.int64)
+    members = concepts.owner == column
+    z = torch.from_numpy(subject.view.table(own, group))
+    strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
+    classifier = subject.classifier
+    u = classifier.features(subject.raw(own))
+    move = strengths[:, None] * concepts.pattern[members] - z
+    edited = u + move @ concepts.rows[members]
+    if classifier.unit_norm:
+        edited = torch.nn.functional.normalize(edited, dim=1)
+    found = probabilities(edited @ classifier.weight.T + classifier.bias, [class_])[:, 0]
+    strength = float((z[0] * concepts.reader[members]).sum())
+    return Sweep(str(subject.view.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
+
+
+class Sweeper:
+    """Sweeps of any sample under the classifier of an audit that trained it on half of a store."""
+
+    def __init__(
+        self,
+        sae: SAE | str | Path,
+        on: EmbeddingStore | str | Path,
+        target: str,
+        *,
+        modality: Modality = "image",
+        inference: Inference = "trained",
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        """The arguments are those of `msae.audit`, and so is what is raised."""
+        view = View(sae, on, modality, inference=inference, device=device)
+        self.subject = make_subject(view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed)
+        self._concepts = lru_cache(256)(self._made)
+
+    def of(self, concept: ConceptAudit, id: str) -> Sweep | None:
+        """The sweep of one audited concept in the row `id`; None where the audit could not edit the concept.
+
+        Raises:
+            ConfigError: The audit is of another classifier.
+            StoreError: No row has that id.
+        """
+        classes = self.subject.classifier.classes
+        if concept.sweep is None or concept.class_ is None:
+            return None
+        if concept.class_ not in classes:
+            raise ConfigError(f"there is no class {concept.class_!r} here; the classes are {', '.join(classes)}")
+        row = self.subject.view.store.ids.row_of(id)
+        made = self._concepts(concept.latents)
+        p99 = concept.sweep.natural_p99
+        return sweep_row(self.subject, made, 0, concept.latents, row, classes.index(concept.class_), p99)
+
+    def _made(self, group: tuple[int, ...]) -> Concepts:
+        mean = torch.zeros(self.subject.view.sae.d_sae)
+        z = self.subject.view.table(self.subject.rows, group)
+        mean[list(group)] = torch.from_numpy(z.mean(0))
+        return self.subject.concepts([group], mean)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from msae.base import records
 from msae.base.errors import ConfigError, nearest
 from msae.base.results import Result, shorten, text_table
 
@@ -173,7 +172,7 @@ class ConceptAudit(Result):
             None if change == 0 or self.class_ is None else f"{'towards' if change > 0 else 'away from'} {self.class_}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
         main = self.main
         first = {
@@ -273,11 +272,11 @@ class Audit(Result):
         """
         return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
         kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes")
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
-        return record | {"concepts": [concept.to_dict() for concept in self.concepts]}
+        return record | {"concepts": [concept.to_json() for concept in self.concepts]}
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Audit:
@@ -289,8 +288,8 @@ class Audit(Result):
         if len(text) > MAX_JSON:
             raise ConfigError(f"{where} has {len(text):,} characters, more than any audit; make it with --json")
         try:
-            found = typing.cast("Audit", _built(cls, json.loads(text)))
-        except (ValueError, TypeError, KeyError, RecursionError) as err:
+            found: Audit = records.checked(json.loads(text, object_hook=_as_fields), cls)
+        except (ValueError, TypeError, RecursionError) as err:
             raise ConfigError(
                 f"{where} is not what msae audit writes ({type(err).__name__}: {err}); make it with --json"
             ) from err
@@ -372,23 +371,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _built(hint: Any, value: Any) -> Any:
-    """JSON values as the type that `hint` says, the inverse of `_plain`; keys that are no fields are left out."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{type(value).__name__} where {hint.__name__} is wanted")
-        known = typing.get_type_hints(hint)
-        fields = [f for f in dataclasses.fields(hint) if f.name.rstrip("_") in value and f.name != "sample"]
-        return hint(**{f.name: _built(known[f.name], value[f.name.rstrip("_")]) for f in fields})
-    if origin is tuple:
-        return tuple(_built(arguments[0], item) for item in value)
-    if origin is dict:
-        return dict(value)
-    if arguments and type(None) in arguments:
-        return None if value is None else _built(arguments[0], value)
-    if hint is float:
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise TypeError(f"{value!r:.40} where {hint.__name__} is wanted")
-    return value
+def _as_fields(keys: dict[str, Any]) -> dict[str, Any]:
+    """An object of JSON with `class` called `class_` again, but for the count of a class of that name."""
+    named = isinstance(keys.get("class", 0), str | None)
+    return {"class_" if named and key == "class" else key: value for key, value in keys.items()}

@@ -15,14 +15,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.data.store import EmbeddingStore
-from msae.data.store.labels import class_names, labelled_rows
-from msae.data.store.rows import PATH_COLUMNS
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, class_names, labelled_rows
 from msae.data.tables import CAPTION_COLUMNS
-from msae.measure.holdout import hold_out
-from msae.measure.probe import Probe, fit_probe
+from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
-from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.classifier import LinearClassifier
 from msae.use.interventions import Concepts, make_concepts
@@ -77,7 +73,7 @@ class Subject:
         """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
         view, classifier = self.view, self.classifier
         to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
-        return make_concepts(groups, view.sae.W_dec.detach(), mean, to_features, classifier.weight)
+        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, classifier.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
@@ -87,7 +83,7 @@ def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
         ConfigError: Fewer than two classes, or more than are classes.
         StoreError: There is no such column, or it holds lists.
     """
-    labels = store.labels(column)
+    labels = store.labels(column, option="--target")
     counts = Counter(label for label in labels if label is not None)
     if len(counts) < 2:
         found = f"only {next(iter(counts))!r} in {counts.total():,} labelled rows" if counts else "no labels"
@@ -148,26 +144,6 @@ def make_subject(
 
     Without a training store, the classifier is trained on one half of the store and audited on the other.
     """
-    found = _make_subject(view, target, classifier, class_texts, train_store, seed)
-    return dataclasses.replace(found, positive=_positive(found.classifier, positive))
-
-
-def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
-    if name is None:
-        return 1 if len(classifier.classes) == 2 else None
-    if name not in classifier.classes:
-        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
-    return classifier.classes.index(name)
-
-
-def _make_subject(
-    view: View,
-    target: str | None,
-    classifier: LinearClassifier | str | Path | None,
-    class_texts: Mapping[str, str] | None,
-    train_store: EmbeddingStore | str | Path | None,
-    seed: int,
-) -> Subject:
     sae, store, modality = view.sae, view.store, view.modality
     sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)  # says what is missing where there are no statistics
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
@@ -176,23 +152,31 @@ def _make_subject(
     labels = None if target is None else labels_of(store, target)
     if classifier is not None:
         known = tuple(sorted({label for label in labels or () if label is not None}))
-        given = _opened(classifier, store.d_in, known)
+        given = (
+            classifier
+            if isinstance(classifier, LinearClassifier)
+            else LinearClassifier.load(classifier, d_in=store.d_in, classes=known)
+        )
         if given.weight.shape[1] != store.d_in:
             raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store)
     if given is not None:
-        return _with_given(view, labels, given)
+        return _with_given(view, labels, given, positive)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
-    other = view if train_store is None else View(view.run, train_store, modality, inference=view.inference)
+    other = (
+        view
+        if train_store is None
+        else View(view.run, train_store, modality, inference=view.inference, device=str(view.device))
+    )
     theirs = labels if other is view else labels_of(other.store, target)
     held = hold_out(
         other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed
     )
     source = f"half of {store.path}" if train_store is None else str(other.store.path)
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
-    subject = _with_given(view, labels, fitted, rows=held.on, n_train=len(held.train))
+    subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train))
     if train_store is None:
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
@@ -216,12 +200,14 @@ def _with_given(
     view: View,
     labels: list[str | None] | None,
     classifier: LinearClassifier,
+    positive: str | None,
     *,
     rows: Int64[np.ndarray, " n"] | None = None,
     n_train: int | None = None,
 ) -> Subject:
+    watched = _positive(classifier, positive)
     if labels is None:
-        return Subject(view, np.arange(len(view)), None, 0, classifier, None)
+        return Subject(view, np.arange(len(view)), None, 0, classifier, None, positive=watched)
     number_of = {name: number for number, name in enumerate(classifier.classes)}
     candidates = np.arange(len(view)) if rows is None else rows
     truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
@@ -233,30 +219,30 @@ def _with_given(
             f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
         )
     n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
-    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train)
+    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train, positive=watched)
+
+
+def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
+    if name is None:
+        return 1 if len(classifier.classes) == 2 else None
+    if name not in classifier.classes:
+        raise ConfigError(f"there is no class {name!r}; the classes are {', '.join(classifier.classes)}")
+    return classifier.classes.index(name)
 
 
 def _fit(
     view: View, labels: Sequence[str | None], rows: Int64[np.ndarray, " n"], source: str, seed: int
 ) -> LinearClassifier:
+    """A probe on embeddings standardised as the SAE's, as a classifier of raw ones."""
+
     def standardized(chosen: Any) -> torch.Tensor:
         return view.standardize(torch.from_numpy(view.store.take(rows[np.asarray(chosen)], view.modality)))
 
     probe = fit_probe(standardized, labels, seed=seed)
-    return from_probe(probe, view.sae, view.modality, f"logistic regression on {source}")
-
-
-def from_probe(probe: Probe, sae: SAE, modality: Modality, source: str) -> LinearClassifier:
-    """A probe on embeddings standardised as the SAE's, as a classifier of raw ones."""
-    known = sae.standardizer.statistics[modality]
+    known = view.sae.standardizer.statistics[view.modality]
     scale = torch.full_like(known.mean, known.scale)
+    source = f"logistic regression on {source}"
     return LinearClassifier(probe.classes, probe.weight, probe.bias, known.mean, scale, True, source)
-
-
-def _opened(classifier: LinearClassifier | str | Path, d_in: int, classes: tuple[str, ...]) -> LinearClassifier:
-    if isinstance(classifier, LinearClassifier):
-        return classifier
-    return LinearClassifier.load(classifier, d_in=d_in, classes=classes)
 
 
 def parse_class_texts(options: Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:

@@ -34,6 +34,7 @@ def search(
     embedding: str | Path | NDArray[Any] | None = None,
     set: Mapping[str, str | float] | Sequence[str] = (),
     n: int = 20,
+    show: str | Sequence[str] = (),
     modality: Modality | None = None,
     query_modality: Modality | None = None,
     where: str | None = None,
@@ -44,6 +45,7 @@ def search(
     names: ConceptNames | str | Path | None = None,
     encoder: str | None = None,
     embedder: Embedder | None = None,
+    device: str = "auto",
 ) -> SearchResult:
     """The rows of a store nearest to a query, before and after concepts of the query are made stronger or weaker.
 
@@ -59,6 +61,7 @@ def search(
         set: A change of the query, as in "red=8"; may be given several times. On the left a name, a latent as #123, or
             several joined by |. On the right a strength: 8 (0 removes the concept), x2, +3, -1, p99 or 2xp99.
         n: How many rows to find.
+        show: Columns of the metadata to print beside the captions, such as title,colour.
         modality: Which embeddings of the store are searched. Without it, images where the store has them.
         query_modality: What `like` or `embedding` is. Without it, the same as what is searched.
         where: Search only rows whose metadata fit, as in "split == 'test' and size in (1, 2)".
@@ -69,6 +72,7 @@ def search(
         names: The names.json to use. Without it, the run's, if there is one.
         encoder: The model for `image` and `text`. Without it, the one that made the store.
         embedder: That model, loaded.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         ConfigError: An edit, filter or option is wrong, or a concept unknown.
@@ -77,8 +81,10 @@ def search(
         MissingDependencyError: transformers is not installed, for `image` and `text`.
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
-    how = How(_wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where))
-    return Searcher.open(sae, on, modality=modality, names=names).search(ask, how)
+    how = How(
+        _wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where), show
+    )
+    return Searcher.open(sae, on, modality=modality, names=names, device=device).search(ask, how)
 
 
 def _wanted(edits: Mapping[str, str | float] | Sequence[str]) -> list[tuple[str, Change]]:

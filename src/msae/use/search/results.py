@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from msae.base.records import to_record
 from msae.base.results import Result
 from msae.data.store import Row
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
@@ -25,7 +26,7 @@ class Shared(NamedTuple):
     hit: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hit(Row):
     """One row that was found."""
 
@@ -39,8 +40,8 @@ class Hit(Row):
     shared: tuple[Shared, ...]
     """At most five, those that both have most of first."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shared": [shared._asdict() for shared in self.shared]}
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "shared": [shared._asdict() for shared in self.shared]}
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class AppliedEdit:
     """Concepts of the same kind that --exclusive set to 0."""
     warning: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        return dict(to_record(self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,17 +87,17 @@ class SearchResult(Result):
     query_path: str | None = None
     """Of the query's picture, where it is a row that has one."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """What `msae search --json` writes."""
         query = {"kind": self.kind, "value": self.value, "modality": self.query_modality}
         return {
             "query": query,
-            "edits": [edit.to_dict() for edit in self.edits],
-            "hits": [hit.to_dict() for hit in self.hits],
+            "edits": [edit.to_json() for edit in self.edits],
+            "hits": [hit.to_json() for hit in self.hits],
             "store": self.store,
             "modality": self.modality,
             "space": self.space,
-            "before": [hit.to_dict() for hit in self.before],
+            "before": [hit.to_json() for hit in self.before],
             "warnings": list(self.warnings),
         }
 
@@ -104,7 +105,7 @@ class SearchResult(Result):
         """A record for each hit, with the metadata's columns beside what was found."""
         found = []
         for hit in self.hits:
-            record = hit.to_dict()
+            record = hit.to_json()
             columns = record.pop("columns")
             shares = ", ".join(shared.concept for shared in hit.shared)
             found.append({**columns, **record, "shared": shares})
@@ -135,6 +136,6 @@ class SearchResult(Result):
         for hit in self.hits:
             moved = f"  {hit.rank_before:>5}  {hit.score_before:>6.3f}" if self.edits else ""
             shares = ", ".join(shared.concept for shared in hit.shared)
-            text = "  ".join(part for part in (shares, hit.caption) if part)
+            text = "  ".join(part for part in (shares, hit.caption, hit.note) if part)
             lines.append(f"{hit.rank:>4}  {hit.id:<{width}}  {hit.score:>8.3f}{moved}  {text}".rstrip())
         return "\n".join(lines)

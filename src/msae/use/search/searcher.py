@@ -10,25 +10,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
-from msae.sae.view import View
+from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
-from msae.use.neighbours import NeighbourIndex
-from msae.use.search.editing import edit_query
-from msae.use.search.exact import ExactRows
-from msae.use.search.query import Ask, Query, read_query
+from msae.use.neighbours import ExactRows, NeighbourIndex, Neighbours, open_index
+from msae.use.search.query import Ask, EditedQuery, Query, edit_query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
-from msae.use.search.spaces import Ranked, check_modality, open_index, search_embeddings, search_latents
 
 SHARED = 5
 """Concepts that are named with a hit."""
@@ -45,6 +43,8 @@ class How:
     exclusive: bool
     strict: bool
     filter: Filter | None
+    show: str | Sequence[str] = ()
+    """Columns to see beside the captions."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -60,9 +60,19 @@ class Searcher:
     """
 
     def __init__(
-        self, sae: SAE, store: EmbeddingStore, searched: Modality, names: ConceptNames | None, *, remember: bool = False
+        self,
+        sae: SAE,
+        store: EmbeddingStore,
+        searched: Modality,
+        names: ConceptNames | None,
+        *,
+        remember: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.sae, self.store, self.searched, self.names = sae, store, searched, names
+        self.device = device
+        """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
+        self.sae = placed(sae, "cpu")
+        self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
 
@@ -75,6 +85,7 @@ class Searcher:
         modality: Modality | None = None,
         names: ConceptNames | str | Path | None = None,
         remember: bool = False,
+        device: str = "auto",
     ) -> Searcher:
         """For the arguments of `msae.search`.
 
@@ -88,7 +99,7 @@ class Searcher:
         store, run = as_store(on, modality), Run.open(sae)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
-        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember)
+        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
     def index(self) -> NeighbourIndex | ExactRows:
@@ -104,7 +115,7 @@ class Searcher:
         key = (modality, strict)
         if key not in self._concepts:
             natural = modality if modality in self.store.modalities else self.store.modalities[0]
-            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS)
+            view = View(self.sae, self.store, natural, block_rows=BLOCK_ROWS, device=self.device)
             self._concepts[key] = ConceptSet(view, self.names, strict=strict, remember=self._remember)
         return self._concepts[key]
 
@@ -115,17 +126,19 @@ class Searcher:
     def search_for(self, query: Query, how: How) -> SearchResult:
         """The same of a query that was read before."""
         sae, store = self.sae, self.store
+        names_to_show(how.show, store.columns, store.path)  # a wrong one is said before the work
         keep = _kept(store, how.filter, query)
         concepts = self.concepts(query.modality, strict=how.strict)
         edits = [Edit(concepts[concept], change) for concept, change in how.edits]
         if how.space == "latent":
-            check_modality(sae, query.modality, self.searched)
+            for modality in (query.modality, self.searched):  # says what is missing where there are no statistics
+                sae.standardizer.apply(torch.zeros(1, sae.d_in), modality)
         edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
-            found = search_latents(sae, store, self.searched, edited, how.n, keep)
+            found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
         else:
             found = search_embeddings(self.index, edited, how.n, keep)
-        describe = partial(_hits, store, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
+        describe = partial(_hits, store, how.show, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
         return SearchResult(
             store=str(store.path),
             kind=query.kind,
@@ -194,13 +207,15 @@ class _Sharing(NamedTuple):
         return found
 
 
-def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: bool) -> tuple[Hit, ...]:
+def _hits(
+    store: EmbeddingStore, show: str | Sequence[str], sharing: _Sharing, found: Ranked, *, flipped: bool
+) -> tuple[Hit, ...]:
     """The rows of an answer with all that is known of them; `flipped` where it is the answer before the edits."""
     own = (np.arange(1, len(found.rows) + 1), found.scores)
     after, before = (
         ((found.other_ranks, found.other_scores), own) if flipped else (own, (found.other_ranks, found.other_scores))
     )
-    rows = store.describe_rows(found.rows)
+    rows = store.describe_rows(found.rows, show=show)
     return tuple(
         Hit(
             **vars(row),
@@ -212,3 +227,98 @@ def _hits(store: EmbeddingStore, sharing: _Sharing, found: Ranked, *, flipped: b
         )
         for i, (row, shared) in enumerate(zip(rows, sharing.of(found.rows), strict=True))
     )
+
+
+class Ranked(NamedTuple):
+    """The answer to one state of a query, and where the other state of it has the same rows."""
+
+    rows: Int64[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    other_scores: Float32[np.ndarray, " n"]
+    other_ranks: Int64[np.ndarray, " n"]
+
+
+class Both(NamedTuple):
+    """The answers to a query before and after its edits."""
+
+    before: Ranked
+    after: Ranked
+
+
+def search_embeddings(
+    index: NeighbourIndex | ExactRows, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
+) -> Both:
+    """The rows of the largest cosine, exact in float32."""
+    before = index.search(edited.x, n, keep=keep)
+    if not edited.is_changed:
+        return _unmoved(before)
+    after = index.search(edited.x_edited, n, keep=keep)
+    return Both(
+        _ranked_by(index, before, edited.x_edited, after, keep), _ranked_by(index, after, edited.x, before, keep)
+    )
+
+
+def search_latents(
+    sae: SAE,
+    store: EmbeddingStore,
+    modality: Modality,
+    edited: EditedQuery,
+    n: int,
+    keep: NDArray[np.bool_] | None,
+    *,
+    device: str | None = None,
+) -> Both:
+    """The rows whose activations are nearest in L1, from one pass in blocks; scores are minus the distance."""
+    assert edited.z is not None and edited.z_edited is not None
+    scores = -l1_distances(sae, store, modality, torch.stack([edited.z, edited.z_edited]), device=device)
+    allowed = np.arange(len(store)) if keep is None else np.flatnonzero(keep)
+    orders = [allowed[np.lexsort((allowed, -score[allowed]))] for score in scores]
+    answers = []
+    for mine, other in ((0, 1), (1, 0)):
+        rows = orders[mine][:n]
+        places = np.empty(len(store), np.int64)
+        places[orders[other]] = np.arange(1, len(allowed) + 1)
+        answers.append(Ranked(rows, scores[mine][rows], scores[other][rows], places[rows]))
+    return Both(*answers)
+
+
+def l1_distances(
+    sae: SAE, store: EmbeddingStore, modality: Modality, z: Float[Tensor, "q d_sae"], *, device: str | None = None
+) -> NDArray[np.float32]:
+    """Of each query's activations to those of every row; no more than a block of rows is encoded at once.
+
+    Activations are not negative, so the sum of |a - b| is the sum of a, plus that of b, less twice that of the
+    smaller of both; the last needs only the latents that are active in the query.
+    """
+    view = View(sae, store, modality, device=device)
+    active = (z != 0).any(0).nonzero()[:, 0]
+    own, active = z[:, active].to(view.device), active.to(view.device)
+    distances = np.empty((len(z), len(store)), np.float32)
+    first = 0
+    for theirs in view.activations(title="encoding"):
+        total, active_ones = theirs.sum(1), theirs[:, active]
+        for i, query in enumerate(own):
+            overlap = torch.minimum(active_ones, query).sum(1)
+            distances[i, first : first + len(theirs)] = (total + query.sum() - 2 * overlap).cpu().numpy()
+        first += len(theirs)
+    return distances
+
+
+def _unmoved(found: Neighbours) -> Both:
+    ranked = Ranked(found.rows, found.scores, found.scores, np.arange(1, len(found.rows) + 1))
+    return Both(ranked, ranked)
+
+
+def _ranked_by(
+    index: NeighbourIndex | ExactRows,
+    found: Neighbours,
+    other: NDArray[np.float32],
+    other_found: Neighbours,
+    keep: NDArray[np.bool_] | None,
+) -> Ranked:
+    """The rows of one answer with their scores and ranks in the other, exact for those that are in both."""
+    scores = index.cosines(other, found.rows)
+    ranks = np.maximum(index.ranks(other, scores, keep=keep), len(other_found.rows) + 1)
+    exact = {row: rank for rank, row in enumerate(other_found.rows.tolist(), 1)}
+    ranks = np.array([exact.get(row, rank) for row, rank in zip(found.rows.tolist(), ranks.tolist(), strict=True)])
+    return Ranked(found.rows, found.scores, scores, ranks.astype(np.int64))

@@ -27,6 +27,8 @@ def explore(
     on: EmbeddingStore | str | Path | None = None,
     port: int = 7860,
     *,
+    show: str | Sequence[str] = (),
+    device: str = "auto",
     say: Callable[[str], object] = lambda _: None,
     ready: Callable[[str], object] = lambda _: None,
 ) -> None:
@@ -40,6 +42,8 @@ def explore(
         on: The store whose pictures, texts and columns are shown. Without it, the one that the first run was trained
             on.
         port: Port on 127.0.0.1; 0 takes any that is free.
+        show: Columns of the metadata to show beside the captions, such as title,colour.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         say: Is called with a line about what is being prepared.
         ready: Is called with the address, once it can be opened.
 
@@ -57,7 +61,7 @@ def explore(
 
             for run in runs:
                 Run.open(run).sae  # noqa: B018
-        serve(runs, on, port, say, ready)
+        serve(runs, on, port, show, device, say, ready)
 
 
 @contextlib.contextmanager

@@ -114,8 +114,15 @@ def _problem(message: str, *, whole: bool = False) -> str:
 class Opening:
     """The explorer while a thread reads the runs and the store, and in the end the explorer itself, or why not."""
 
-    def __init__(self, runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None, say: Say) -> None:
-        self.runs, self.on, self.say = runs, on, say
+    def __init__(
+        self,
+        runs: Sequence[str | Path],
+        on: EmbeddingStore | str | Path | None,
+        say: Say,
+        show: str | Sequence[str] = (),
+        device: str = "auto",
+    ) -> None:
+        self.runs, self.on, self.say, self.show, self.device = runs, on, say, show, device
         self.doing = "Loading PyTorch"
         self.failure: BaseException | None = None
         self.stop: Callable[[], None] = lambda: None
@@ -148,7 +155,7 @@ class Opening:
         from msae.web.explorer.session import open_world
 
         self.doing = f"Reading {' and '.join(map(str, self.runs))}"
-        world = open_world(self.runs, self.on)
+        world = open_world(self.runs, self.on, self.show, self.device)
         if world.store is not None:
             self.doing = f"Reading {world.store.path} with {world.first.folder}"
             self.say(
@@ -315,13 +322,15 @@ def serve(
     runs: Sequence[str | Path],
     on: EmbeddingStore | str | Path | None,
     port: int,
+    show: str | Sequence[str],
+    device: str,
     say: Say,
     ready: Say,
 ) -> None:
     """Serve until Ctrl-C, or raise why the runs and the store cannot be shown; see `explore`."""
     import uvicorn
 
-    opening = Opening(runs, on, say)
+    opening = Opening(runs, on, say, show, device)
     with listening(port) as found:
         config = uvicorn.Config(
             build(opening), log_level="warning", access_log=False, ws="none", server_header=False,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from msae.concepts.hierarchy import Edge
+from msae.concepts.tree import Edge
 from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import Slice, draw
@@ -60,7 +60,7 @@ def _samples(world: World, run: LoadedRun, address: Address, modality: Modality)
     top = run.samples[modality].top(_latent(run, address))
     shown = Slice.of(address, len(top), SHOWN, modality, f"strongest {modality}s", f"from_{modality}")
     samples = top[shown.first : shown.last]
-    rows = world.store.describe_rows([sample.row for sample in samples])
+    rows = world.rows([sample.row for sample in samples])
     return {"modality": modality, "shown": shown, "samples": list(zip(samples, rows, strict=True))}
 
 

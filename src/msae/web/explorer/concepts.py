@@ -70,7 +70,7 @@ def _samples(world: World, run: LoadedRun, latents: list[int]) -> dict[int, list
     samples = next(iter(run.samples.values()))
     wanted = {latent: [one.row for one in samples.top(latent, THUMBNAILS)] for latent in latents}
     numbers = [row for rows in wanted.values() for row in rows]
-    rows = iter(world.store.describe_rows(numbers))
+    rows = iter(world.rows(numbers))
     return {latent: [next(rows) for _ in numbers] for latent, numbers in wanted.items()}
 
 

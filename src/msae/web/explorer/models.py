@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from msae.base.errors import MsaeError
 from msae.measure.evaluate import Evaluation, table_rows
-from msae.measure.evaluate.table import meanings_of
+from msae.measure.evaluate.record import meanings_of, mode_of
 from msae.web.explorer.address import Address
 from msae.web.explorer.drawing import draw
 from msae.web.explorer.session import LoadedRun, World
@@ -73,7 +73,11 @@ def _table(evaluations: list[Evaluation]) -> dict[str, Any]:
         "rows": rows,
         "head": [HEADINGS.get(title, title) for title in rows[0]],
         "meanings": meanings_of(rows[0]),
-        "on": list(dict.fromkeys(f"{e.n:,} {e.modality} rows of {Path(e.on).name}" for e in evaluations)),
+        "on": list(
+            dict.fromkeys(
+                f"{e.n:,} {e.modality} rows of {Path(e.on).name}, inference {mode_of(e)}" for e in evaluations
+            )
+        ),
         "notes": list(dict.fromkeys(note for e in evaluations for note in e.notes)),
         "recovery": [figures.recovery_curves(curves, measure) for measure in RECOVERY] if curves else [],
     }

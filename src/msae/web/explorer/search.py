@@ -65,7 +65,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
             query = read(world, run, address)
             values |= {"query": query, "sliders": sliders_of(run, address, query), **_found(world, run, address)}
             if query.row is not None:
-                values["row"] = world.store.describe_rows([query.row])[0]
+                values["row"] = world.rows([query.row])[0]
         except MsaeError as err:
             values["problem"] = err
     return draw("search", world, run, address, **values)
@@ -169,7 +169,7 @@ def result(world: World, run: LoadedRun, address: Address) -> SearchResult:
     Raises:
         MsaeError: The query or an edit is wrong.
     """
-    how = How(edits_of(address), HITS, "embedding", True, False, False, None)
+    how = How(edits_of(address), HITS, "embedding", True, False, False, None, world.show)
     return run.searcher(searched(run, address)).search_for(read(world, run, address), how)
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
-from msae.concepts.gallery import ConceptTree, concept_tree, top_samples
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import TopSamples, top_samples
+from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import EmbeddingStore, as_store, find_picture
-from msae.data.store.rows import PATH_COLUMNS
+from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture, names_to_show
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
@@ -49,8 +49,8 @@ NO_ENCODER = (
 class LoadedRun:
     """One run with what was learnt of it on the store; made when first asked for, then kept."""
 
-    def __init__(self, folder: Path, label: str, store: EmbeddingStore | None) -> None:
-        self.folder, self.label, self.store = folder, label, store
+    def __init__(self, folder: Path, label: str, store: EmbeddingStore | None, device: str = "auto") -> None:
+        self.folder, self.label, self.store, self.device = folder, label, store, device
         self.opened = Run.open(folder)
         self.sae = self.opened.sae
         self.names: ConceptNames | None = names_of(self.opened)
@@ -76,7 +76,10 @@ class LoadedRun:
         with self.slow:
             if self.store is None:
                 return {}
-            return {m: top_samples(self.opened, self.store, modality=m, n=KEPT_SAMPLES) for m in self.modalities}
+            return {
+                m: top_samples(self.opened, self.store, modality=m, n=KEPT_SAMPLES, device=self.device)
+                for m in self.modalities
+            }
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -86,7 +89,7 @@ class LoadedRun:
     def tree(self) -> ConceptTree | None:
         """How the latents nest on the store; takes seconds for a wide SAE."""
         with self.slow:
-            return None if self.store is None else concept_tree(self.opened, self.store)
+            return None if self.store is None else concept_tree(self.opened, self.store, device=self.device)
 
     @cached_property
     def known_names(self) -> list[str]:
@@ -103,7 +106,7 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True)
+                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True, device=self.device)
                 _ = searcher.index  # built here, once
                 self._searchers[modality] = searcher
             return self._searchers[modality]
@@ -113,7 +116,9 @@ class LoadedRun:
         assert self.store is not None
         with self.slow:
             if target not in self._audits:
-                self._audits[target] = audit(self.folder, self.store, target, modality=self.modalities[0])
+                self._audits[target] = audit(
+                    self.folder, self.store, target, modality=self.modalities[0], device=self.device
+                )
             return self._audits[target]
 
     def sweeper(self, target: str) -> Sweeper:
@@ -121,7 +126,9 @@ class LoadedRun:
         assert self.store is not None
         with self.slow:
             if target not in self._sweepers:
-                self._sweepers[target] = Sweeper(self.sae, self.store, target, modality=self.modalities[0])
+                self._sweepers[target] = Sweeper(
+                    self.sae, self.store, target, modality=self.modalities[0], device=self.device
+                )
             return self._sweepers[target]
 
     def name(self, latent: int) -> str:
@@ -132,15 +139,24 @@ class LoadedRun:
 class World:
     """The runs, in their order, and the store that all of them are shown on."""
 
-    def __init__(self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None) -> None:
+    def __init__(
+        self, runs: Sequence[LoadedRun], store: EmbeddingStore | None, note: str | None, show: tuple[str, ...] = ()
+    ) -> None:
         self.runs = {run.label: run for run in runs}
         self.store = store
         self.note = note
         """Why there is no store, where there is none."""
+        self.show = show
+        """Columns to show beside the captions."""
         self.picture: Callable[[int, int], bytes | None] = lru_cache(KEPT_PICTURES)(self._picture)
         self._warmed = False
         self._encoder_lock, self._evaluating = threading.Lock(), threading.Lock()
         self._embed_text = lru_cache(KEPT_TEXTS)(lambda text: self.embedder().embed_texts([text])[0])
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """What a page shows of these rows of the store."""
+        assert self.store is not None
+        return self.store.describe_rows(numbers, show=self.show)
 
     @property
     def first(self) -> LoadedRun:
@@ -202,7 +218,9 @@ class World:
         assert self.store is not None
         with self._evaluating:
             folders = [run.folder for run in self.runs.values()]
-            found = evaluate(folders, self.store, modality=self.store.modalities[0], recovery=True)
+            found = evaluate(
+                folders, self.store, modality=self.store.modalities[0], recovery=True, device=self.first.device
+            )
         return [replace(one, run=label) for label, one in zip(self.runs, found, strict=True)]
 
     @cached_property
@@ -275,11 +293,17 @@ class World:
         return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
 
 
-def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | None) -> World:
+def open_world(
+    runs: Sequence[str | Path],
+    on: EmbeddingStore | str | Path | None,
+    show: str | Sequence[str] = (),
+    device: str = "auto",
+) -> World:
     """The runs and the store, checked against each other.
 
     Args:
         on: Without it, the store that the first run was trained on, where it is still there.
+        show: Columns of the store to show beside each caption.
 
     Raises:
         ConfigError: No runs.
@@ -288,6 +312,7 @@ def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | Non
     """
     if not runs:
         raise ConfigError("there is nothing to explore; give at least one run: msae explore RUN --on STORE")
+    device = as_device(device)
     folders = list(dict.fromkeys(Path(run) for run in runs))
     note = None
     store = None if on is None else as_store(on)
@@ -295,8 +320,8 @@ def open_world(runs: Sequence[str | Path], on: EmbeddingStore | str | Path | Non
         store, note = _training_store(folders)
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    loaded = [LoadedRun(folder, label, store) for folder, label in zip(folders, labels, strict=True)]
-    return World(loaded, store, note)
+    loaded = [LoadedRun(folder, label, store, device) for folder, label in zip(folders, labels, strict=True)]
+    return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.path))
 
 
 def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
-from msae.concepts.gallery.mining import SAMPLES_FOLDER
-from msae.concepts.samples import TopSamples
-from msae.data.store import EmbeddingStore, as_store
+from msae.base.results import Result
+from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
+from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
-from msae.measure.evaluate.table import COLUMNS, meanings_of
+from msae.measure.evaluate.record import COLUMNS, meanings_of, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
@@ -57,8 +57,8 @@ class Missing(NamedTuple):
     command: str | None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Result):
     """What `report` wrote."""
 
     path: Path
@@ -78,13 +78,17 @@ class Report:
             lines.append(f"not in it: {section}: {why}" + (f"; type: {line}" if line else ""))
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "report": str(self.path),
             "card": self.card and str(self.card),
             "bytes": self.size,
-            "missing": [missing._asdict() for missing in self.missing],
+            "missing": self.records(),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is not in it."""
+        return [missing._asdict() for missing in self.missing]
 
 
 def report(
@@ -94,6 +98,8 @@ def report(
     out: str | Path | None = None,
     beside: Sequence[str | Path] = (),
     audit: Audit | str | Path | None = None,
+    show: str | Sequence[str] = (),
+    device: str = "auto",
 ) -> Report:
     """Write one HTML file about a run that opens offline, and the model card, README.md in the run folder.
 
@@ -106,6 +112,8 @@ def report(
         out: The file to write. Without it, report.html in the run folder.
         beside: Other run folders to show beside this one in tables and curves.
         audit: An audit to include, as msae audit --json wrote it.
+        show: Columns of the metadata to show beside the captions, such as title,colour.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         RunError: A run is missing or damaged.
@@ -119,7 +127,11 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
-    looked = _look(facts, on)
+    looked = _look(facts, on, device)
+    if looked is not None:
+        looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+    elif show:
+        raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
     page.write_page(text, path)
     card = None
@@ -154,12 +166,12 @@ def _place(path: Path) -> Path:
     return path
 
 
-def _look(facts: Facts, on: EmbeddingStore | str | Path | None) -> Looked | None:
+def _look(facts: Facts, on: EmbeddingStore | str | Path | None, device: str) -> Looked | None:
     """The store that was given, or that of samples that were mined before, while it is what it was."""
     if on is not None:
         store = as_store(on)
         check_fit(facts.sae, store, run=facts.folder)
-        return Looked.at(facts, store)
+        return Looked.at(facts, store, device)
     known: dict[str, tuple[EmbeddingStore, dict[Modality, TopSamples]]] = {}
     for file in facts.run.cached_files(SAMPLES_FOLDER):
         try:
@@ -171,7 +183,7 @@ def _look(facts: Facts, on: EmbeddingStore | str | Path | None) -> Looked | None
             continue  # a cache may be damaged, and a store may have moved: the report says what is missing
         if is_true:
             known.setdefault(origin.fingerprint, (store, {}))[1].setdefault(origin.modality, samples)
-    return Looked(*next(iter(known.values()))) if known else None
+    return Looked(*next(iter(known.values())), device=device) if known else None
 
 
 def _fitting(draft: Any) -> tuple[str, list[Missing]]:
@@ -247,10 +259,7 @@ class _Draft:
             arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
             titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
             e = kept.evaluation
-            mode = {"relu": "every positive latent kept", "trained": "the activation of training"}.get(
-                e.inference, f"the {e.k} strongest latents kept"
-            )
-            title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, {mode}"
+            title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, inference {mode_of(e)}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
             tables.append(Table(title, list(rows[0]), titles, list(zip(ours, cells, strict=True)), kept.labels))
@@ -333,7 +342,7 @@ class _Draft:
     def _tree(self) -> dict[str, Any] | None:
         if self.looked is None:
             return None
-        tree = tree_of(self.facts, self.looked.store)
+        tree = tree_of(self.facts, self.looked)
         roots = nodes_of(tree)
         n_left_out = len(tree.hierarchy.roots) - len(roots)
         n, rows = len(tree.hierarchy.parent), tree.hierarchy.n_rows

@@ -54,7 +54,7 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
     cell = SIDE + MARGIN, SIDE + (1 + CAPTION_LINES) * LINE + MARGIN
     n_rows = -(-len(gallery.images) // columns)
     top = 62
-    texts = [_wrap(f"{text.activation:.2f}  {text.caption or text.id}", 58, 2) for text in gallery.texts]
+    texts = [_wrap(f"{text.activation:.2f}  {text.words}", 58, 2) for text in gallery.texts]
     height = top + max(n_rows * cell[1], sum(len(lines) for lines in texts) * LINE + 4 * len(texts) + LINE) + MARGIN
     left = columns * cell[0] + MARGIN if gallery.images else 0
     sheet = Image.new("RGB", (MARGIN + left + (TEXT_WIDTH if texts else 0), height), PAPER)
@@ -64,7 +64,7 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
     for i, sample in enumerate(gallery.images):
         x, y = MARGIN + i % columns * cell[0], top + i // columns * cell[1]
         sheet.paste(_thumbnail(gallery, sample), (x, y))
-        lines = [f"{sample.activation:.2f}", *_wrap(sample.caption or sample.id, 20, CAPTION_LINES)]
+        lines = [f"{sample.activation:.2f}", *_wrap(sample.words, 20, CAPTION_LINES)]
         for j, line in enumerate(lines):
             pen.text((x, y + SIDE + 2 + j * LINE), line, fill=PALE if j else INK, font=font)
     y = top

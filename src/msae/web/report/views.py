@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msae.concepts.gallery import ConceptTree, Magnitudes, concept_tree, magnitudes, top_samples
+from msae.concepts.gallery import Magnitudes, magnitudes
 from msae.concepts.names import Concept, ConceptNames
-from msae.concepts.samples import TopSamples
+from msae.concepts.samples import TopSamples, top_samples
+from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
@@ -38,7 +39,7 @@ class Shown(NamedTuple):
 
     activation: float
     words: str
-    """Its caption, or else its id."""
+    """Its caption, or else its id, and the columns that were asked for."""
     picture: str | None
 
 
@@ -80,11 +81,14 @@ class Looked:
 
     store: EmbeddingStore
     samples: Mapping[Modality, TopSamples]
+    show: tuple[str, ...] = ()
+    """Columns to show beside the captions."""
+    device: str = "auto"
 
     @classmethod
-    def at(cls, facts: Facts, store: EmbeddingStore) -> Looked:
-        found = {modality: top_samples(facts.folder, store, modality=modality) for modality in store.modalities}
-        return cls(store, found)
+    def at(cls, facts: Facts, store: EmbeddingStore, device: str) -> Looked:
+        found = {m: top_samples(facts.folder, store, modality=m, device=device) for m in store.modalities}
+        return cls(store, found, device=device)
 
     @property
     def first(self) -> TopSamples:
@@ -101,7 +105,7 @@ class Looked:
 
     def _shown(self, modality: Modality, latent: int, album: Album) -> list[Shown]:
         top = self.samples[modality].top(latent, N_PICTURES if modality == "image" else N_TEXTS)
-        rows = self.store.describe_rows([sample.row for sample in top])
+        rows = self.store.describe_rows([sample.row for sample in top], show=self.show)
         return [
             Shown(
                 sample.activation,
@@ -132,14 +136,15 @@ def strongest(samples: TopSamples) -> list[int]:
     return [int(latent) for latent in order if 0 < rate[latent] < 0.5]
 
 
-def tree_of(facts: Facts, store: EmbeddingStore) -> ConceptTree:
+def tree_of(facts: Facts, looked: Looked) -> ConceptTree:
     """How latents nest, at the smallest level at which more than a few do."""
     levels = (facts.config.levels or ())[:4]
-    best = concept_tree(facts.folder, store)
+    best = concept_tree(facts.folder, looked.store, device=looked.device)
     for level in levels[1:]:
         if len(best.hierarchy.parent) >= ENOUGH_CHILDREN:
             break
-        best = max(best, concept_tree(facts.folder, store, k=level), key=lambda tree: len(tree.hierarchy.parent))
+        deeper = concept_tree(facts.folder, looked.store, k=level, device=looked.device)
+        best = max(best, deeper, key=lambda tree: len(tree.hierarchy.parent))
     return best
 
 
@@ -174,7 +179,10 @@ def example_search(facts: Facts, looked: Looked) -> SearchResult | None:
     if not fires or samples.origin.standardized_by != "run":
         return None
     row = samples.top(fires[0].latent, 1)[0]
-    return search(facts.folder, looked.store, like=row.id, set={fires[0].name: 0.0}, n=N_HITS)
+    return search(
+        facts.folder, looked.store, like=row.id, set={fires[0].name: 0.0}, n=N_HITS, show=looked.show,
+        device=looked.device,
+    )  # fmt: skip
 
 
 def command(*words: str | Path) -> str:

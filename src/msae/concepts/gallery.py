@@ -1,50 +1,44 @@
-"""`gallery`: what activates a latent most, how strongly, and how latents nest; from one pass over any store."""
+"""`gallery`: what activates a latent most, and how strongly; from one pass over any store."""
 
 from __future__ import annotations
 
 import html
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msae.base.errors import ConfigError
-from msae.base.results import Result
+from msae.base.results import Result, shorten
 from msae.concepts.concept import latents_of
-from msae.concepts.gallery.magnitudes import AllMagnitudes, Magnitudes, all_magnitudes, magnitudes
-from msae.concepts.gallery.mining import check_n, top_samples
-from msae.concepts.gallery.tree import ConceptTree, concept_tree
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.samples import TopSamples, check_latent, describe
+from msae.concepts.samples import (
+    BINS_PER_OCTAVE,
+    N_BINS,
+    TopSamples,
+    bin_edges,
+    check_latent,
+    check_n,
+    describe,
+    histogram_quantiles,
+    top_samples,
+)
 from msae.data.store import EmbeddingStore, Row, as_store
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 
-__all__ = [
-    "AllMagnitudes",
-    "ConceptTree",
-    "Gallery",
-    "Magnitudes",
-    "Sample",
-    "all_magnitudes",
-    "concept_tree",
-    "gallery",
-    "magnitudes",
-    "top_samples",
-]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample(Row):
     """One sample of a gallery."""
 
     activation: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,7 +81,7 @@ class Gallery(Result):
         found = []
         for modality, samples in (("image", self.images), ("text", self.texts)):
             for sample in samples:
-                record = sample.to_dict()
+                record = sample.to_json()
                 found.append({**record.pop("columns"), **record, "modality": modality})
         return found
 
@@ -100,13 +94,13 @@ class Gallery(Result):
         parts += [f"<p>{html.escape(_line(sample).strip())}</p>" for sample in self.texts]
         return "".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "latent": self.latent,
             "name": self.name,
             "firing_rate": self.firing_rate,
-            "images": [sample.to_dict() for sample in self.images],
-            "texts": [sample.to_dict() for sample in self.texts],
+            "images": [sample.to_json() for sample in self.images],
+            "texts": [sample.to_json() for sample in self.texts],
             "alike": list(self.alike),
             "statistics": dict(self.statistics),
             "notes": list(self.notes),
@@ -120,7 +114,9 @@ def gallery(
     latent: int | None = None,
     concept: str | None = None,
     n: int = 16,
+    show: str | Sequence[str] = (),
     inference: Inference = "trained",
+    device: str = "auto",
 ) -> Gallery:
     """The images and texts of a store that activate one latent most.
 
@@ -133,8 +129,10 @@ def gallery(
         concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
             is shown.
         n: How many images and how many texts.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        show: Columns of the metadata to print beside the captions, such as title,colour.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.
@@ -153,13 +151,13 @@ def gallery(
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, d_sae)
-    found = {m: top_samples(run, store, modality=m, n=n, inference=inference) for m in store.modalities}
+    found = {m: top_samples(run, store, modality=m, n=n, inference=inference, device=device) for m in store.modalities}
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),
         alike=alike,
-        images=_samples(store, found["image"], latent, n) if "image" in found else (),
-        texts=_samples(store, found["text"], latent, n) if "text" in found else (),
+        images=_samples(store, found["image"], latent, n, show) if "image" in found else (),
+        texts=_samples(store, found["text"], latent, n, show) if "text" in found else (),
         statistics={modality: describe(samples, latent) for modality, samples in found.items()},
         notes=tuple(note for samples in found.values() for note in _notes(samples)),
         roots=store.picture_roots,
@@ -172,9 +170,11 @@ def _nearest_first(latents: Sequence[int], names: ConceptNames | None) -> list[i
     return sorted(latents, key=lambda latent: -(one.cosine if (one := known[latent]) else -1.0))
 
 
-def _samples(store: EmbeddingStore, samples: TopSamples, latent: int, n: int) -> tuple[Sample, ...]:
+def _samples(
+    store: EmbeddingStore, samples: TopSamples, latent: int, n: int, show: str | Sequence[str]
+) -> tuple[Sample, ...]:
     top = samples.top(latent, n)
-    rows = store.describe_rows([sample.row for sample in top])
+    rows = store.describe_rows([sample.row for sample in top], show=show)
     return tuple(Sample(**vars(row), activation=sample.activation) for sample, row in zip(top, rows, strict=True))
 
 
@@ -192,9 +192,10 @@ _WIDTH = 58  # characters for a sample; two stand side by side
 
 
 def _line(sample: Sample) -> str:
-    words = sample.caption or sample.columns.get("label") or ""
-    line = f"{sample.activation:7.3f}  {sample.id}  {' '.join(str(words).split())}".rstrip()
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
+    tail = f" · {sample.note}" if sample.note else ""  # what a person asked to see is never cut
+    words = " ".join(sample.words.removesuffix(tail).split())
+    line = f"{sample.activation:7.3f}  {sample.id}  {'' if words == sample.id else words}".rstrip()
+    return shorten(line, max(_WIDTH - len(tail), _WIDTH // 2)) + tail
 
 
 def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
@@ -203,3 +204,85 @@ def _summary(modality: Modality, known: Mapping[str, Any]) -> str:
         f"{modality}s: fires on {known['firing_rate']:.2%}, there among {levels}; "
         f"median {known['p50']:.2f}, p99 {known['p99']:.2f}, largest {known['max']:.2f}"
     )
+
+
+_SHARES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+class Magnitudes(NamedTuple):
+    """How large activations are: the poster's two histograms of one model."""
+
+    edges: NDArray[np.float64]
+    nonzero: NDArray[np.int64]
+    """Of all non-zero activations."""
+    row_maxima: NDArray[np.int64]
+    """Of each row's largest activation."""
+    quantiles: Mapping[str, Mapping[str, float]]
+    """p1, p10, p50, p90, p99 and max of both."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "edges": self.edges.tolist(),
+            "nonzero": self.nonzero.tolist(),
+            "row_maxima": self.row_maxima.tolist(),
+            "quantiles": dict(self.quantiles),
+        }
+
+
+def magnitudes(samples: TopSamples, *, bins_per_octave: int = 4) -> Magnitudes:
+    """Histograms of the non-zero activations and of each row's largest, over all latents.
+
+    Args:
+        bins_per_octave: 1, 2, 4, 8 or 16.
+    """
+    together = BINS_PER_OCTAVE // bins_per_octave
+    both = np.stack([samples.histogram.sum(0), samples.row_maxima])
+    largest = np.full(2, samples.maximum.max(), dtype=np.float32)
+    values = histogram_quantiles(both, list(_SHARES.values()), largest)
+    nonzero, row_maxima = both.reshape(2, N_BINS // together, together).sum(2)
+    named = {
+        name: dict(zip(_SHARES, row.tolist(), strict=True))
+        for name, row in zip(("nonzero", "row_maxima"), values, strict=True)
+    }
+    return Magnitudes(bin_edges()[::together], nonzero, row_maxima, named)
+
+
+@dataclass(frozen=True, repr=False)
+class AllMagnitudes(Result):
+    """The magnitudes of one model on the images and on the texts of a store."""
+
+    by_modality: Mapping[Modality, Magnitudes]
+
+    def to_json(self) -> dict[str, Any]:
+        return {modality: found.to_json() for modality, found in self.by_modality.items()}
+
+    @property
+    def headline(self) -> str:
+        medians = (f"{found.quantiles['nonzero']['p50']:.3f} of {m}s" for m, found in self.by_modality.items())
+        return f"median activation {', '.join(medians)}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record of quantiles for each modality and histogram."""
+        return [
+            {"modality": modality, "of": of, **quantiles}
+            for modality, found in self.by_modality.items()
+            for of, quantiles in found.quantiles.items()
+        ]
+
+    def to_text(self) -> str:
+        """A table of the quantiles, with a line for each modality and histogram."""
+        lines = [f"{'activations':<28}" + "".join(f"{share:>9}" for share in _SHARES)]
+        for modality, found in self.by_modality.items():
+            for name, title in (("nonzero", "non-zero"), ("row_maxima", "largest of each row")):
+                values = found.quantiles[name].values()
+                lines.append(f"{f'{modality}: {title}':<28}" + "".join(f"{value:9.3f}" for value in values))
+        return "\n".join(lines)
+
+
+def all_magnitudes(
+    sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
+) -> AllMagnitudes:
+    """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
+    run, store = Run.open(sae), as_store(on)
+    found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
+    return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})

@@ -7,11 +7,12 @@ process leaves is whole chunks, and the next run goes on after them. All of them
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import json
 import os
 import shlex
 import shutil
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,17 +23,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
-from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
-from msae.base.files import read_json, remove_leftovers, write_json
+from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError, first_line
+from msae.base.files import atomic_path, locked, read_json, remove_leftovers, write_json
 from msae.base.progress import progress
-from msae.data.arrays import first_bad_row
-from msae.data.embed.chunks import Chunk, chunk_path, list_chunks, read_chunk, write_chunk
+from msae.data.arrays import first_bad_row, open_safetensors
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
-from msae.data.sources import Source, SourceItem, open_source
-from msae.data.store import PARTIAL, EmbeddingStore, Skipped, StorePart, write_store
-from msae.data.store.files import Modality
+from msae.data.sources import Source, open_source
+from msae.data.sources.members import SourceItem
+from msae.data.store import MODALITIES, PARTIAL, EmbeddingStore, Modality, Skipped, StorePart, write_store
 from msae.data.tables import array_of, common_schema, conform, unique_ids
 
 if TYPE_CHECKING:
@@ -258,22 +259,10 @@ def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> di
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """The only process that writes `out`; a folder without any finished chunk is taken away at an error."""
-    work = out / PARTIAL
-    was_there = out.exists()
-    try:
-        (work / "chunks").mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as err:
-        raise StoreError(f"{out} cannot be written ({err.strerror}); give another --out") from err
-    with lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(f"{out} is being written by another process; wait for it") from None
+    """Only this process writes `out`; a folder without any finished chunk is taken away at an error."""
+    work, was_there = out / PARTIAL, out.exists()
+    with locked(work, error=StoreError):
+        (work / "chunks").mkdir(exist_ok=True)
         try:
             yield
         except BaseException:
@@ -540,3 +529,80 @@ def _numbered_parts(files: Sequence[Path], schema: pa.Schema, ids: Sequence[str]
 def _utf8(text: str) -> str:
     """`text` with what UTF-8 cannot hold, such as a file name in another encoding, written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What a run of source positions adds to a store."""
+
+    rows: dict[Modality, NDArray[np.float16]]
+    metadata: pa.Table
+    n_items: int
+    """Samples of the source, embedded or not."""
+    skipped: list[tuple[str, str]]
+    """Id and reason of those that were not embedded."""
+    converted: dict[str, int]
+    """How many images needed which conversion."""
+    n_truncated: int
+    """Captions that were cut off."""
+
+
+def list_chunks(folder: Path) -> list[Path]:
+    """The committed chunks in their order.
+
+    Raises:
+        StoreError: One is missing in between.
+    """
+    files = sorted(folder.glob("chunk_*.safetensors"))
+    for number, file in enumerate(files):
+        if file != chunk_path(folder, number):
+            raise StoreError(f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again")
+    return files
+
+
+def chunk_path(folder: Path, number: int) -> Path:
+    """Where the chunk of this number belongs."""
+    return folder / f"chunk_{number:08d}.safetensors"
+
+
+def write_chunk(path: Path, chunk: Chunk) -> None:
+    """Commit a chunk: after this it survives a kill and a power cut."""
+    import pyarrow as pa
+
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, chunk.metadata.schema) as stream:
+        stream.write_table(chunk.metadata)
+    report = {
+        "items": chunk.n_items,
+        "skipped": chunk.skipped,
+        "converted": chunk.converted,
+        "truncated": chunk.n_truncated,
+    }
+    tensors: dict[str, NDArray[Any]] = {"metadata": np.frombuffer(buffer.getvalue(), np.uint8)}
+    tensors.update((str(modality), rows) for modality, rows in chunk.rows.items())
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"report": json.dumps(report)})
+
+
+def read_chunk(path: Path) -> Chunk:
+    """A committed chunk; its rows are memory-mapped.
+
+    Raises:
+        StoreError: The file is damaged.
+    """
+    import pyarrow as pa
+
+    tensors, strings = open_safetensors(path, StoreError)
+    try:
+        metadata = pa.ipc.open_stream(pa.py_buffer(tensors["metadata"].values)).read_all()
+        report = json.loads(strings["report"])
+        return Chunk(
+            {name: tensors[name].values for name in MODALITIES if name in tensors},
+            metadata,
+            report["items"],
+            [(id, reason) for id, reason in report["skipped"]],
+            report["converted"],
+            report["truncated"],
+        )
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as err:
+        raise StoreError(f"{path} is damaged ({first_line(err)}); delete it and all later ones") from err
