@@ -302,3 +302,9 @@ def test_an_unknown_inference_is_refused_and_not_taken_for_another(store, tmp_pa
     code = "import sys, msae; msae.activations(sys.argv[1], sys.argv[2], inference='ReLU')"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run", store], capture_output=True, text=True)
     assert "ConfigError: inference 'ReLU' is unknown; give relu, trained, topk, threshold" in done.stderr
+
+
+def test_more_active_latents_than_there_are_is_refused_before_training(store, tmp_path):
+    with pytest.raises(ConfigError, match="--inference-l0 33 is above the 32 latents; give at most 32"):
+        train(store, out=tmp_path / "run", d_sae=32, inference_l0=33, device="cpu")
+    assert not (tmp_path / "run").exists()
