@@ -308,7 +308,8 @@ class Training:
             save_file(
                 {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors"
             )
-            write_json(temporary / "state.json", {"step": state.step}, schema_version=SCHEMA_VERSION)
+            progress_made = {"step": state.step, "lowest_error": self._lowest_error}
+            write_json(temporary / "state.json", progress_made, schema_version=SCHEMA_VERSION)
         self._is_unproven = True
 
     def _latest_checkpoint(self) -> _State | None:
@@ -319,7 +320,8 @@ class Training:
         state = self._state_of(SAE.load(path))
         try:
             tensors = load_file(path / "state.safetensors", device=self.settings.device)
-            step = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)["step"]
+            progress_made = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)
+            step, self._lowest_error = progress_made["step"], progress_made.get("lowest_error", math.inf)
             for name, parameter in state.sae.named_parameters():
                 state.optimizer.state[parameter] = {
                     key: tensors[f"adamw.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
