@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
 import torch
 
@@ -51,38 +51,25 @@ __all__ = [
 ]
 
 
+class EvaluateOptions(TypedDict, total=False):
+    """The keywords of `evaluate`."""
+
+    modality: Modality
+    inference: Inference
+    k: int | None
+    labels: str | None
+    probe_train: StoreLike | None
+    recovery: bool
+    train_store: StoreLike | None
+    batch_size: int | None
+    device: str
+    seed: int
+
+
+@overload  # the first: a str is a sequence of str, but one run here
+def evaluate(sae: RunLike, on: StoreLike, **options: Unpack[EvaluateOptions]) -> Evaluation: ...  # type: ignore[overload-overlap]
 @overload
-def evaluate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one run here
-    sae: RunLike,
-    on: StoreLike,
-    *,
-    modality: Modality = ...,
-    inference: Inference = ...,
-    k: int | None = ...,
-    labels: str | None = ...,
-    probe_train: StoreLike | None = ...,
-    recovery: bool = ...,
-    train_store: StoreLike | None = ...,
-    batch_size: int | None = ...,
-    device: str = ...,
-    seed: int = ...,
-) -> Evaluation: ...
-@overload
-def evaluate(
-    sae: Sequence[RunLike],
-    on: StoreLike,
-    *,
-    modality: Modality = ...,
-    inference: Inference = ...,
-    k: int | None = ...,
-    labels: str | None = ...,
-    probe_train: StoreLike | None = ...,
-    recovery: bool = ...,
-    train_store: StoreLike | None = ...,
-    batch_size: int | None = ...,
-    device: str = ...,
-    seed: int = ...,
-) -> Evaluations: ...
+def evaluate(sae: Sequence[RunLike], on: StoreLike, **options: Unpack[EvaluateOptions]) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,

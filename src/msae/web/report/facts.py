@@ -147,7 +147,7 @@ def facts_of(folder: Path) -> Facts:
 
 
 def read_trained(run: Run) -> dict[str, Any]:
-    """A run's config.json, with all that a report tells of it; empty for an SAE that was imported.
+    """A run's config.json, with everything that a report says of it; empty for an SAE that was imported.
 
     Raises:
         RunError: It is damaged.
