@@ -46,7 +46,7 @@ def test_gallery_evaluate_and_report_take_a_run_that_cannot_be_written(folder):
 
     evaluated = msae(folder, "evaluate", "run", "--on", "x.npy")
     assert evaluated.returncode == 0 and "not kept" not in evaluated.stdout + evaluated.stderr
-    assert len(list((folder / "cache").rglob("*-image-trained.json"))) == 1
+    assert len(list((folder / "cache").rglob("eval/*/*-image-trained.json"))) == 1
 
     written = msae(folder, "report", "run", "--on", "x.npy", "--out", "page.html")
     assert written.returncode == 0 and "model card: run cannot be written (Permission denied)" in written.stdout
