@@ -120,6 +120,16 @@ def test_every_named_file_of_the_package_exists():
     assert [name for name in sorted(named) if not exists(name)] == []
 
 
+def test_every_named_function_is_in_its_file():
+    architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w.]+)`(?: and `(\w+)`)? in `([\w/]+\.py)`", architecture)
+    pairs = [(name.rsplit(".")[-1], file) for *names, file in named for name in names if name]
+    assert len(pairs) >= 12
+    for name, file in pairs:
+        text = (ROOT / "src" / "msae" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def |class )?{name}\b *[(:=]", text, re.M), f"{name} is not in {file}"
+
+
 def test_every_linked_page_exists():
     for page in (
         ROOT / "README.md",

@@ -83,7 +83,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """In words, with what tells it from others of its kind."""
+        """In words, with the settings of its kind."""
         settings, config = self.settings, self.config
         more = {
             "matryoshka": (f" of widths, k = {config.k}" if config.widths else "")
