@@ -99,7 +99,7 @@ def evaluate(
             `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
-            embeddings works on the reconstructions.
+            embeddings works on the reconstructions, and how well single latents say a class.
         probe_train: The store whose original embeddings train that classifier. Without it, the store that the run was
             trained on. Of the embeddings that are also in `on`, half train it and the other half are evaluated.
         recovery: Also measure the reconstruction from only the k strongest latents of each row, for k = 1, 2, 4 and so

@@ -259,7 +259,7 @@ def mode_of(evaluation: Evaluation) -> str:
     """The inference in words."""
     words = {
         "relu": "every positive latent kept",
-        "trained": "the activation of training",
+        "trained": "the activation function of the SAE",
         "threshold": "latents above their thresholds kept",
     }
     return f"{evaluation.inference} ({words.get(evaluation.inference, f'the {evaluation.k} strongest latents kept')})"
