@@ -35,6 +35,8 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
 
 MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
 RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "faithful": {"recipe": "faithful"},
     "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
     "first-default": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse", "lr": 5e-4, "warmup": 0.05},
     "8-64": {**MATRYOSHKA, "levels": doubling(8, 64), "lr": 2e-3},
