@@ -37,8 +37,8 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 }
 """Our default, and the poster's eight rows with every k scaled to this world's width of 128.
 
-A scene has some eight things to say, so the default's levels end at 16: at 64 kept the latents of this small world share
-what one could say (mean AUROC of the best latent for each of 30 values .905, here .945).
+A scene has some eight things to say, so the default's levels end at 16 here: up to 64, several latents share what one
+could say (mean AUROC of the best latent for each of 30 values .905, up to 16 it is .945).
 """
 COMMON: Mapping[str, Any] = {"d_sae": 256, "epochs": 30, "batch_size": 64}
 """Twice as many latents as dimensions: this world has some forty things to name, and a wider SAE splits them."""
