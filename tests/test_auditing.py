@@ -457,6 +457,17 @@ def test_bad_coefficients_are_one_clear_line(folder):
             LinearClassifier.load(folder / f"{name}.npz", d_in=D_IN)
 
 
+def test_a_compressed_classifier_with_changed_bytes_is_one_line(folder):
+    file = folder / "changed.npz"
+    np.savez_compressed(file, weight=np.random.default_rng(0).normal(size=(2, 400)))
+    content = bytearray(file.read_bytes())
+    content[60:400] = bytes(byte ^ 0x55 for byte in content[60:400])
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"changed\.npz cannot be read as \.npz") as caught:
+        LinearClassifier.load(file, d_in=400)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_classifier_that_predicts_one_class_leaves_nothing_to_test(sae, store):
     nothing = torch.zeros(D_IN)
     classifier = LinearClassifier(

@@ -90,6 +90,13 @@ def test_replaced_weights_are_refused_where_the_sae_alone_says_its_encoder(encod
             ways(run, store)[verb]()
 
 
+def test_words_are_embedded_on_the_device_that_is_named(encoder, tmp_path):
+    store = make_store(tmp_path / "a.store", load(encoder))
+    run = make_run(tmp_path / "run", store, encoder=str(encoder), encoder_revision=store.encoder_revision)
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):  # which have no values to read
+        msae.search(run, store, text=WORDS[0], modality="text", device="meta")
+
+
 def test_every_byte_of_the_weights_counts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     weights = np.zeros(3 << 20, np.uint8)

@@ -376,7 +376,7 @@ def test_a_table_of_several_modes_says_which_run_has_which():
         record(run="d", inference="topk", k=3),
     ]
     assert poster_table(runs).splitlines()[-1] == (
-        "inference: relu (every positive latent kept) for a, c; trained (the activation of training) for b; "
+        "inference: relu (every positive latent kept) for a, c; trained (the activation function of the SAE) for b; "
         "topk (the 3 strongest latents kept) for d"
     )
 

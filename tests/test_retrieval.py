@@ -213,6 +213,14 @@ def test_leaving_the_natural_range_is_warned_of(run, store):
     assert search(run, store, like="row7", set={"red": "p90"}).warnings == ()
 
 
+def test_a_vector_file_with_a_damaged_header_is_one_line(run, store, tmp_path):
+    header = b"{'descr': ('<f4', 'shape': (3,), ".ljust(117) + b"\n"  # a bracket is never closed
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(StoreError, match=r"bad\.npy cannot be read as \.npy") as caught:
+        search(run, store, embedding=tmp_path / "bad.npy")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_vector_in_a_file_is_searched_for(run, store, tmp_path):
     np.save(tmp_path / "v.npy", store.take(np.array([7]), "image")[0])
     found = search(run, store, embedding=tmp_path / "v.npy", n=3)

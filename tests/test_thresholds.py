@@ -75,6 +75,16 @@ def test_the_mean_is_exact_even_where_some_rows_have_too_few_positive_latents(l0
     assert int((h > 0).sum(1).min()) < l0 and (sae.activate(h) > 0).sum() == N * l0
 
 
+def test_rows_can_be_given_instead_of_a_store(store):
+    wanted = make().with_l0(6, store).thresholds
+    for rows in (X, X.numpy(), X.double().numpy()):
+        assert torch.allclose(make().with_l0(6, rows).thresholds, wanted, atol=1e-6)
+    with pytest.raises(ConfigError, match="width 11, but this SAE reads width 12"):
+        make().with_l0(6, X[:, 1:])
+    with pytest.raises(ConfigError, match="no rows to fit thresholds on"):
+        make().with_l0(6, X[:0])
+
+
 def test_a_latent_that_is_never_among_the_strongest_stays_silent_in_rows_it_was_not_fitted_on(store):
     sae = make().with_l0(4, store)
     h = torch.full((1, D_SAE), 1e6)

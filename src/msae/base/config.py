@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give --config the name of a TOML file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigError(f"{path} is not readable TOML ({err}); mend that line") from err
+        raise ConfigError(f"{path} is not readable TOML ({err}); correct that line") from err
 
 
 def settings_from(

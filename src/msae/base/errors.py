@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class MsaeError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base of every error that the user can put right; the command line prints it without a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))  # names out of files may hold line breaks

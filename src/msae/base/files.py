@@ -136,8 +136,7 @@ def read_json(
         schema_version: The one that can be read, or several, the newest last.
 
     Raises:
-        MsaeError: Of the kind made by `error`, when the file is missing, is not a JSON object, or has
-            another schema version.
+        MsaeError: Made by `error`: the file is missing, is not a JSON object, or has another schema version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

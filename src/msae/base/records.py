@@ -35,7 +35,7 @@ def of_record(cls: type[T], data: Any, *, where: str, error: Callable[[str], Msa
         remedy: What to type, for the message.
 
     Raises:
-        MsaeError: Of the kind made by `error`: a field is missing or unknown, a value is not of its field's type, or
+        MsaeError: Made by `error`: a field is missing or unknown, a value is not of its field's type, or
             `cls` refuses it.
     """
     try:
@@ -49,7 +49,7 @@ def of_record(cls: type[T], data: Any, *, where: str, error: Callable[[str], Msa
 
 
 def _unknown(data: Any, record: Any) -> str:
-    """Says which key of `data` the record does not have; msgspec leaves it out without a word."""
+    """Refuse a key of `data` that the record does not have; msgspec would drop it silently."""
     if isinstance(record, dict):
         for key, value in data.items():
             if key not in record:
@@ -78,7 +78,7 @@ def read_record(
     """Read what `write_record` wrote.
 
     Raises:
-        MsaeError: Of the kind made by `error`: the file is missing, damaged, or has another schema version.
+        MsaeError: Made by `error`: the file is missing, damaged, or has another schema version.
     """
     data = read_json(path, schema_version=schema_version, error=error)
     data = {key: known for key, known in data.items() if key not in ("schema_version", "made_by")}

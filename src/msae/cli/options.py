@@ -181,7 +181,7 @@ def _default(option: Option) -> str:
 
 def _help(option: Option, shown: Mapping[str, str]) -> str:
     text = _plain(option.help, shown)
-    return f"Turn this off: {text[:1].lower()}{text[1:]}" if option.hint is bool and option.default is True else text
+    return f"Do not {text[:1].lower()}{text[1:]}" if option.hint is bool and option.default is True else text
 
 
 def _plain(text: str, shown: Mapping[str, str]) -> str:

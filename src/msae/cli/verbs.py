@@ -134,6 +134,13 @@ def gallery(
     for option, value in (("--pairs", pairs), ("--k", k)):
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
+    if tree or magnitudes:
+        ignored = [f"--{key}" for key in given if key not in common] + ["--sheet"] * (sheet is not None)
+        if tree and magnitudes:
+            ignored.append("--magnitudes")
+        if ignored:
+            which = "--tree" if tree else "--magnitudes"
+            raise ConfigError(f"{which} is of all latents and takes no {', '.join(ignored)}; leave out one of them")
     if tree:
         found = concept_tree(**common, k=k, pairs=pairs)
         return found.to_text(), found.to_json()

@@ -56,7 +56,7 @@ class NameSettings:
     centre: Centre = "vocabulary"
     """What is subtracted from the words' embeddings: their own mean, the SAE's mean of texts, or nothing."""
     subtract_b_dec: bool = True
-    """Also subtract the SAE's decoder bias from the words, as its encoder does."""
+    """Subtract the SAE's decoder bias from the words."""
     false_names: float = 0.05
     """By the evidence rule, the largest q: of the latents that pass, the share, on average, that would lie as near to
     some word were their directions random. It does not bound the share of names that are wrong."""

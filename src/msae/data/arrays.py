@@ -34,9 +34,9 @@ _SAFETENSORS_DTYPES = {
     "BF16": ("bfloat16", "<u2"),
     "U8": ("uint8", "|u1"),
 }
-_NPY_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, OverflowError, tokenize.TokenError)
+NPY_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, OverflowError, tokenize.TokenError)
 """What numpy raises on a damaged header, which it reads as a piece of Python."""
-_NPZ_ERRORS = (*_NPY_ERRORS, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+_NPZ_ERRORS = (*NPY_ERRORS, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 """What numpy and zipfile raise on damaged, encrypted and pickled archives."""
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
@@ -202,7 +202,7 @@ def open_npy(path: Path, error: Error) -> Rows:
             )
             shape, _, dtype = read_header(file)
             start = file.tell()
-    except _NPY_ERRORS as err:
+    except NPY_ERRORS as err:
         raise error(f"{path} cannot be read as .npy ({first_line(err)}); make it again") from err
     if dtype.kind != "f" or dtype.itemsize > 8:
         reason = "object: pickled, never opened" if dtype.hasobject else str(dtype)

@@ -36,7 +36,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 }
 """The poster's eight rows, with every k scaled to this world's width of 128."""
 COMMON: Mapping[str, Any] = {"d_sae": 256, "epochs": 30, "batch_size": 64}
-"""Twice as many latents as dimensions: this world has some forty things to tell, and a wider SAE splits them."""
+"""Twice as many latents as dimensions: this world has some forty things to name, and a wider SAE splits them."""
 NAMED_RUN = "msae-reverse"
 
 

@@ -44,7 +44,7 @@ class Rendered(NamedTuple):
 
     Attributes:
         image: The picture, RGB, `PICTURE_SIZE` pixels square.
-        caption: The scene in words: everything is told, in wording that varies with the seed.
+        caption: The scene in words: all of it, in wording that varies with the seed.
         attributes: The truth, one flat row: see `msae.demo.scenes.attributes`.
         scene: What was drawn.
     """

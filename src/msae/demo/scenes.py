@@ -1,4 +1,4 @@
-"""The world of the demo: scenes with known attributes, sampled from a seed and told in words.
+"""The world of the demo: scenes with known attributes, sampled from a seed and described in words.
 
 A scene is one to three objects on a background. Only `random.Random.random` is drawn from, which Python keeps
 the same on every version and machine.
@@ -26,7 +26,7 @@ COUNTS = (1, 2, 3)
 RELATIONS = ("left of", "above")
 
 COUNT_SHARES = (0.55, 0.3, 0.15)  # of scenes with one, two and three objects
-ALIKE_SHARE = 0.2  # of scenes with two objects: both the same, so there is no relation to tell
+ALIKE_SHARE = 0.2  # of scenes with two objects: both the same, so there is no relation to name
 ACCESSORY_SHARE = 0.25  # of objects with a hat, of objects with a shadow, of scenes with a frame
 
 ATTRIBUTES: Mapping[str, tuple[Value, ...]] = MappingProxyType(
@@ -70,7 +70,7 @@ class Scene:
     Attributes:
         objects: One to three. Three are always alike; two are alike when `relation` is None.
         background: One of `BACKGROUNDS`.
-        relation: How the first object lies to the second, or None where there is nothing to tell.
+        relation: How the first object lies to the second, or None where there is nothing to say.
         frame: Whether a picture frame surrounds the scene.
         seed: Decides what is not an attribute: exact places, jitter and the grain of the background.
     """
@@ -274,7 +274,7 @@ def caption(scene: Scene, *, naming: Collection[str] = tuple(ATTRIBUTES), wordin
 
     Args:
         scene: The scene.
-        naming: The attributes that the caption tells; the count is always told.
+        naming: The attributes that the caption says; it always says the count.
         wording: A seed that varies the wording, or None for the one canonical wording: two scenes with the
             same canonical caption agree in everything that is named.
     """
@@ -307,7 +307,7 @@ def _pair(scene: Scene, naming: Collection[str], words: _Words) -> str:
     pair = [_with_article(_noun(thing, naming, words)) for thing in scene.objects]
     if "relation" in naming and scene.relation is not None:
         return words.choose(_RELATION_WORDS[scene.relation]).format(*pair)
-    pair.sort()  # who stands first is part of the relation, which is not told
+    pair.sort()  # who stands first is part of the relation, which is not said
     return words.choose(("{0} and {1}", "{1} and {0}")).format(*pair)
 
 
@@ -318,11 +318,11 @@ def _noun(thing: Object, naming: Collection[str], words: _Words, *, plural: bool
         thing.colour if "colour" in naming else "",
         _shape_word(thing.shape if "shape" in naming else words.choose(("shape", "object")), plural=plural),
     ]
-    told = [name for name in ("hat", "shadow") if name in naming and getattr(thing, name)]
-    if told:
-        verb = {"hat": "wearing", "shadow": "casting"}[told[0]]
-        verbs = ("with", verb) if len(told) == 1 else ("with",)
-        parts += [words.choose(verbs), " and ".join(f"{name}s" if plural else f"a {name}" for name in told)]
+    worn = [name for name in ("hat", "shadow") if name in naming and getattr(thing, name)]
+    if worn:
+        verb = {"hat": "wearing", "shadow": "casting"}[worn[0]]
+        verbs = ("with", verb) if len(worn) == 1 else ("with",)
+        parts += [words.choose(verbs), " and ".join(f"{name}s" if plural else f"a {name}" for name in worn)]
     return " ".join(part for part in parts if part)
 
 

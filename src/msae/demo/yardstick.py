@@ -49,7 +49,7 @@ def measure(
 ) -> Scores:
     """Score a model on scenes that the demo's CLIP was not trained on.
 
-    Retrieval and the count are measured on scenes of one to three objects, no two of them told alike; the
+    Retrieval and the count are measured on scenes of one to three objects, no two of them described alike; the
     relation and the order on pairs; every other attribute on lone objects.
 
     Args:
@@ -103,10 +103,10 @@ def _zero_shot(name: str, scenes: Sequence[Scene], rows: Rows, embed_texts: Embe
 
 def _order(pairs: Sequence[Scene], rows: Rows, embed_texts: EmbedTexts) -> float:
     """Share of pairs of visibly different objects whose own caption beats the one with them exchanged."""
-    turned = [replace(scene, objects=scene.objects[::-1]) for scene in pairs]
-    kept = [k for k, scene in enumerate(pairs) if caption(scene) != caption(turned[k])]
+    swapped = [replace(scene, objects=scene.objects[::-1]) for scene in pairs]
+    kept = [k for k, scene in enumerate(pairs) if caption(scene) != caption(swapped[k])]
     right = _unit(embed_texts([caption(pairs[k]) for k in kept]))
-    wrong = _unit(embed_texts([caption(turned[k]) for k in kept]))
+    wrong = _unit(embed_texts([caption(swapped[k]) for k in kept]))
     return float(np.mean(np.sum(rows[kept] * (right - wrong), axis=1) > 0))
 
 

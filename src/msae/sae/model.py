@@ -25,7 +25,7 @@ from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
-from msae.sae.thresholds import ThresholdTable, fit_on_store
+from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, rows_at_once
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
 Inference = Literal["relu", "trained", "topk", "threshold"]
@@ -181,20 +181,20 @@ class SAE(nn.Module):
                 "them with the same msae train and --resume, or in Python: sae.with_l0(64, STORE).save(RUN)"
             )
 
-    @overload
-    def with_l0(self, l0: int) -> SAE: ...
-
-    @overload
-    def with_l0(self, l0: int, on: EmbeddingStore | str | Path, modality: Modality = ...) -> SAE: ...
-
-    def with_l0(self, l0: int, on: EmbeddingStore | str | Path | None = None, modality: Modality = "image") -> SAE:
+    def with_l0(
+        self,
+        l0: int,
+        on: Tensor | NDArray[Any] | EmbeddingStore | str | Path | None = None,
+        modality: Modality = "image",
+    ) -> SAE:
         """A copy whose thresholds let `l0` latents fire in a row, on average over the rows that they are fitted on.
 
         Without `on` they come from the table fitted after training, and nothing is computed.
 
         Args:
-            on: Fit the thresholds anew on the rows of this store; at most 65,536 of them, chosen at random.
-            modality: Which rows of `on`.
+            on: Fit the thresholds anew on these rows of raw embeddings, or on those of this store: at most 65,536 of
+                them, chosen at random.
+            modality: What the embeddings are of.
 
         Raises:
             ConfigError: `l0` is below 1 or above the positive latents of a row, or no thresholds are stored.
@@ -215,11 +215,18 @@ class SAE(nn.Module):
             )
         return self.with_thresholds(table, float(l0))
 
-    def fitted_thresholds(self, on: EmbeddingStore | str | Path, modality: Modality, *, l0: int) -> ThresholdTable:
-        """Thresholds fitted on the rows of a store, exact at `l0`; raises `StoreError` where it does not fit."""
-        store = as_store(on, modality)
-        check_fit(self, store)
-        return fit_on_store(self, store, modality, l0=l0)
+    def fitted_thresholds(
+        self, on: Tensor | NDArray[Any] | EmbeddingStore | str | Path, modality: Modality, *, l0: int
+    ) -> ThresholdTable:
+        """Thresholds fitted on rows or on those of a store, exact at `l0`; raises as `with_l0` does."""
+        if isinstance(on, EmbeddingStore | str | Path):
+            store = as_store(on, modality)
+            check_fit(self, store)
+            return fit_on_store(self, store, modality, l0=l0)
+        x = self._standardized(on if isinstance(on, Tensor) else _as_tensor(on), modality)
+        if not len(x):
+            raise ConfigError("there are no rows to fit thresholds on; give at least one")
+        return fit_thresholds(self, lambda: torch.split(x, rows_at_once(self.d_sae)), len(x), l0=l0)
 
     def with_thresholds(self, table: ThresholdTable, l0: float) -> SAE:
         """A copy with the thresholds of a table for `l0`, or for all positive latents where those are fewer."""
@@ -270,13 +277,7 @@ class SAE(nn.Module):
             StoreError: The store is of another width or encoder, or has no embeddings of `modality`.
         """
         if isinstance(x, Tensor):
-            if x.ndim not in (1, 2):
-                raise ConfigError(f"embeddings of shape {tuple(x.shape)}; give rows, (n, {self.d_in}), or one vector")
-            if x.shape[-1] != self.d_in:
-                raise ConfigError(
-                    f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others"
-                )
-            rows = self.standardizer.apply(x.float().reshape(-1, self.d_in).to(self.b_dec.device), modality)
+            rows = self._standardized(x, modality)
             z = self.activate(self.pre_activations(rows), inference="topk" if k is not None else inference, k=k)
             return z[0] if x.ndim == 1 else z
         if not isinstance(x, EmbeddingStore | str | Path):
@@ -285,6 +286,14 @@ class SAE(nn.Module):
         check_fit(self, store)
         batches = (torch.from_numpy(batch) for batch in store.batches(modality, 8192))
         return np.concatenate([self.encode(rows, modality, k, inference=inference).cpu().numpy() for rows in batches])
+
+    def _standardized(self, x: Tensor, modality: Modality) -> Tensor:
+        """Rows of raw embeddings, or one, as this SAE reads them; raises `ConfigError` for another shape."""
+        if x.ndim not in (1, 2):
+            raise ConfigError(f"embeddings of shape {tuple(x.shape)}; give rows, (n, {self.d_in}), or one vector")
+        if x.shape[-1] != self.d_in:
+            raise ConfigError(f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others")
+        return self.standardizer.apply(x.float().reshape(-1, self.d_in).to(self.b_dec.device), modality)
 
     @overload
     def decode(self, z: Tensor, modality: Modality = ...) -> Tensor: ...
@@ -410,7 +419,7 @@ def folder_of(path: Path) -> Path:
 
 @runtime_checkable
 class Embeddings(Protocol):
-    """What an SAE must know of a store to tell whether it can read it."""
+    """What of a store decides whether an SAE can read it."""
 
     @property
     def path(self) -> Path: ...

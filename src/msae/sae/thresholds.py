@@ -96,10 +96,15 @@ def fitting_rows(store: EmbeddingStore, *, seed: int = 0) -> Int64[np.ndarray, "
     return np.sort(np.random.default_rng(seed).choice(len(store), MAX_ROWS, replace=False))
 
 
+def rows_at_once(d_sae: int) -> int:
+    """Rows whose pre-activations take some 16 MB."""
+    return max(64, 2**22 // d_sae)
+
+
 def fit_on_store(sae: SAE, store: EmbeddingStore, modality: Modality, *, l0: int) -> ThresholdTable:
     """`fit_thresholds` on the `fitting_rows` of a store."""
     chosen = fitting_rows(store)
-    size = max(64, 2**22 // sae.d_sae)
+    size = rows_at_once(sae.d_sae)
 
     def rows() -> Iterator[Tensor]:
         for first in range(0, len(chosen), size):

@@ -6,7 +6,6 @@ The file's keys are defined in docs/audit.md.
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from msae.base.errors import ConfigError, first_line
 from msae.base.files import atomic_path
+from msae.data.arrays import open_npz
 
 KEYS = ("weight", "bias", "classes", "mean", "scale", "unit_norm")
 
@@ -101,15 +101,14 @@ def _read(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give --classifier a .npz or .safetensors file of coefficients")
+    if path.suffix == ".npz":
+        return open_npz(path, ConfigError)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} is no .npz or .safetensors file; save the coefficients with numpy.savez")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as tensors:
-                found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-                words = tensors.metadata() or {}
-            return found | {key: np.array(json.loads(words[key])) for key in ("classes", "unit_norm") if key in words}
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as err:
+        with safe_open(path, framework="np") as tensors:
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            words = tensors.metadata() or {}
+        return found | {key: np.array(json.loads(words[key])) for key in ("classes", "unit_norm") if key in words}
+    except (OSError, ValueError, SafetensorError) as err:
         raise ConfigError(f"{path} cannot be read ({first_line(err)}); save it with numpy.savez") from err
-    raise ConfigError(f"{path} is no .npz or .safetensors file; save the coefficients with numpy.savez")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -56,56 +56,32 @@ __all__ = [
 ]
 
 
-@overload
-def evaluate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one run here
-    sae: RunLike,
-    on: StoreLike,
-    *,
-    modality: Modality = ...,
-    inference: Inference = ...,
-    k: int | None = ...,
-    labels: str | None = ...,
-    probe_train: StoreLike | None = ...,
-    recovery: bool = ...,
-    untrained: Literal[False] = ...,
-    train_store: StoreLike | None = ...,
-    batch_size: int | None = ...,
-    device: str = ...,
-    seed: int = ...,
+class EvaluateOptions(TypedDict, total=False):
+    """The keywords of `evaluate`, but for the one that its result depends on."""
+
+    modality: Modality
+    inference: Inference
+    k: int | None
+    labels: str | None
+    probe_train: StoreLike | None
+    recovery: bool
+    train_store: StoreLike | None
+    batch_size: int | None
+    device: str
+    seed: int
+
+
+@overload  # the first: a str is a sequence of str, but one run here
+def evaluate(  # type: ignore[overload-overlap]
+    sae: RunLike, on: StoreLike, *, untrained: Literal[False] = ..., **options: Unpack[EvaluateOptions]
 ) -> Evaluation: ...
 @overload
 def evaluate(
-    sae: Sequence[RunLike],
-    on: StoreLike,
-    *,
-    modality: Modality = ...,
-    inference: Inference = ...,
-    k: int | None = ...,
-    labels: str | None = ...,
-    probe_train: StoreLike | None = ...,
-    recovery: bool = ...,
-    untrained: bool = ...,
-    train_store: StoreLike | None = ...,
-    batch_size: int | None = ...,
-    device: str = ...,
-    seed: int = ...,
+    sae: Sequence[RunLike], on: StoreLike, *, untrained: bool = ..., **options: Unpack[EvaluateOptions]
 ) -> Evaluations: ...
 @overload
 def evaluate(
-    sae: RunLike,
-    on: StoreLike,
-    *,
-    modality: Modality = ...,
-    inference: Inference = ...,
-    k: int | None = ...,
-    labels: str | None = ...,
-    probe_train: StoreLike | None = ...,
-    recovery: bool = ...,
-    untrained: Literal[True],
-    train_store: StoreLike | None = ...,
-    batch_size: int | None = ...,
-    device: str = ...,
-    seed: int = ...,
+    sae: RunLike, on: StoreLike, *, untrained: Literal[True], **options: Unpack[EvaluateOptions]
 ) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
@@ -137,7 +113,7 @@ def evaluate(
             `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
-            embeddings works on the reconstructions.
+            embeddings works on the reconstructions, and how well single latents say a class.
         probe_train: The store whose original embeddings train that classifier. Without it, the store that the run was
             trained on. Of the embeddings that are also in `on`, half train it and the other half are evaluated.
         recovery: Also measure the reconstruction from only the k strongest latents of each row, for k = 1, 2, 4 and so

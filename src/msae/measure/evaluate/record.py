@@ -413,7 +413,7 @@ def mode_of_inference(inference: Inference, k: int | None) -> str:
     """An inference in words."""
     words = {
         "relu": "every positive latent kept",
-        "trained": "the activation of training",
+        "trained": "the activation function of the SAE",
         "threshold": "latents above their thresholds kept",
     }
     return f"{inference} ({words.get(inference, f'the {k} strongest latents kept')})"

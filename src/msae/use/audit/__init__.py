@@ -94,7 +94,7 @@ def audit(
     view = View(sae, on, modality, inference=inference, device=device)
     subject = make_subject(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
-        train_store=train_store, seed=seed, positive=positive,
+        train_store=train_store, seed=seed, positive=positive, device=device,
     )  # fmt: skip
     groups, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))

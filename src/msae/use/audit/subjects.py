@@ -139,6 +139,7 @@ def make_subject(
     train_store: EmbeddingStore | str | Path | None,
     seed: int,
     positive: str | None = None,
+    device: str = "auto",
 ) -> Subject:
     """The rows and the classifier that the options of `audit` name.
 
@@ -160,7 +161,7 @@ def make_subject(
         if given.weight.shape[1] != store.d_in:
             raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
     elif class_texts is not None:
-        given = zero_shot(class_texts, sae, store)
+        given = zero_shot(class_texts, sae, store, device)
     if given is not None:
         return _with_given(view, labels, given, positive)
     if target is None or labels is None:
@@ -261,7 +262,7 @@ def parse_class_texts(options: Mapping[str, str] | Sequence[str] | None) -> dict
     return dict(option.split("=", 1) for option in options)
 
 
-def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> LinearClassifier:
+def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore, device: str = "auto") -> LinearClassifier:
     """CLIP's zero-shot classifier: a class's weights are the unit-norm embedding of its text, times 100.
 
     Raises:
@@ -274,7 +275,7 @@ def zero_shot(texts: Mapping[str, str], sae: SAE, store: EmbeddingStore) -> Line
         )
     from msae.data.embedder import embedder_for
 
-    embedder = embedder_for(store, sae.config, need="--class-texts")
+    embedder = embedder_for(store, sae.config, need="--class-texts", device=device)
     weight = TEXT_LOGIT_SCALE * torch.from_numpy(embedder.embed_texts(list(texts.values())))
     nothing = torch.zeros(store.d_in)
     source = f"zero-shot texts of {embedder.id}"

@@ -80,7 +80,7 @@ def search(
         SourceError: The picture cannot be read.
         MissingDependencyError: transformers is not installed, for `image` and `text`.
     """
-    ask = Ask(like, image, text, embedding, query_modality, encoder, embedder)
+    ask = Ask(like, image, text, embedding, query_modality, encoder, embedder, device)
     how = How(
         _wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where), show
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError, SourceError, StoreError, first_line
 from msae.concepts.concept import ConceptSet
+from msae.data.arrays import NPY_ERRORS
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE
 from msae.sae.standardize import Modality
@@ -39,6 +40,8 @@ class Ask:
     """Folder or hub id, where neither store nor SAE says it."""
     embedder: Embedder | None = None
     """A loaded one, to save the loading."""
+    device: str = "auto"
+    """Where it is loaded."""
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in ("like", "image", "text", "embedding") if getattr(self, name) is not None]
@@ -103,7 +106,13 @@ def _embedder(ask: Ask, store: EmbeddingStore, sae: SAE, kind: str) -> Embedder:
     from msae.data.embedder import embedder_for
 
     return embedder_for(
-        store, sae.config, need=f"--{kind}", option="--encoder", encoder=ask.encoder, embedder=ask.embedder
+        store,
+        sae.config,
+        need=f"--{kind}",
+        option="--encoder",
+        encoder=ask.encoder,
+        embedder=ask.embedder,
+        device=ask.device,
     )
 
 
@@ -124,7 +133,7 @@ def _read_vector(path: Path) -> NDArray[Any]:
             x: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist; give --embedding a .npy file with one vector") from None
-    except (OSError, ValueError) as err:
+    except NPY_ERRORS as err:
         raise StoreError(f"{path} cannot be read as .npy ({first_line(err)}); give --embedding a .npy file") from err
     return x
 

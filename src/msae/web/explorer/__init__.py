@@ -35,7 +35,7 @@ def explore(
     """Show runs and a store in a browser: concepts, one concept, search, audit, models. Ctrl-C ends it.
 
     Nothing leaves this machine: it listens on 127.0.0.1 alone and shows no other file than the pictures that the store
-    lists. While it runs, libraries that would ask the Hugging Face hub are told that there is no network.
+    lists. While it runs, the libraries of Hugging Face work offline.
 
     Args:
         runs: One or several run folders.

@@ -58,7 +58,7 @@ class Catalogue:
     """(d_sae, levels): the share of its firings in which a latent is among the k strongest."""
     levels: tuple[int, ...]
     masks: Mapping[str, NDArray[np.bool_]]
-    """Of the filters that can be told for these runs and this store."""
+    """Of the filters that these runs and this store allow."""
 
     @classmethod
     def of(cls, sae: SAE, names: ConceptNames | None, samples: Mapping[Modality, TopSamples]) -> Catalogue:

@@ -12,7 +12,7 @@ from msae.base.errors import MsaeError
 from msae.measure.evaluate import Evaluation, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
 from msae.web.explorer.address import Address
-from msae.web.explorer.drawing import draw
+from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report import figures
 from msae.web.report.figures import RecoveryMeasure, TrainingMeasure

@@ -290,7 +290,9 @@ class World:
     def _embedder(self) -> Embedder:
         if self.why_no_encoder():
             raise ConfigError(NO_ENCODER)
-        return embedder_for(self.store, self.first.sae.config, need="what is searched for", local=True)
+        return embedder_for(
+            self.store, self.first.sae.config, need="what is searched for", device=self.first.device, local=True
+        )
 
 
 def open_world(
@@ -312,7 +314,7 @@ def open_world(
     """
     if not runs:
         raise ConfigError("there is nothing to explore; give at least one run: msae explore RUN --on STORE")
-    device = as_device(device)
+    as_device(device)  # one that is not here is said at once
     folders = list(dict.fromkeys(Path(run) for run in runs))
     note = None
     store = None if on is None else as_store(on)

@@ -72,7 +72,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """In words, with what tells it from others of its kind."""
+        """In words, with the settings of its kind."""
         settings, config = self.settings, self.config
         more = {
             "matryoshka": (f" of widths, k = {config.k}" if config.widths else "")
@@ -143,7 +143,7 @@ def facts_of(folder: Path) -> Facts:
 
 
 def read_trained(run: Run) -> dict[str, Any]:
-    """A run's config.json, with all that a report tells of it; empty for an SAE that was imported.
+    """A run's config.json, with everything that a report says of it; empty for an SAE that was imported.
 
     Raises:
         RunError: It is damaged.
