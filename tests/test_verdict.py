@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ def test_every_column_says_what_it_is_in_one_line():
     assert list(meanings) == [column.title for column in COLUMNS]
     assert all(meaning and "\n" not in meaning for meaning in meanings.values())
     assert "not an accuracy" in meanings["agreement"] and "LP (Acc)" not in meanings
+
+
+def test_the_glossary_has_the_words_of_the_legend():
+    text = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    for column in COLUMNS:
+        assert f"| {column.title} {column.arrow} | {column.meaning} |" in text
 
 
 def test_a_table_fits_120_columns_and_tells_long_names_apart():
@@ -192,6 +199,11 @@ def test_the_sentence_says_good_from_bad(fvu, untrained, says):
     assert says in sentence and sentence.startswith("a: FVU ") and sentence.endswith(".") and "\n" not in sentence
 
 
+def test_the_sentence_says_when_most_latents_are_dead():
+    sentences = [judgement("a", record(untrained_fvu_per_sample=0.5, d_sae=8, dead=dead)) for dead in (4, 6)]
+    assert ["75% of its latents never fire here" in sentence for sentence in sentences] == [False, True]
+
+
 def test_untrained_weights_are_not_called_good(world):
     sae = make_sae(world[0])
     with torch.no_grad():
@@ -226,7 +238,10 @@ def test_train_ends_with_the_figures_that_evaluate_finds(world, tmp_path, capsys
     found = evaluate(tmp_path / "new", train, device="cpu")
     for key in ("n", "l0", "dead", "d_sae", "fvu_per_sample", "untrained_fvu_per_sample"):
         assert sample[key] == pytest.approx(getattr(found, key), rel=1e-5), key
-    assert "200 of its 200 training rows, inference trained" in out and f"{found.fvu_per_sample:.3f}" in out
+    assert (
+        "200 of its 200 training rows (unseen rows lose more), inference trained" in out
+        and f"{found.fvu_per_sample:.3f}" in out
+    )
     assert f"active latents  {found.l0:.1f} of 32" in out and f"{found.dead / 32:.1%} of the latents never" in out
     assert out.rstrip().endswith(f"msae evaluate {tmp_path / 'new'} --on STORE")
 

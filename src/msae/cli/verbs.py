@@ -83,7 +83,7 @@ def train(call: Call) -> Shown:
     text = "\n".join(
         [
             f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps",
-            f"on {seen.n:,} of its {len(store):,} training rows, inference {seen.inference}:",
+            f"on {seen.n:,} of its {len(store):,} training rows (unseen rows lose more), inference {seen.inference}:",
             *(f"  {line}" for line in seen.to_text().splitlines()),
             f"next, on rows that it was not trained on: msae evaluate {out} --on STORE",
         ]

@@ -160,7 +160,7 @@ def _measured(evaluations: Sequence[Evaluation]) -> str:
     figures = ""
     if len(evaluations) == 1:
         cosine, fvu = f"cosine {first.cosine:.3f}", "" if first.fvu is None else f", FVU {first.fvu:.3f}"
-        figures = f": sparsity {first.sparsity:.3f}, {cosine}{fvu}"
+        figures = f": {first.l0:,.1f} active latents, {cosine}{fvu}"
     return f"{first.n:,} {first.modality} rows of {first.on}, inference {mode_of(first)}{figures}"
 
 
@@ -371,6 +371,8 @@ def judgement(name: str, e: Evaluation) -> str:
         f"{e.untrained_fvu_per_sample:.3f} with untrained weights and as many active: "
         f"{compared_with_untrained(e.fvu_per_sample, e.untrained_fvu_per_sample)}"
     )
+    if e.dead > e.d_sae / 2:
+        text += f"; {e.dead / e.d_sae:.0%} of its latents never fire here"
     trained_with = {"topk": "top-k", "batchtopk": "batch top-k", "jumprelu": "learnt thresholds"}.get(e.kind)
     if e.inference == "relu" and trained_with:
         text += f" (it was trained with {trained_with}; --inference trained shows it as trained)"
