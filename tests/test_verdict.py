@@ -14,6 +14,7 @@ from msae.measure.evaluate import Evaluations, evaluate, kept_evaluations, poste
 from msae.measure.evaluate.record import COLUMNS, POSTER_COLUMNS, headings, judgement, judgements_of, legend
 from msae.measure.evaluate.untrained import SAMPLE_ROWS, sample_rows, untrained_like
 from msae.sae.model import SAE
+from msae.sae.standardize import Standardizer
 from msae.sae.view import View
 from tests.test_cli import run as command
 from tests.test_evaluation import D_SAE, make_sae, record, save_run, write_store
@@ -158,6 +159,14 @@ def test_with_relu_the_null_is_one_row_of_relu(world):
     found = evaluate([world[2], world[2]], world[1], inference="relu", untrained=True)
     assert isinstance(found, Evaluations) and [one.is_untrained for one in found] == [False, False, True]
     assert found[2].inference == "relu" and found[2].k is None and found[2].notes == ()
+
+
+def test_the_null_is_standardised_as_the_trained_one_is(world):
+    sae = make_sae(world[0])
+    sae.standardizer = Standardizer()
+    trained, untrained = evaluate(sae, world[1], untrained=True)
+    assert trained.standardized_by == untrained.standardized_by == "evaluation store"
+    assert trained.untrained_fvu_per_sample == pytest.approx(untrained.fvu_per_sample, rel=1e-5)
 
 
 def test_the_null_has_the_same_probe_and_is_not_kept(world):

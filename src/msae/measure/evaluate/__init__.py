@@ -155,7 +155,8 @@ def evaluate(
         same = (view.sae.d_sae, k, statistics.mean.cpu().numpy().tobytes(), statistics.scale)
         if untrained and same not in nulls:
             shown = null.view if k else untrained_like(view, k=None, seed=seed).view
-            nulls[same] = _evaluate_untrained(shown, store, test, options)
+            figures = _evaluate_untrained(shown, store, test, options)
+            nulls[same] = replace(figures, standardized_by=found.standardized_by)
     results.extend(nulls.values())
     return results[0] if isinstance(sae, Run | SAE | str | Path) and not untrained else results
 

@@ -46,7 +46,7 @@ def untrained_like(view: View, *, k: int | None, seed: int) -> Untrained:
     plain = dataclasses.replace(
         trained.config, kind="relu", k=None, levels=None, widths=None, soft_cap=None, inference_l0=None
     )
-    sae = SAE(plain, trained.standardizer, seed=seed).to(view.device).eval()
+    sae = SAE(plain, view.standardizer, seed=seed).to(view.device).eval()
     seen = View(Run.open(sae), view.store, view.modality, inference="relu", k=k, block_rows=view.block_rows)
     x, x_hat = [], []
     for rows in seen.rows(sample_rows(len(view), seed=seed)):
