@@ -266,4 +266,4 @@ def test_a_card_says_how_many_latents_are_active(world, tmp_path):
     found = evaluate(tmp_path / "new", world[1])
     text = card(facts_of(tmp_path / "new"))
     assert f"as {found.l0:.0f} (on average) of 32 latents" in text
-    assert "untrained weights" in text and "- **FVU pooled**: " in text
+    assert "- image rows of holdout.npy, inference trained: FVU " in text and "- **FVU pooled**: " in text

@@ -10,7 +10,7 @@ from typing import Any
 from msae.base.errors import RunError
 from msae.base.files import atomic_path
 from msae.measure.evaluate import Evaluation, table_rows
-from msae.measure.evaluate.record import headings, judgements_of, legend
+from msae.measure.evaluate.record import headings, judgement, legend
 from msae.web.page import markdown, one_line, render
 from msae.web.report.facts import Facts
 
@@ -74,7 +74,7 @@ def card(facts: Facts) -> str:
             evaluations=[(e, [cell.text for _, cell in row]) for e, row in zip(evaluations, table, strict=True)],
             headings=headings(titles),
             legend=legend(titles),
-            judgements=judgements_of(evaluations),
+            judgements=[said for e in evaluations if (said := judgement(_rows_of(e), e))],
             names=known[:MAX_NAMES],
             n_more=len(known[MAX_NAMES:]),
         )
@@ -97,6 +97,11 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
     if results:
         data["model-index"] = [{"name": one_line(facts.name), "results": results}]
     return data
+
+
+def _rows_of(e: Evaluation) -> str:
+    """What was evaluated, and how."""
+    return f"{e.modality} rows of {one_line(Path(e.on).name)}, inference {e.inference}{f' {e.k}' if e.k else ''}"
 
 
 def _result(e: Evaluation) -> dict[str, Any]:
