@@ -19,7 +19,7 @@ from msae.concepts.naming import name
 from msae.data.embed import embed
 from msae.demo.drawing import render
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
-from msae.measure.evaluate import Evaluations, evaluate
+from msae.measure.evaluate import Evaluations, evaluate, poster_table
 from msae.sae.train import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
@@ -81,7 +81,7 @@ class DemoResult(Result):
         return "\n".join(
             [
                 "",
-                self.evaluations.to_text(),
+                poster_table(self.evaluations),
                 "",
                 f"{len(self.names)} of the {self.names.d_sae} latents of {NAMED_RUN} have a name that the captions "
                 "confirm:",
