@@ -107,7 +107,7 @@ def test_python_for_vectors_gives_what_the_commands_give(folder, named, tmp_path
     assert list(dict.fromkeys(concept.name for concept in found["names"])) == named
     assert found["z"].shape == (16, 8 * D_IN) and found["x_hat"].shape == (16, D_IN)
     assert [hit.rank for hit in found["hits"].hits] == [1, 2, 3]
-    assert found["audit"].concepts
+    assert found["audit"].concepts and "photos/9" in found["table"].to_text()
     assert (tmp_path / "runs/photos/report.html").exists()
 
 
