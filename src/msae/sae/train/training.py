@@ -203,9 +203,9 @@ class Training:
             raise self._diverged(state, f"the squared error is {result.reconstruction:.3g}")
         if self._is_unproven:
             self._is_unproven = False
-            *older, latest = self._checkpoints() or [None]
+            older, latest = self._checkpoints()[:-1], self._checkpoints()[-1:]
             is_spoilt = result.reconstruction > max(1, SPOILT * self._lowest_error)
-            for checkpoint in [latest] if older and is_spoilt else older:
+            for checkpoint in latest if older and is_spoilt else older:
                 _remove_folder(checkpoint)
         self._lowest_error = min(self._lowest_error, result.reconstruction)
         return result
