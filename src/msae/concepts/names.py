@@ -113,14 +113,14 @@ class Concept:
     """Other words with nearly the embedding of the name."""
     agreement: Agreement | None = None
     """None where no captions were given, or too few of them contain the name."""
-    rows: RowEvidence | None = None
-    """None where no pictures were given, or they did not confirm the name."""
     text_fires: bool | None = None
     """Whether the name, encoded as text, activates the latent; None by the poster's rule."""
     text_rank: int | None = None
     """Place of the name among all words by how much each, encoded as text, activates the latent; 1 is the most."""
     images_fire: bool | None = None
     """Whether images of it activate the latent more than others do; None where that is not known."""
+    rows: RowEvidence | None = None
+    """None where no pictures were given, or they did not confirm the name."""
 
     @property
     def is_confirmed(self) -> bool:
@@ -216,6 +216,16 @@ class ConceptNames(Result):
         """
         concept = self.concept_of(latent)
         return concept.shown if concept else None
+
+    def shown_name(self, name: str) -> str:
+        """The text that people are shown for a name, or for anything else that a concept is written as.
+
+        A name of several latents is confirmed where that of one of them is.
+        """
+        latents = self.latents_of(name) if name in self else []
+        if not latents or any(self._by_latent[latent].is_confirmed for latent in latents):
+            return name
+        return nearest_word(name)
 
     @property
     def confirmed(self) -> list[Concept]:

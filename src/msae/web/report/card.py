@@ -59,7 +59,7 @@ def is_ours(file: Path) -> bool:
 def card(facts: Facts) -> str:
     """The card as Markdown with front matter."""
     encoder, names = facts.encoder, facts.names
-    known = sorted({concept.name for concept in names or ()})
+    known = sorted({concept.name for concept in (names.confirmed if names else ())})
     return str(
         render(
             "report/card.md",
@@ -70,6 +70,7 @@ def card(facts: Facts) -> str:
             evaluations=[kept.evaluation for kept in facts.evaluations],
             names=known[:MAX_NAMES],
             n_more=len(known[MAX_NAMES:]),
+            n_unconfirmed=len(names) - len(names.confirmed) if names else 0,
         )
     )
 
