@@ -24,6 +24,8 @@ from msae.web.explorer.drawing import draw
 from msae.web.explorer.session import LoadedRun, World
 
 SLIDERS = 8
+CANDIDATES = 3 * SLIDERS
+"""Concepts of the strongest latents that are looked at for the sliders."""
 HITS = 12
 BEYOND = 1.25
 """A slider reaches this far beyond the largest natural strength."""
@@ -130,12 +132,17 @@ def sliders_of(world: World, run: LoadedRun, address: Address, query: Query) -> 
     z = run.sae.encode(torch.from_numpy(query.x).unsqueeze(0), query.modality)
     known = run.searcher(searched(run, address)).concepts(query.modality, strict=True)
     changed = dict(edits_of(address))
-    concepts = dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed, *strongest(run, query, z[0])])
-    made = []
+    asked = list(dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed]))[:MAX_EDITS]
+    found = [concept for concept in strongest(run, query, z[0]) if concept not in asked]
+    made: list[Slider] = []
     with run.preparing:
-        for concept in list(concepts)[: SLIDERS + MAX_EDITS]:
+        for concept in [*asked, *found]:
+            if len(made) == len(asked) + SLIDERS:
+                break
             group = known[concept]
             own = float(group.strength(z))
+            if concept not in asked and len(group.latents) > 1 and own < group.natural.quantile(50):
+                continue  # one of its latents is strong here, but not the concept
             change = changed.get(concept)
             label = run.names.shown_name(concept) if run.names else concept
             is_named = run.names is not None and concept in run.names and label == concept
@@ -172,7 +179,7 @@ def strongest(run: LoadedRun, query: Query, z: Tensor) -> list[str]:
     usual = torch.from_numpy(np.maximum(samples.quantiles((0.99,))[:, 0], 1e-6)).float()
     found: dict[str, None] = {}
     for latent in (z / usual).sort(descending=True).indices.tolist():
-        if float(z[latent]) <= 0 or len(found) == SLIDERS:
+        if float(z[latent]) <= 0 or len(found) == CANDIDATES:
             break
         found[(run.names.name_of(latent) if run.names else None) or f"#{latent}"] = None
     return list(found)
