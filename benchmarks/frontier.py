@@ -35,8 +35,12 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
 
 MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
 RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "faithful": {"recipe": "faithful"},
     "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
     "first-default": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse", "lr": 5e-4, "warmup": 0.05},
+    "8-64": {**MATRYOSHKA, "levels": doubling(8, 64), "lr": 2e-3},
+    "8-128": {**MATRYOSHKA, "levels": doubling(8, 128), "lr": 2e-3},
     "8-256": {**MATRYOSHKA, "levels": doubling(8, 256), "lr": 2e-3},
     "8-512": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3},
     "16-512": {**MATRYOSHKA, "levels": doubling(16, 512), "lr": 2e-3},
@@ -55,6 +59,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "8-1024-rising-fast": {
         **MATRYOSHKA, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
+    },
+    "8-4096-root": {
+        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2 ** (i / 2) for i in range(10)), "lr": 1e-3,
+    },
+    "8-4096-linear": {
+        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2.0**i for i in range(10)), "lr": 1e-3,
     },
     "8-4096": {**MATRYOSHKA, "levels": doubling(8, 4096), "lr": 2e-3},
     "8-4096-last": {**MATRYOSHKA, "levels": (*doubling(8, 512), 4096), "lr": 2e-3},

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-RUNS = ("msae-reverse", "topk-16", "relu-0.03")
+RUNS = ("msae", "topk-16", "relu-0.03")
 PAGES = {
     "concepts": "?page=concepts",
     "concept": "?page=concept&latent={latent}",

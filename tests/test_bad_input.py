@@ -178,6 +178,8 @@ CASES = [
     ("report good.npy", 1, "good.npy is no run folder"),
     ("report nothing", 1, "nothing"),
     ("gallery run --on good.npy --latent 3 --k 3", 1, "add --tree"),
+    ("gallery run --on good.npy --tree --latent 3", 1, "--tree is of all latents and takes no --latent"),
+    ("gallery run --on good.npy --tree --magnitudes", 1, "takes no --magnitudes"),
     ("info good.npy --json nothing", 1, "nothing"),
     ("trian good.npy", 2, "did you mean 'train'"),
     ("evaluate run --on good.npy --json nothing/x/../../good.npy/y.json", 1, "good.npy"),

@@ -85,14 +85,14 @@ def test_help_shows_the_real_defaults(verb, capsys, monkeypatch):
 
 def test_help_of_the_learning_rate_is_what_the_recipes_fill_in():
     text = " ".join(verb_options("train")["lr"].help.split())
-    assert "2e-3 for matryoshka, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka; poster: 1e-4" in text
-    assert "1e-4 for matryoshka, 5e-5 for relu" in text
+    assert "2e-3 for matryoshka, topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka" in text
+    assert "poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others" in text
     unlike = {
         name: {kind: rate for kind, rate in recipe.lr.items() if rate != 5e-4} for name, recipe in RECIPES.items()
     }
     assert unlike == {
-        "default": {"matryoshka": 2e-3},
-        "faithful": {"matryoshka": 1e-3},
+        "default": {"matryoshka": 2e-3, "topk": 2e-3, "batchtopk": 2e-3},
+        "faithful": {"matryoshka": 1e-3, "topk": 2e-3, "batchtopk": 2e-3},
         "poster": {"matryoshka": 1e-4, "relu": 5e-5},
     }
 
@@ -100,7 +100,7 @@ def test_help_of_the_learning_rate_is_what_the_recipes_fill_in():
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_are_the_parameters_of_the_python_function(verb):
     """What only the command line has is written down here, and nothing else."""
-    only_here = {"evaluate": {"latex"}, "gallery": {"sheet", "tree", "k", "pairs", "magnitudes"}}
+    only_here = {"evaluate": {"latex", "poster"}, "gallery": {"sheet", "tree", "k", "pairs", "magnitudes"}}
     only_here |= {"audit": {"html"}, "search": {"html"}}
     settings = VERBS[verb].settings
     parameters = set(inspect.signature(load(VERBS[verb].function)).parameters)

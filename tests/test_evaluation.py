@@ -12,6 +12,7 @@ from msae.base.files import write_json
 from msae.data.store import EmbeddingStore
 from msae.measure import metrics
 from msae.measure.evaluate import Evaluation, evaluate, poster_table, table_rows
+from msae.measure.evaluate.record import POSTER_COLUMNS
 from msae.measure.probe import hold_out
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
@@ -304,7 +305,8 @@ def test_what_is_undefined_is_null_with_a_reason(tmp_path):
     record = evaluate(make_sae(tiny), tiny).to_json()
     assert record["cknna"] is record["cknna_std"] is record["dead_train"] is record["run"] is None
     assert record["cknna_batches"] == 0
-    assert [note.split(" is null")[0] for note in record["notes"]] == ["dead_train", "cknna"]
+    assert [note.split(" ")[0] for note in record["notes"]] == ["dead", "CKNNA"]
+    assert not any(key in note for note in record["notes"] for key in ("null", "dead_train", "None"))
     json.dumps(record, allow_nan=False)
 
 
@@ -334,20 +336,21 @@ def test_the_best_value_of_each_column_is_marked_by_its_direction():
     rows = table_rows([
         record(run="a", sparsity=0.9, cosine=0.8, decoder_orthogonality=0.001, dead=0),
         record(run="b", sparsity=0.8, cosine=0.9, decoder_orthogonality=0.002, dead=5, fvu_per_sample=0.05),
-    ])  # fmt: skip
+    ], POSTER_COLUMNS)  # fmt: skip
     best = [{title for title, cell in row.items() if cell.is_best} for row in rows]
     assert best == [{"sparsity", "DO", "NDN eval (train)", "CKNNA"}, {"FVU", "CS", "CKNNA"}]
     assert rows[0]["NDN eval (train)"].text == "0 (3)" and rows[1]["FVU"].text == "0.050 ± 0.020"
 
 
 def test_values_that_tie_as_printed_are_all_marked():
-    rows = table_rows([record(sparsity=s, run=str(s)) for s in (0.80004, 0.79996, 0.7994)])
+    rows = table_rows([record(sparsity=s, run=str(s)) for s in (0.80004, 0.79996, 0.7994)], POSTER_COLUMNS)
     assert [row["sparsity"].is_best for row in rows] == [True, True, False]
 
 
 def test_columns_without_values_are_left_out_and_gaps_are_dashes():
-    assert "LP (KL)" not in table_rows([record(), record(run="b")])[0]
-    rows = table_rows([record(probe_kl=0.5, probe_agreement=0.9), record(run="b", dead_train=None, cknna=None)])
+    assert "LP (KL)" not in table_rows([record(), record(run="b")], POSTER_COLUMNS)[0]
+    pair = [record(probe_kl=0.5, probe_agreement=0.9), record(run="b", dead_train=None, cknna=None)]
+    rows = table_rows(pair, POSTER_COLUMNS)
     assert rows[1]["LP (KL)"] == ("-", False) and rows[0]["LP (KL)"] == ("0.5000", True)
     assert rows[1]["NDN eval (train)"].text == "1 (-)" and rows[0]["CKNNA"].is_best
     assert not any(cell.is_best for cell in table_rows([record()])[0].values())
@@ -373,7 +376,7 @@ def test_a_table_of_several_modes_says_which_run_has_which():
         record(run="d", inference="topk", k=3),
     ]
     assert poster_table(runs).splitlines()[-1] == (
-        "inference: relu (every positive latent kept) for a, c; trained (the activation of training) for b; "
+        "inference: relu (every positive latent kept) for a, c; trained (the activation function of the SAE) for b; "
         "topk (the 3 strongest latents kept) for d"
     )
 

@@ -277,7 +277,7 @@ def test_evaluations_that_were_made_are_shown(folder):
         (one, e.fvu) for one, e in zip(world.runs, made, strict=True)
     ]
     assert all(e.recovery for e in world.evaluations())
-    assert "inference trained (the activation of training)" in show(Explorer(world), page="models")
+    assert "inference trained (the activation function of the SAE)" in show(Explorer(world), page="models")
     damaged = runs[0] / "eval" / "damaged.json"
     damaged.write_text("{")
     page = Explorer(world).show("?page=models")

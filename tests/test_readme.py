@@ -107,7 +107,7 @@ def test_python_for_vectors_gives_what_the_commands_give(folder, named, tmp_path
     assert list(dict.fromkeys(concept.name for concept in found["names"])) == named
     assert found["z"].shape == (16, 8 * D_IN) and found["x_hat"].shape == (16, D_IN)
     assert [hit.rank for hit in found["hits"].hits] == [1, 2, 3]
-    assert found["audit"].concepts
+    assert found["audit"].concepts and "photos/9" in found["table"].to_text()
     assert (tmp_path / "runs/photos/report.html").exists()
 
 
@@ -118,6 +118,16 @@ def test_every_named_file_of_the_package_exists():
     )
     assert len(named) > 30
     assert [name for name in sorted(named) if not exists(name)] == []
+
+
+def test_every_named_function_is_in_its_file():
+    architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w.]+)`(?: and `(\w+)`)? in `([\w/]+\.py)`", architecture)
+    pairs = [(name.rsplit(".")[-1], file) for *names, file in named for name in names if name]
+    assert len(pairs) >= 12
+    for name, file in pairs:
+        text = (ROOT / "src" / "msae" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def |class )?{name}\b *[(:=]", text, re.M), f"{name} is not in {file}"
 
 
 def test_every_linked_page_exists():

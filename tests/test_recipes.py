@@ -62,7 +62,7 @@ def test_every_recipe_is_run_here():
 
 
 def test_demo_commands_run_as_they_stand(world):
-    assert len(ConceptNames.load(world / "msae-demo/runs/msae-reverse")) > 0
+    assert len(ConceptNames.load(world / "msae-demo/runs/msae")) > 0
     assert "worst group" in (world / "audit.html").read_text(encoding="utf-8")
 
 

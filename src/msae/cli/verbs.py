@@ -69,29 +69,42 @@ def embed(call: Call) -> Shown:
 
 
 def train(call: Call) -> Shown:
+    from msae.data.store import as_store
+    from msae.measure.evaluate.untrained import glance
+    from msae.sae.view import View
+
     sae = call()
     out = Path(call.keywords["out"])
     last = json_format.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]
-    text = (
-        f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps; on its last batch "
-        f"FVU {'unknown' if last['fvu'] is None else format(last['fvu'], '.3f')} at sparsity "
-        f"{last['sparsity']:.3f}\nnext: msae evaluate {out} --on STORE"
+    store = as_store(call.keywords["store"], settings["modality"])
+    view = View(out, store, settings["modality"], device=call.keywords.get("device", "auto"))
+    seen = glance(view, seed=settings["seed"])
+    text = "\n".join(
+        [
+            f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps",
+            f"on {seen.n:,} of its {len(store):,} training rows (unseen rows lose more), inference {seen.inference}:",
+            *(f"  {line}" for line in seen.to_text().splitlines()),
+            f"next, on rows that it was not trained on: msae evaluate {out} --on STORE",
+        ]
     )
-    return text, {"run": str(out), "settings": settings, "last": last}
+    return text, {"run": str(out), "settings": settings, "last": last, "training_sample": seen._asdict()}
 
 
-def evaluate(call: Call, *, latex: bool = False) -> Shown:
+def evaluate(call: Call, *, poster: bool = False, latex: bool = False) -> Shown:
     """
     Args:
-        latex: Print the table as LaTeX.
+        poster: Print the eight columns of the poster's table instead.
+        latex: Print the poster's table as LaTeX.
     """
     from msae.measure.evaluate import poster_table
 
     results = call()
     for note in dict.fromkeys(note for result in results for note in result.notes):
         say(f"note: {note}")
-    return poster_table(results, style="latex" if latex else "markdown"), results.to_json()
+    if poster or latex:
+        return poster_table(results, style="latex" if latex else "markdown"), results.to_json()
+    return results.to_text(), results.to_json()
 
 
 def gallery(
@@ -121,6 +134,13 @@ def gallery(
     for option, value in (("--pairs", pairs), ("--k", k)):
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
+    if tree or magnitudes:
+        ignored = [f"--{key}" for key in given if key not in common] + ["--sheet"] * (sheet is not None)
+        if tree and magnitudes:
+            ignored.append("--magnitudes")
+        if ignored:
+            which = "--tree" if tree else "--magnitudes"
+            raise ConfigError(f"{which} is of all latents and takes no {', '.join(ignored)}; leave out one of them")
     if tree:
         found = concept_tree(**common, k=k, pairs=pairs)
         return found.to_text(), found.to_json()
@@ -200,8 +220,8 @@ VERBS: dict[str, Verb] = {
                   hidden=("shard_rows", "workers")),
     "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", "STORE"), train,
                   settings="msae.sae.train:TrainSettings"),
-    "evaluate": Verb("runs -> how well each keeps the embeddings, as a table", "msae.measure.evaluate:evaluate",
-                     ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
+    "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",
+                     "msae.measure.evaluate:evaluate", ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
     "name": Verb("a run and a vocabulary -> names for its latents, with evidence", "msae.concepts.naming:name",
                  ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
     "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",

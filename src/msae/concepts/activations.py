@@ -121,8 +121,8 @@ def activations(
             that fire most strongly in these rows.
         n: How many latents where no `concept` is given; those that fire in none of the rows are left out.
         modality: Which embeddings of the store. Without it, images where it has them.
-        inference: How activations are made: `trained` uses the activation function of training, `relu` keeps every
-            positive one.
+        inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
+            above the thresholds fitted after training, `relu` keeps every positive one.
         names: The names.json to use. Without it, the run's, if there is one.
         show: Columns of the metadata to print beside the captions.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.

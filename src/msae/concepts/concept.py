@@ -1,4 +1,4 @@
-"""`ConceptSet`: concepts as groups of latents, named or chosen, with what rows tell about their strength.
+"""`ConceptSet`: concepts as groups of latents, named or chosen, and how strong they are in real rows.
 
 A concept is often several latents under one name. `LatentGroup` makes them one: a strength that can be read from
 activations, and a pattern in which the latents rise together; docs/search.md says why this and not another.
@@ -33,9 +33,9 @@ LIFT = 0.5
 SIGMAS = 3.0
 """And where that is this many standard deviations below chance."""
 SAMPLE = 10_000
-"""Rows, evenly spread over the store, that tell how strong a concept naturally is and what is correlated with it."""
+"""Rows, evenly spread over the store, that show how strong a concept naturally is and what is correlated with it."""
 RIVAL_SAMPLE = 8_000
-"""Rows that tell which concepts exclude each other; every named concept is read on them."""
+"""Rows that show which concepts exclude each other; every named concept is read on them."""
 BLOCK_ROWS = 1024
 REMEMBERED = 2**29
 """Bytes of activations that are kept from one concept to the next."""

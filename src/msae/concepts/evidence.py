@@ -1,6 +1,6 @@
 """Evidence for names: nearest words, random directions, synonym groups, words in captions.
 
-docs/naming.md tells how the rule uses them, and what each choice was measured to do.
+docs/naming.md says how the rule uses them, and what each choice was measured to do.
 """
 
 from __future__ import annotations

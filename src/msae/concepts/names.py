@@ -381,7 +381,7 @@ def _file(path: str | Path) -> Path:
 
 
 def names_of(run: RunLike) -> ConceptNames | None:
-    """The names that `msae name` left in a run folder, if it did and they are of the weights that are there now.
+    """The names in a run folder, if there are any and they belong to the weights that are there now.
 
     A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
 

@@ -341,7 +341,7 @@ class ConceptTree(Result):
         lines = [
             f"{len(found.parent):,} latents lie under {len(found.children):,} others, on {found.n_rows:,} rows"
             f"{f', counting the {self.k} strongest of each' if self.k else ''}; {len(found.edges):,} edges in all",
-            *([] if self.score is None else [_told(self.score)]),
+            *([] if self.score is None else [_score_line(self.score)]),
         ]
         for depth, latent in itertools.islice(found.walk(), PRINTED_NODES):
             edge = found.parent.get(latent)
@@ -458,7 +458,7 @@ def _plain(word: str) -> str:
     return " ".join(word.replace("_", " ").split()).casefold()
 
 
-def _told(score: PairScore) -> str:
+def _score_line(score: PairScore) -> str:
     """The score as a line."""
     if score.precision is None:
         return f"no edge joins two latents that the pairs name; {score.wanted:,} of the pairs have both words as names"

@@ -84,8 +84,9 @@ def embed(
     store is the same to the byte. A finished store of the same source and encoder is returned as it is.
 
     Args:
-        source: A folder of images; a .txt file of captions; a .csv, .jsonl or .parquet table of captions or image
-            paths; webdataset .tar files; or a Hugging Face dataset as hf://OWNER/NAME.
+        source: A folder of images, with captions in .txt or .json files of the same names; a .txt of captions, one a
+            line; a table (.csv, .tsv, .jsonl, .json, .parquet) of captions or image paths; webdataset .tar files; a
+            folder that save_to_disk of datasets wrote; or a Hugging Face dataset as hf://OWNER/NAME.
         encoder: A CLIP, SigLIP or SigLIP 2 model: its folder, its Hugging Face id, or `demo` for the small one inside
             msae.
         out: Folder of the store to make.

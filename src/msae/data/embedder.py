@@ -276,7 +276,7 @@ def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
 
 
 def told_encoder(encoder: EncoderId) -> str:
-    """An encoder in an error message; the first twelve digits tell a revision."""
+    """An encoder in an error message, with the first twelve digits of its revision."""
     name, revision = encoder
     return " at ".join(part for part in (name, revision and revision[:12]) if part)
 

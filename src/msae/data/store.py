@@ -384,7 +384,11 @@ class EmbeddingStore:
             raise StoreError(
                 f"{path} has the unknown suffix {suffix!r}; wanted a store folder, .npy, .npz, .parquet or .safetensors"
             )
-        named, metadata = _parquet_embeddings(path) if suffix == ".parquet" else _array_embeddings(path, suffix)
+        is_table = suffix == ".parquet"
+        tables = [path] if is_table else _table_beside(path)
+        arrays = {} if is_table else open_arrays(path, StoreError)
+        table = Metadata.open(tables, StoreError)
+        named, metadata = _in_columns(path, table) if is_table else _in_arrays(path, arrays, table)
         unnamed = modality or _modality_of(path, metadata.names, is_asked=None in named)
         rows = {name or unnamed: ShardedRows((array,)) for name, array in named.items()}
         _check_together(path, rows, metadata)
@@ -764,21 +768,22 @@ def _chosen(path: Path, candidates: Sequence[str], what: str) -> dict[Modality |
     return found
 
 
-def _array_embeddings(path: Path, suffix: str) -> tuple[dict[Modality | None, Rows], Metadata]:
+def _in_arrays(
+    path: Path, arrays: Mapping[str, Rows], beside: Metadata
+) -> tuple[dict[Modality | None, Rows], Metadata]:
     """The arrays of a file that are embeddings, and the table beside it.
 
     Without a table, the one-dimensional arrays of a .npz that have a value for each row are its metadata.
     """
-    arrays = open_arrays(path, StoreError)
+    suffix = path.suffix.lower()
     candidates = [name for name, array in arrays.items() if len(array.shape) == 2]
     if suffix == ".npz":
         candidates = [name for name in candidates if arrays[name].values.dtype.kind == "f"] or candidates
     what = "two-dimensional tensors" if suffix == ".safetensors" else "two-dimensional arrays"
     named = {modality: _checked(arrays[name]) for modality, name in _chosen(path, candidates, what).items()}
-    metadata = Metadata.open(_table_beside(path), StoreError)
-    if suffix == ".npz" and not metadata.names:
-        metadata = _columns_of(path, arrays, next(iter(named.values())).shape[0])
-    return named, metadata
+    if suffix == ".npz" and not beside.names:
+        return named, _columns_of(path, arrays, next(iter(named.values())).shape[0])
+    return named, beside
 
 
 def _columns_of(path: Path, arrays: Mapping[str, Rows], n_rows: int) -> Metadata:
@@ -805,14 +810,13 @@ def _checked(rows: Rows) -> Rows:
     return rows
 
 
-def _parquet_embeddings(path: Path) -> tuple[dict[Modality | None, Rows], Metadata]:
+def _in_columns(path: Path, table: Metadata) -> tuple[dict[Modality | None, Rows], Metadata]:
     """The embedding columns of a .parquet file, in memory, and its other columns."""
-    everything = Metadata.open([path], StoreError)
-    candidates = everything.vectors or [name for name in everything.names if name.endswith(_ENDINGS)][:1]
+    candidates = table.vectors or [name for name in table.names if name.endswith(_ENDINGS)][:1]
     columns = _chosen(path, candidates, "columns of float lists")
-    rows = {modality: _vectors(path, name, everything) for modality, name in columns.items()}
-    others = tuple(name for name in everything.names if name not in columns.values())
-    return rows, replace(everything, names=others)
+    rows = {modality: _vectors(path, name, table) for modality, name in columns.items()}
+    others = tuple(name for name in table.names if name not in columns.values())
+    return rows, replace(table, names=others)
 
 
 def _vectors(path: Path, name: str, table: Metadata) -> Rows:

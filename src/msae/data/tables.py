@@ -46,7 +46,7 @@ def read_table(path: Path, error: Error, notes: list[str] | None = None) -> pa.T
         notes: Gets a line about what a person should know of how the file was read.
 
     Raises:
-        MsaeError: Of the kind made by `error`: unreadable, damaged, or in another encoding.
+        MsaeError: Made by `error`: unreadable, damaged, or in another encoding.
     """
     import pyarrow as pa
 
@@ -62,7 +62,7 @@ def read_table(path: Path, error: Error, notes: list[str] | None = None) -> pa.T
             text = _decoded(data, path, error, notes)
             table = _read_csv(text) if suffix in (".csv", ".tsv") else _read_json(text)
     except (pa.ArrowException, OSError, ValueError, RecursionError) as err:
-        raise error(f"{path} cannot be read as {suffix[1:]} ({first_line(err)}); mend or make it again") from err
+        raise error(f"{path} cannot be read as {suffix[1:]} ({first_line(err)}); repair it or make it again") from err
     if len(set(table.column_names)) != table.num_columns:
         raise error(f"{path} has two columns of one name among {', '.join(table.column_names)}; rename one")
     return conform(table, common_schema([table.schema]))
@@ -300,7 +300,7 @@ def read_footer(path: Path, error: Error) -> pq.FileMetaData:
     """What a parquet file says of itself, its schema among it.
 
     Raises:
-        MsaeError: Of the kind made by `error`: the file is damaged.
+        MsaeError: Made by `error`: the file is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -335,7 +335,7 @@ class Metadata:
         """The columns of a `.csv` file, or of the `.parquet` files that hold one table; none without a file.
 
         Raises:
-            MsaeError: Of the kind made by `error`: a file is damaged.
+            MsaeError: Made by `error`: a file is damaged.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -19,12 +19,13 @@ from msae.concepts.naming import name
 from msae.data.embed import embed
 from msae.demo.drawing import render
 from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
-from msae.measure.evaluate import Evaluations, evaluate
+from msae.measure.evaluate import Evaluations, evaluate, poster_table
 from msae.sae.train import train
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 """Scenes to train on and to evaluate on; the CLIP has seen none of them."""
 RUNS: Mapping[str, Mapping[str, Any]] = {
+    "msae": {"levels": (2, 4, 8, 16), "inference_l0": 8},
     "msae-uniform": {"levels": (8, 16, 32, 64, 128, 256)},
     "msae-reverse": {"levels": (8, 16, 32, 64, 128, 256), "weighting": "reverse"},
     "topk-16": {"kind": "topk", "k": 16},
@@ -34,10 +35,14 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "relu-0.03": {"kind": "relu", "l1": 0.03},
     "relu-0.003": {"kind": "relu", "l1": 0.003},
 }
-"""The poster's eight rows, with every k scaled to this world's width of 128."""
+"""Our default, and the poster's eight rows with every k scaled to this world's width of 128.
+
+A scene has some eight things to say, so the default's levels end at 16 here: up to 64, several latents share what one
+could say (mean AUROC of the best latent for each of 30 values .905, up to 16 it is .945).
+"""
 COMMON: Mapping[str, Any] = {"d_sae": 256, "epochs": 30, "batch_size": 64}
-"""Twice as many latents as dimensions: this world has some forty things to tell, and a wider SAE splits them."""
-NAMED_RUN = "msae-reverse"
+"""Twice as many latents as dimensions: this world has some forty things to name, and a wider SAE splits them."""
+NAMED_RUN = "msae"
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +55,7 @@ class DemoResult(Result):
 
     @property
     def runs(self) -> list[Path]:
-        """Folders of the eight runs."""
+        """Folders of the nine runs."""
         return [self.folder / "runs" / run for run in RUNS]
 
     @property
@@ -76,7 +81,7 @@ class DemoResult(Result):
         return "\n".join(
             [
                 "",
-                self.evaluations.to_text(),
+                poster_table(self.evaluations),
                 "",
                 f"{len(self.names)} of the {self.names.d_sae} latents of {NAMED_RUN} have a name that the captions "
                 "confirm:",
@@ -102,7 +107,7 @@ class DemoResult(Result):
 
 
 def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], object] = lambda _: None) -> DemoResult:
-    """Run the whole chain offline on drawn pictures: embed, train eight SAEs, evaluate, name, write a report.
+    """Run the whole chain offline on drawn pictures: embed, train nine SAEs, evaluate, name, write a report.
 
     Args:
         out: Folder for everything that is made. Steps that an earlier demo finished there are not done again.

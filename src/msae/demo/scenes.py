@@ -26,7 +26,7 @@ COUNTS = (1, 2, 3)
 RELATIONS = ("left of", "above")
 
 COUNT_SHARES = (0.55, 0.3, 0.15)  # of scenes with one, two and three objects
-ALIKE_SHARE = 0.2  # of scenes with two objects: both the same, so there is no relation to tell
+ALIKE_SHARE = 0.2  # of scenes with two objects: both the same, so there is no relation to name
 ACCESSORY_SHARE = 0.25  # of objects with a hat, of objects with a shadow, of scenes with a frame
 
 ATTRIBUTES: Mapping[str, tuple[Value, ...]] = MappingProxyType(
@@ -70,7 +70,7 @@ class Scene:
     Attributes:
         objects: One to three. Three are always alike; two are alike when `relation` is None.
         background: One of `BACKGROUNDS`.
-        relation: How the first object lies to the second, or None where there is nothing to tell.
+        relation: How the first object lies to the second, or None where there is nothing to say.
         frame: Whether a picture frame surrounds the scene.
         seed: Decides what is not an attribute: exact places, jitter and the grain of the background.
     """

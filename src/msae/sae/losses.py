@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -70,23 +70,7 @@ def matryoshka_loss(
     """
     check_levels(levels, weights)
     z = h.relu() if soft_cap is None else activations.soft_cap(h.relu(), soft_cap)
-    x_hat = b_dec.expand_as(x)
-    total = x.new_zeros(())
-    # Bands of rank partition the positive latents, so the running sum over bands is the reconstruction at each level.
-    widest = max((k for k in levels if k < h.shape[1]), default=0)
-    ranked = h.detach().topk(widest, dim=1).indices
-    rest = torch.ones_like(h).scatter_(1, ranked, 0.0)
-    start = 0
-    for k, weight in zip(levels, weights, strict=True):
-        if k < h.shape[1]:
-            places = ranked[:, start:k]
-            band = torch.zeros_like(z).scatter(1, places, z.gather(1, places))
-        elif start < h.shape[1]:
-            band = z * rest
-        x_hat = x_hat + band @ W_dec if start < h.shape[1] else x_hat
-        total = total + weight * reconstruction_loss(x, x_hat)
-        start = k
-    return total / sum(weights)
+    return nested_loss(x, z, rank_masks(h, levels), W_dec, b_dec, weights=_shares(weights)).total
 
 
 def nested_widths_loss(
@@ -111,14 +95,61 @@ def nested_widths_loss(
     Source: Bussmann et al. 2025, arXiv:2503.17547.
     """
     check_levels(widths, weights, noun="widths")
-    x_hat = b_dec.expand_as(x)
+    return nested_loss(x, z, width_masks(z, widths), W_dec, b_dec, weights=_shares(weights)).total
+
+
+class NestedLoss(NamedTuple):
+    """The reconstruction error of nested sets of latents."""
+
+    total: Float[Tensor, ""]
+    """Weighted sum of `errors`."""
+    errors: Float[Tensor, " n_sets"]
+    """Squared error per element with the latents of each set, without a gradient."""
+    x_hat: Float[Tensor, "n d_in"]
+    """Reconstruction from the last set."""
+    z: Float[Tensor, "n d_sae"]
+    """Activations of the last set."""
+
+
+def nested_loss(
+    x: Float[Tensor, "n d_in"],
+    z: Float[Tensor, "n d_sae"],
+    masks: Iterable[Float[Tensor, "n d_sae"]],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    weights: Sequence[float],
+) -> NestedLoss:
+    """What every kind of SAE minimises: the error of each nested set of latents, weighted and added up.
+
+    Args:
+        z: Activations before they are cut into sets.
+        masks: For each set 1 where a latent belongs to it, else 0.
+        weights: One per set; they sum to one.
+    """
     total = x.new_zeros(())
-    start = 0
-    for width, weight in zip(widths, weights, strict=True):
-        x_hat = x_hat + z[:, start:width] @ W_dec[start:width]
-        total = total + weight * reconstruction_loss(x, x_hat)
-        start = width
-    return total / sum(weights)
+    errors = []
+    for weight, mask in zip(weights, masks, strict=True):
+        x_hat = torch.addmm(b_dec, z * mask, W_dec)
+        errors.append(reconstruction_loss(x, x_hat))
+        total = total + weight * errors[-1]
+    return NestedLoss(total, torch.stack(errors).detach(), x_hat, z * mask)
+
+
+def rank_masks(h: Float[Tensor, "n d_sae"], levels: Sequence[int]) -> Iterator[Float[Tensor, "n d_sae"]]:
+    """For each level the k largest pre-activations of each row, by their signed value."""
+    d_sae = h.shape[1]
+    widest = max((k for k in levels if k < d_sae), default=0)
+    ranked = h.detach().topk(widest, dim=1).indices
+    for k in levels:
+        yield torch.zeros_like(h).scatter(1, ranked[:, :k], 1.0) if k < d_sae else torch.ones_like(h)
+
+
+def width_masks(z: Float[Tensor, "n d_sae"], widths: Sequence[int]) -> Iterator[Float[Tensor, "n d_sae"]]:
+    """For each width the leading latents of the dictionary."""
+    latents = torch.arange(z.shape[1], device=z.device)
+    for width in widths:
+        yield (latents < width).to(z.dtype).expand_as(z)
 
 
 def l1_penalty(x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
@@ -178,3 +209,7 @@ def check_levels(levels: Sequence[int], weights: Sequence[float], *, noun: str =
         raise ConfigError(f"{noun} {list(levels)} do not strictly increase from at least 1; sort them")
     if min(weights) < 0 or sum(weights) <= 0:
         raise ConfigError(f"weights {list(weights)} must be non-negative and not all zero; give for example 1 for each")
+
+
+def _shares(weights: Sequence[float]) -> tuple[float, ...]:
+    return tuple(weight / sum(weights) for weight in weights)

@@ -419,7 +419,7 @@ def folder_of(path: Path) -> Path:
 
 @runtime_checkable
 class Embeddings(Protocol):
-    """What an SAE must know of a store to tell whether it can read it."""
+    """What of a store decides whether an SAE can read it."""
 
     @property
     def path(self) -> Path: ...

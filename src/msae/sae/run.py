@@ -26,7 +26,7 @@ class NoTrainingStoreError(Exception):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a record was derived from. It holds as long as all of this is what it was; `Run.holds` tells."""
+    """What a record was derived from. It holds as long as all of this is unchanged: see `Run.holds`."""
 
     store: str
     """Where the store lay."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -16,6 +17,7 @@ from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_eva
 from msae.measure.evaluate.passes import (
     Options,
     Probes,
+    ProbeTest,
     Scores,
     StoreLike,
     cknna_over_batches,
@@ -30,8 +32,10 @@ from msae.measure.evaluate.record import (
     RecoveryPoint,
     json_number,
     poster_table,
+    summary,
     table_rows,
 )
+from msae.measure.evaluate.untrained import untrained_like
 from msae.sae.model import SAE, Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
@@ -47,12 +51,13 @@ __all__ = [
     "evaluate",
     "kept_evaluations",
     "poster_table",
+    "summary",
     "table_rows",
 ]
 
 
 class EvaluateOptions(TypedDict, total=False):
-    """The keywords of `evaluate`."""
+    """The keywords of `evaluate`, but for the one that its result depends on."""
 
     modality: Modality
     inference: Inference
@@ -67,9 +72,17 @@ class EvaluateOptions(TypedDict, total=False):
 
 
 @overload  # the first: a str is a sequence of str, but one run here
-def evaluate(sae: RunLike, on: StoreLike, **options: Unpack[EvaluateOptions]) -> Evaluation: ...  # type: ignore[overload-overlap]
+def evaluate(  # type: ignore[overload-overlap]
+    sae: RunLike, on: StoreLike, *, untrained: Literal[False] = ..., **options: Unpack[EvaluateOptions]
+) -> Evaluation: ...
 @overload
-def evaluate(sae: Sequence[RunLike], on: StoreLike, **options: Unpack[EvaluateOptions]) -> Evaluations: ...
+def evaluate(
+    sae: Sequence[RunLike], on: StoreLike, *, untrained: bool = ..., **options: Unpack[EvaluateOptions]
+) -> Evaluations: ...
+@overload
+def evaluate(
+    sae: RunLike, on: StoreLike, *, untrained: Literal[True], **options: Unpack[EvaluateOptions]
+) -> Evaluations: ...
 def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
@@ -80,6 +93,7 @@ def evaluate(
     labels: str | None = None,
     probe_train: StoreLike | None = None,
     recovery: bool = False,
+    untrained: bool = False,
     train_store: StoreLike | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -99,11 +113,13 @@ def evaluate(
             `topk` keeps the `k` strongest.
         k: With `topk`: how many latents of each row are kept.
         labels: The column of the store's metadata that holds classes. Adds how well a linear classifier of the original
-            embeddings works on the reconstructions.
+            embeddings works on the reconstructions, and how well single latents say a class.
         probe_train: The store whose original embeddings train that classifier. Without it, the store that the run was
             trained on. Of the embeddings that are also in `on`, half train it and the other half are evaluated.
         recovery: Also measure the reconstruction from only the k strongest latents of each row, for k = 1, 2, 4 and so
             on.
+        untrained: Add a row of the same SAE with untrained weights: with ReLU where that is the inference, else with as
+            many of the strongest latents as the trained one has active. A good SAE is far from it.
         train_store: Where `dead_train` is counted; without it, the run's training store.
         batch_size: Rows at a time; None takes some 64 MB of activations.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
@@ -127,23 +143,39 @@ def evaluate(
         train_store = as_store(train_store)
         for view in views:
             view.run.check_fit(train_store)
-    results = Evaluations()
+    results, nulls = Evaluations(), dict[tuple[object, ...], Evaluation]()
     for view in views:
-        found = _evaluate(view, store, probes, train_store, options)
+        test = None if probes is None else probes.of(view)
+        found = _evaluate(view, store, test, train_store, options)
+        null = untrained_like(view, k=max(1, round(found.l0)), seed=seed)
+        found = replace(found, untrained_fvu_per_sample=json_number(null.fvu_per_sample))
         results.append(keep(found, view, labels, None if probes is None else probes.store_of(view)))
-    return results[0] if isinstance(sae, Run | SAE | str | Path) else results
+        statistics = view.standardizer.statistics[modality]
+        k = None if inference == "relu" else null.view.k
+        same = (view.sae.d_sae, k, statistics.mean.cpu().numpy().tobytes(), statistics.scale)
+        if untrained and same not in nulls:
+            shown = null.view if k else untrained_like(view, k=None, seed=seed).view
+            figures = _evaluate_untrained(shown, store, test, options)
+            nulls[same] = replace(figures, standardized_by=found.standardized_by)
+    results.extend(nulls.values())
+    return results[0] if isinstance(sae, Run | SAE | str | Path) and not untrained else results
+
+
+def _evaluate_untrained(view: View, store: EmbeddingStore, test: ProbeTest | None, options: Options) -> Evaluation:
+    """The figures of an SAE with untrained weights, which has no training rows."""
+    found = _evaluate(view, store, test, None, options)
+    return replace(found, is_untrained=True, dead_train=None, notes=())
 
 
 @torch.no_grad()
 def _evaluate(
     view: View,
     store: EmbeddingStore,
-    probes: Probes | None,
+    test: ProbeTest | None,
     train_store: StoreLike | None,
     options: Options,
 ) -> Evaluation:
     sae = view.sae
-    test = None if probes is None else probes.of(view)
     scores = Scores(view, None if test is None else test.probe, options)
     start = 0
     for raw in view.raw(title=f"evaluating {view.run.name}"):
@@ -154,8 +186,8 @@ def _evaluate(
     return Evaluation(
         run=view.run.given,
         kind=sae.config.kind,
-        inference=options.inference,
-        k=options.k,
+        inference=view.inference,
+        k=view.k,
         modality=options.modality,
         on=str(store.path),
         standardized_by="run" if view.standardized_by == "run" else "evaluation store",

@@ -276,7 +276,7 @@ def cknna_over_batches(view: View, store: EmbeddingStore, options: Options) -> _
     """CKNNA over random batches without common rows; a remainder smaller than a batch is left out."""
     n = len(store)
     if n <= CKNNA_NEIGHBORS:
-        note = f"cknna is null: {n} rows are too few for {CKNNA_NEIGHBORS} neighbours"
+        note = f"CKNNA needs more than {CKNNA_NEIGHBORS} rows, and there are {n}"
         return _Cknna(metrics.Summary(math.nan, math.nan, 0), {}, note)
     size = min(n, CKNNA_ROWS)
     n_batches = max(1, min(n // size, CKNNA_BATCHES))
@@ -319,7 +319,7 @@ def dead_in_training(
     try:
         store = view.run.training_store() if given is None else as_store(given, modality)
     except NoTrainingStoreError as err:
-        return None, f"dead_train is null: {err}"
+        return None, f"dead latents are not counted on training rows: {err}"
     if (store.fingerprint, modality) == (on.fingerprint, options.modality):
         return dead, None
     use = metrics.LatentUse(view.sae.d_sae)

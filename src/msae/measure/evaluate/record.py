@@ -1,17 +1,18 @@
-"""`Evaluation`: the figures of one SAE on one store, their JSON keys, and the table of several."""
+"""`Evaluation`: the figures of one SAE on one store, their JSON keys, the tables of several, and what they say."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from msae.base.errors import ConfigError
-from msae.base.results import Result
+from msae.base.results import Result, text_table
 from msae.sae.model import Inference
 from msae.sae.standardize import Modality
 
@@ -99,6 +100,11 @@ class Evaluation(Result):
     """Mean over classes of the F1, 0 to 1, with which the one latent that fits a class best on the probe's training
     rows fires on the evaluated ones."""
     recovery: tuple[RecoveryPoint, ...] | None = None
+    is_untrained: bool = False
+    """Whether the weights are random: then no figure says anything about training."""
+    untrained_fvu_per_sample: float | None = None
+    """What `fvu_per_sample` is with untrained weights and as many active latents, on at most 4,096 rows; see
+    `msae.measure.evaluate.untrained`."""
     notes: tuple[str, ...] = field(default=())
     """Why a figure is None, and which rows are left out of the probe's figures."""
 
@@ -121,8 +127,8 @@ class Evaluation(Result):
         return [record | {"notes": "; ".join(self.notes)}]
 
     def to_text(self) -> str:
-        """Its row of the poster's table."""
-        return poster_table([self])
+        """Its figures as a table, what they mean, and a judgement."""
+        return summary([self])
 
     @property
     def headline(self) -> str:
@@ -140,8 +146,8 @@ class Evaluations(Result, list[Evaluation]):
         return [record for one in self for record in one.records()]
 
     def to_text(self) -> str:
-        """The poster's table, the best value of each column marked."""
-        return poster_table(self)
+        """A table with the best value of each column marked, what the columns mean, and a judgement of each SAE."""
+        return summary(self)
 
     @property
     def headline(self) -> str:
@@ -154,7 +160,7 @@ def _measured(evaluations: Sequence[Evaluation]) -> str:
     figures = ""
     if len(evaluations) == 1:
         cosine, fvu = f"cosine {first.cosine:.3f}", "" if first.fvu is None else f", FVU {first.fvu:.3f}"
-        figures = f": sparsity {first.sparsity:.3f}, {cosine}{fvu}"
+        figures = f": {first.l0:,.1f} active latents, {cosine}{fvu}"
     return f"{first.n:,} {first.modality} rows of {first.on}, inference {mode_of(first)}{figures}"
 
 
@@ -166,18 +172,6 @@ def json_number(value: float) -> float | None:
 NOTHING = "-"
 """Printed where a figure is undefined or was not asked for."""
 
-MEANINGS: Mapping[str, str] = {
-    "sparsity": "share of latents that are zero in a row: more is easier to read",
-    "FVU": "share of the variance that is lost",
-    "CS": "cosine of an embedding and its reconstruction: 1 is the same direction",
-    "LP": "whether a classifier says the same of the reconstruction: how far its probabilities move (KL), and in which "
-    "share of rows its answer stays (Acc)",
-    "CKNNA": "whether rows that were neighbours still are, in their latents",
-    "DO": "how much the directions of latents overlap",
-    "NDN": "latents that never fire, here and (in brackets) in training",
-}
-"""What the columns of the table mean, for people."""
-
 
 class Cell(NamedTuple):
     """One figure of one evaluation."""
@@ -188,14 +182,21 @@ class Cell(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """A column of the poster's table."""
+    """A column of a table."""
 
     title: str
     better: Literal["up", "down"]
     value: Callable[[Evaluation], float | None]
-    digits: int = 3
+    form: str = "{:.3f}"
+    """How a value is printed; values that are printed alike are equally good."""
     more: Callable[[Evaluation], str] = lambda _: ""
     """What stands behind the value and is not compared."""
+    meaning: str = ""
+    """What it is, its range, and how to read it: one line of the legend."""
+
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.better == "up" else "↓"
 
 
 def _spread(std: float | None) -> str:
@@ -203,41 +204,191 @@ def _spread(std: float | None) -> str:
 
 
 COLUMNS = (
+    _Column(
+        "active", "down", lambda e: e.l0, "{:.1f}",
+        meaning="latents that are not 0 in a row, on average; 1 to all: fewer are easier to read, more lose less",
+    ),
+    _Column(
+        "dead", "down", lambda e: e.dead / e.d_sae, "{:.1%}",
+        meaning="share of the latents that never fire in these rows; 0 % to 100 %",
+    ),
+    _Column(
+        "FVU", "down", lambda e: e.fvu_per_sample,
+        meaning="share of the variance lost, mean over rows; 0 is perfect, 1 useless; compare this one with the paper",
+    ),
+    _Column(
+        "FVU pooled", "down", lambda e: e.fvu,
+        meaning="the same, of all rows together; compare this one with other work, which mostly calls it FVU",
+    ),
+    _Column(
+        "cosine", "up", lambda e: e.cosine,
+        meaning="of an embedding and its reconstruction; 1 is the same direction, 0 has nothing in common",
+    ),
+    _Column(
+        "accuracy", "up", lambda e: e.probe_accuracy_reconstructed,
+        more=lambda e: "" if e.probe_accuracy is None else f" ({e.probe_accuracy:.3f})",
+        meaning="share of rows whose class a linear probe gets right, after reconstruction (before); 0 to 1",
+    ),
+    _Column(
+        "agreement", "up", lambda e: e.probe_agreement,
+        meaning="share of rows whose class the probe does not change, be it right or wrong; 0 to 1; not an accuracy",
+    ),
+    _Column(
+        "class F1", "up", lambda e: e.class_f1,
+        meaning="how well the one latent that fits a class best says it, mean over classes; 0 to 1",
+    ),
+    _Column(
+        "CKNNA", "up", lambda e: e.cknna,
+        meaning="whether neighbours are still neighbours by their latents; 0 is chance, 1 the same; high untrained too",
+    ),
+)  # fmt: skip
+"""What a person reads on a terminal and on pages: every table of measures has these headings and this legend."""
+
+POSTER_COLUMNS = (
     _Column("sparsity", "up", lambda e: e.sparsity),
     _Column("FVU", "down", lambda e: e.fvu_per_sample, more=lambda e: _spread(e.fvu_per_sample_std)),
     _Column("CS", "up", lambda e: e.cosine, more=lambda e: _spread(e.cosine_std)),
-    _Column("LP (KL)", "down", lambda e: e.probe_kl, digits=4),
+    _Column("LP (KL)", "down", lambda e: e.probe_kl, "{:.4f}"),
     _Column("LP (Acc)", "up", lambda e: e.probe_agreement),
     _Column("CKNNA", "up", lambda e: e.cknna),
-    _Column("DO", "down", lambda e: e.decoder_orthogonality, digits=4),
+    _Column("DO", "down", lambda e: e.decoder_orthogonality, "{:.4f}"),
     _Column(
-        "NDN eval (train)",
-        "down",
-        lambda e: e.dead,
-        digits=0,
+        "NDN eval (train)", "down", lambda e: e.dead, "{:.0f}",
         more=lambda e: f" ({NOTHING if e.dead_train is None else e.dead_train})",
     ),
-)
-"""As in the poster, with `fvu_per_sample` as FVU, nats as KL, and NDN compared on the evaluation store."""
+)  # fmt: skip
+"""The poster's, with `fvu_per_sample` as FVU, nats as KL, and NDN compared on the evaluation store."""
+
+MODEL = "model"
+"""Title of the first column: which SAE."""
 
 
-def table_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Cell]]:
-    """The poster's table as data: for each evaluation, its name under `model` and a cell under each column's title.
+def table_rows(evaluations: Sequence[Evaluation], columns: Sequence[_Column] = COLUMNS) -> list[dict[str, Cell]]:
+    """A table as data: for each evaluation, its name under `model` and a cell under each column's title.
 
-    Columns in which no evaluation has a value are left out. Of one evaluation alone nothing is marked.
+    Columns in which no evaluation has a value are left out. Of one trained SAE alone nothing is marked, and untrained
+    ones do not compete.
     """
-    rows = [{"model": Cell(name, False)} for name in names_of(evaluations)]
-    for column in COLUMNS:
+    rows = [{MODEL: Cell(name, False)} for name in names_of(evaluations)]
+    trained = [not e.is_untrained for e in evaluations]
+    for column in columns:
         values = [column.value(e) for e in evaluations]
-        printed = [None if value is None else f"{value:.{column.digits}f}" for value in values]
-        known = [float(text) for text in printed if text is not None]
-        if not known:
+        printed = [None if value is None else column.form.format(value) for value in values]
+        if not any(printed):
             continue
-        best = max(known) if column.better == "up" else min(known)
+        competing = [value for value, competes in zip(values, trained, strict=True) if competes and value is not None]
+        best = column.form.format((max if column.better == "up" else min)(competing)) if competing else None
         for row, evaluation, text in zip(rows, evaluations, printed, strict=True):
-            is_best = text is not None and len(evaluations) > 1 and float(text) == best
+            is_best = text is not None and text == best and not evaluation.is_untrained and sum(trained) > 1
             row[column.title] = Cell(NOTHING if text is None else text + column.more(evaluation), is_best)
     return rows
+
+
+def headings(titles: Iterable[str], columns: Sequence[_Column] = COLUMNS) -> list[str]:
+    """The titles of a table's columns with the direction that is better."""
+    arrows = {column.title: f" {column.arrow}" for column in columns}
+    return [title + arrows.get(title, "") for title in titles]
+
+
+def legend(titles: Iterable[str]) -> dict[str, str]:
+    """What the columns of a table mean, in their order; each is one line."""
+    meanings = {column.title: column.meaning for column in COLUMNS}
+    return {title: meanings[title] for title in titles if title in meanings}
+
+
+WIDTH = 120
+"""Columns of a terminal that a table fits."""
+
+
+def summary(evaluations: Sequence[Evaluation]) -> str:
+    """The evaluations for a terminal: a table, what its columns mean, the recovery, and a judgement of each SAE.
+
+    Raises:
+        ConfigError: There are no evaluations.
+    """
+    if not evaluations:
+        raise ConfigError("a table of no evaluations; give at least one run")
+    first, rows = evaluations[0], table_rows(evaluations)
+    marked = any(cell.is_best for row in rows for cell in row.values())
+    cells = [[cell.text + ("*" if cell.is_best else " " * marked) for cell in row.values()] for row in rows]
+    others = sum(2 + max(map(len, column)) for column in list(zip(headings(rows[0]), *cells, strict=True))[1:])
+    for row in cells:
+        row[0] = _tail(row[0], WIDTH - others)
+    lines = [*_wrapped(f"{first.n:,} {first.modality} rows of {first.on}; {_mode_line(evaluations)}"), ""]
+    lines += text_table(headings(rows[0]), cells, right=range(1, len(rows[0])))
+    lines += ["* the best of its column"] if marked else []
+    known = legend(rows[0])
+    lines += ["", *(f"{title:<{max(map(len, known))}}  {meaning}" for title, meaning in known.items())]
+    for name, one in zip(names_of(evaluations), evaluations, strict=True):
+        if one.recovery:
+            lines += ["", f"{name}: what the k strongest latents of each row reconstruct", *_recovery(one)]
+    for sentence in judgements_of(evaluations):
+        lines += ["", *_wrapped(sentence)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _tail(text: str, length: int) -> str:
+    """The end of a name, which tells it from others, where it is too long."""
+    return text if len(text) <= length else "…" + text[len(text) - length + 1 :]
+
+
+def _recovery(evaluation: Evaluation) -> list[str]:
+    """The lines of the table of what few latents reconstruct."""
+    assert evaluation.recovery is not None
+    rows: list[list[str]] = []
+    for point in evaluation.recovery:
+        share_dead = f"{point.dead / evaluation.d_sae:.1%}"
+        row = [f"{point.k:,}", _figure(point.fvu_per_sample), _figure(point.cosine), share_dead]
+        if not rows or row[1:] != rows[-1][1:]:  # from the first k on that keeps all, nothing changes
+            rows.append(row)
+    return text_table(["k", *headings(["FVU", "cosine", "dead"])], rows, right=range(4))
+
+
+def _figure(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+CLEAR = 2.0
+"""The factor by which an SAE must lose less, or keep more, than untrained weights to be clearly better."""
+
+
+def judgements_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A sentence on each SAE of which something can be said."""
+    sentences = map(judgement, names_of(evaluations), evaluations)
+    return list(dict.fromkeys(filter(None, sentences)))
+
+
+def judgement(name: str, e: Evaluation) -> str:
+    """One sentence on whether an SAE has learnt anything, and how it was judged; empty where nothing can be said."""
+    if e.is_untrained or e.fvu_per_sample is None or not e.untrained_fvu_per_sample:
+        return ""
+    text = (
+        f"{name}: FVU {e.fvu_per_sample:.3f} with {e.l0:,.1f} of {e.d_sae:,} latents active, and "
+        f"{e.untrained_fvu_per_sample:.3f} with untrained weights and as many active: "
+        f"{compared_with_untrained(e.fvu_per_sample, e.untrained_fvu_per_sample)}"
+    )
+    if e.dead > e.d_sae / 2:
+        text += f"; {e.dead / e.d_sae:.0%} of its latents never fire here"
+    trained_with = {"topk": "top-k", "batchtopk": "batch top-k", "jumprelu": "learnt thresholds"}.get(e.kind)
+    if e.inference == "relu" and trained_with:
+        text += f" (it was trained with {trained_with}; --inference trained shows it as trained)"
+    return text + "."
+
+
+def compared_with_untrained(fvu: float, untrained: float) -> str:
+    """What the FVU of an SAE says beside that of untrained weights with as many active latents."""
+    if fvu >= min(1, untrained):
+        than = "the mean of all rows" if fvu >= 1 else "untrained weights"
+        return f"no better than {than}, so do not use it in this way"
+    if fvu * CLEAR <= untrained:
+        return f"{untrained / fvu:,.1f} times less is lost" if fvu > 0 else "nothing is lost"
+    if 1 - fvu >= CLEAR * (1 - untrained):  # where few latents are active, all lose much
+        return f"{(1 - fvu) / (1 - untrained):,.1f} times more is kept" if untrained < 1 else "something is learnt"
+    return "hardly better than untrained"
 
 
 def poster_table(evaluations: Sequence[Evaluation], style: Literal["markdown", "latex"] = "markdown") -> str:
@@ -250,19 +401,24 @@ def poster_table(evaluations: Sequence[Evaluation], style: Literal["markdown", "
         raise ConfigError(f"table style {style!r} is unknown; give markdown or latex")
     if not evaluations:
         raise ConfigError("a table of no evaluations; give at least one run")
-    rows = table_rows(evaluations)
+    rows = table_rows(evaluations, POSTER_COLUMNS)
     table = _markdown(rows) if style == "markdown" else _latex(rows)
     return f"{table}\n\n{_mode_line(evaluations)}" if style == "markdown" else f"{table}\n% {_mode_line(evaluations)}"
 
 
 def mode_of(evaluation: Evaluation) -> str:
     """The inference in words."""
+    return mode_of_inference(evaluation.inference, evaluation.k)
+
+
+def mode_of_inference(inference: Inference, k: int | None) -> str:
+    """An inference in words."""
     words = {
         "relu": "every positive latent kept",
-        "trained": "the activation of training",
+        "trained": "the activation function of the SAE",
         "threshold": "latents above their thresholds kept",
     }
-    return f"{evaluation.inference} ({words.get(evaluation.inference, f'the {evaluation.k} strongest latents kept')})"
+    return f"{inference} ({words.get(inference, f'the {k} strongest latents kept')})"
 
 
 def _mode_line(evaluations: Sequence[Evaluation]) -> str:
@@ -277,18 +433,20 @@ def _mode_line(evaluations: Sequence[Evaluation]) -> str:
 
 def names_of(evaluations: Sequence[Evaluation]) -> list[str]:
     """The last part of each run's path, or the whole path where that is shared; the kind where there is no run."""
-    short = [e.kind if e.run is None else Path(e.run).name or e.run for e in evaluations]
+    several = sum(e.is_untrained for e in evaluations) > 1
+    short = [_short_name(e, several=several) for e in evaluations]
     shared = {name for name, times in Counter(short).items() if times > 1}
     return [e.run if name in shared and e.run else name for name, e in zip(short, evaluations, strict=True)]
 
 
-def _arrows() -> dict[str, str]:
-    return {column.title: {"up": "↑", "down": "↓"}[column.better] for column in COLUMNS}
+def _short_name(e: Evaluation, *, several: bool) -> str:
+    if e.is_untrained:
+        return f"untrained, {e.k or 'all'} of {e.d_sae}" if several else "untrained"
+    return e.kind if e.run is None else Path(e.run).name or e.run
 
 
 def _markdown(rows: list[dict[str, Cell]]) -> str:
-    arrows = _arrows()
-    lines = [[f"{title} {arrows[title]}" if title in arrows else title for title in rows[0]]]
+    lines = [headings(rows[0], POSTER_COLUMNS)]
     for row in rows:
         texts = [cell.text.replace("|", "\\|") for cell in row.values()]
         lines.append([f"**{text}**" if cell.is_best else text for text, cell in zip(texts, row.values(), strict=True)])
@@ -299,8 +457,9 @@ def _markdown(rows: list[dict[str, Cell]]) -> str:
 
 def _latex(rows: list[dict[str, Cell]]) -> str:
     """A tabular for the booktabs package."""
-    arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    titles = [f"{title} {arrows[_arrows()[title]]}" if title in _arrows() else title for title in rows[0]]
+    titles = [
+        title.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$") for title in headings(rows[0], POSTER_COLUMNS)
+    ]
     lines = [" & ".join(titles) + r" \\", r"\midrule"]
     for row in rows:
         texts = [_latex_text(cell.text) for cell in row.values()]
@@ -315,9 +474,3 @@ def _latex_text(text: str) -> str:
     for character in "_&%$#{}":
         text = text.replace(character, "\\" + character)
     return text.replace("±", r"$\pm$")
-
-
-def meanings_of(titles: Iterable[str]) -> dict[str, str]:
-    """The meanings of the columns with these titles."""
-    known = list(titles)
-    return {term: meaning for term, meaning in MEANINGS.items() if any(title.startswith(term) for title in known)}

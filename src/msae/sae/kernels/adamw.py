@@ -98,7 +98,7 @@ def _parameters(optimizer: torch.optim.AdamW) -> Iterator[tuple[dict[str, Any], 
 
 
 def _rows(tensor: Tensor | None) -> Any:
-    """The tensor's memory as a contiguous matrix: a transposed one turned round, a vector as one row."""
+    """The tensor's memory as a contiguous matrix: a transposed one transposed back, a vector as one row."""
     assert tensor is not None
     array = tensor.detach().numpy()
     if array.ndim == 1:

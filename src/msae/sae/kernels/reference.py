@@ -1,4 +1,4 @@
-"""The loss as its formula reads, in plain torch and differentiated by autograd: the oracle of the other kernels."""
+"""The loss in plain torch, differentiated by autograd; its formula is `losses.nested_loss`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss
     W_enc, b_enc, W_dec, b_dec, threshold = parameters
     h = torch.addmm(b_enc, x - b_dec, W_enc)
     z = activate(h, threshold, objective)
-    total = x.new_zeros(())
-    errors = []
-    for weight, mask in zip(objective.weights, nested_masks(h, objective.selection), strict=True):
-        x_hat = torch.addmm(b_dec, z * mask, W_dec)
-        errors.append(losses.reconstruction_loss(x, x_hat))
-        total = total + weight * errors[-1]
-    z = z * mask
+    masks = nested_masks(h, objective.selection)
+    total, errors, x_hat, z = losses.nested_loss(x, z, masks, W_dec, b_dec, weights=objective.weights)
     charged = x.new_zeros(())
     if objective.l1:
         charged = losses.l1_penalty(x, z)
@@ -36,7 +31,7 @@ def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss
     kept = h.detach()[active]
     return SAELoss(
         total=total,
-        errors=torch.stack(errors).detach(),
+        errors=errors,
         residual=(x - x_hat).detach(),
         l0=float(active.sum()) / max(len(x), 1),
         l1=float(charged.detach()),
@@ -59,13 +54,7 @@ def activate(h: Tensor, threshold: Tensor | None, objective: Objective) -> Tenso
 
 
 def nested_masks(h: Tensor, selection: Selection) -> Iterator[Tensor]:
-    """For each level 1 where a latent belongs to its set, else 0."""
-    d_sae = h.shape[1]
+    """For each nested set 1 where a latent belongs to it, else 0; one set of all latents where there is no nesting."""
     if selection.widths:
-        latents = torch.arange(d_sae, device=h.device)
-        yield from ((latents < width).to(h.dtype).expand_as(h) for width in selection.widths)
-        return
-    widest = max((k for k in selection.levels if k < d_sae), default=0)
-    ranked = h.detach().topk(widest, dim=1).indices  # signed: ReLU comes after
-    for k in selection.levels or (d_sae,):
-        yield torch.zeros_like(h).scatter(1, ranked[:, :k], 1.0) if k < d_sae else torch.ones_like(h)
+        return losses.width_masks(h, selection.widths)
+    return losses.rank_masks(h, selection.levels or (h.shape[1],))

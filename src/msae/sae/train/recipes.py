@@ -12,30 +12,31 @@ from msae.sae.model import Kind
 RecipeName = Literal["default", "faithful", "poster"]
 
 
-def _rates(matryoshka: float, *, relu: float = 5e-4) -> Mapping[Kind, float]:
-    """Learning rates; 5e-4 is the paper's for topk and batchtopk, and no better one is known for jumprelu."""
-    return {"matryoshka": matryoshka, "topk": 5e-4, "batchtopk": 5e-4, "relu": relu, "jumprelu": 5e-4}
+def _rates(matryoshka: float, *, topk: float = 5e-4, relu: float = 5e-4) -> Mapping[Kind, float]:
+    """Learning rates by kind; 5e-4 is the paper's for topk and batchtopk, and no better one is known for jumprelu."""
+    return {"matryoshka": matryoshka, "topk": topk, "batchtopk": topk, "relu": relu, "jumprelu": 5e-4}
 
 
 @dataclass(frozen=True)
 class DefaultRecipe:
     """Concepts first: few latents say what a concept is, and few are enough for a small error."""
 
-    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(2e-3))
-    """2e-3 for matryoshka: at 64 latents kept the error is 4 % below that of 1e-3, and a class is said better by one
-    latent (method.md, section 7)."""
+    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(2e-3, topk=2e-3))
+    """Chosen on held-out rows of real vectors (benchmarks/RESULTS.md, frontier): at 4e-3 the error at 16 and 64 kept is
+    3 to 8 % larger, and half of the latents are never among the 64 strongest."""
     weighting: Weighting = "uniform"
     """Weights move the error between small and large k; equal ones are near TopK trained for that k at all of them."""
     warmup: float = 0.05
     """Adam's first steps, before it knows the scale of the gradients, are too long at these learning rates."""
 
     def levels(self, d_in: int, d_sae: int) -> tuple[int, ...]:
-        """From a 64th of the dimensions, doubled up to all dimensions: 8 to 512 for 512.
+        """From a 64th of the dimensions, doubled up to half of them: 8 to 256 for 512.
 
         Levels that begin at 8 halve the error at 16 kept and wake up latents that are never among the 64 strongest.
-        Levels above d_in say little more: a row has d_in degrees of freedom.
+        Levels above half of the dimensions lower the error where many latents are kept, at the cost of the few
+        (benchmarks/RESULTS.md, frontier).
         """
-        last = min(d_in, d_sae)
+        last = min(max(1, d_in // 2), d_sae)
         return default_levels(last, smallest=min(max(1, d_in // 64), last))
 
     def batch_size(self, n_rows: int) -> int:
@@ -55,7 +56,7 @@ class DefaultRecipe:
 class FaithfulRecipe(DefaultRecipe):
     """Fidelity first: a small error at every number of latents kept, all latents included."""
 
-    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(1e-3))
+    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(1e-3, topk=2e-3))
     """1e-3: at 2e-3 more latents than can be spared fall silent at the large levels."""
 
     def levels(self, d_in: int, d_sae: int) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class TrainSettings:
     Default: uniform."""
     levels: tuple[int, ...] | None = None
     """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
-    to all dimensions; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
+    to half of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
     widths: tuple[int, ...] | None = None
     """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
     row keeps k on average. The last must be all latents. Default: off."""
@@ -54,8 +54,8 @@ class TrainSettings:
     """Rows in a step. Default: a power of two from 64 to 4096 that gives about 200 steps an epoch; the poster's recipe:
     4096."""
     lr: float | None = None
-    """Learning rate. Default: 2e-3 for matryoshka, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka; poster:
-    1e-4 for matryoshka, 5e-5 for relu."""
+    """Learning rate. Default: 2e-3 for matryoshka, topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for
+    matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
     seed: int = 0
     """Random seed of the initial weights and of the order of the rows."""
     modality: Modality = "image"

@@ -188,7 +188,7 @@ class Training:
         }
 
     def _step(self, state: _State, x: Tensor) -> StepResult:
-        """One step. Its loss tells whether the weights before it, which may be in a checkpoint, are sound."""
+        """One step. Its loss says whether the weights before it, which may be in a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
             result = train_step(state.sae, x, state.optimizer, self.settings, dead)
@@ -373,7 +373,7 @@ def _matmul_precision(precision: Literal["float32", "bfloat16"]) -> Iterator[Non
 
 @contextmanager
 def _ctrl_c() -> Iterator[Any]:
-    """Turns Ctrl-C into a question to ask between two steps, so that no step is cut in half."""
+    """Ctrl-C is noted and looked at between two steps, so that no step is cut in half."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event.is_set

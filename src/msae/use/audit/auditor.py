@@ -337,7 +337,7 @@ class PermutationTests:
 
         The effect is half of: Cliff's delta of training against other rows of the class, less the same of the other
         classes. Under the null hypothesis that training and other rows of a class have the column alike, membership
-        may be shuffled within classes; whatever else tells the classes apart, in both sets of rows, is no part of it.
+        may be shuffled within classes; whatever else separates the classes, in both sets of rows, does not count.
         """
         found: list[Association | None] = [None] * strengths.shape[1]
         columns = _varying(strengths)

@@ -213,7 +213,7 @@ def control_sizes(
     n_controls: int,
     rng: np.random.Generator,
 ) -> list[Sizes]:
-    """For each concept the effects of its random twins, on `rows`.
+    """For each concept the effects of its random latents, on `rows`.
 
     Args:
         z: Activations of all latents on `rows`.

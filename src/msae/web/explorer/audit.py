@@ -10,7 +10,7 @@ from msae.base.errors import ConfigError
 from msae.use.audit import Audit, ConceptAudit, Sweep
 from msae.use.audit.subjects import MAX_CLASSES
 from msae.web.explorer.address import Address
-from msae.web.explorer.drawing import draw
+from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.page import render
 from msae.web.report import figures

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from msae.concepts.tree import Edge
 from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
-from msae.web.explorer.drawing import Slice, draw
+from msae.web.explorer.filling import Slice, draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.page import number
 from msae.web.report import figures

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from msae.data.store import Row
 from msae.web.explorer.address import Address
 from msae.web.explorer.catalogue import CHOICES
-from msae.web.explorer.drawing import Slice, draw
+from msae.web.explorer.filling import Slice, draw
 from msae.web.explorer.session import LoadedRun, World
 
 ROWS = 40

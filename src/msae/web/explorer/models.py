@@ -10,12 +10,11 @@ from markupsafe import Markup
 
 from msae.base.errors import MsaeError
 from msae.measure.evaluate import Evaluation, table_rows
-from msae.measure.evaluate.record import meanings_of, mode_of
+from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
 from msae.web.explorer.address import Address
-from msae.web.explorer.drawing import draw
+from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
 from msae.web.report import figures
-from msae.web.report.facts import HEADINGS
 from msae.web.report.figures import RecoveryMeasure, TrainingMeasure
 
 RECOVERY: tuple[RecoveryMeasure, ...] = ("fvu_per_sample", "cosine", "cknna")
@@ -71,8 +70,9 @@ def _table(evaluations: list[Evaluation]) -> dict[str, Any]:
     }
     return {
         "rows": rows,
-        "head": [HEADINGS.get(title, title) for title in rows[0]],
-        "meanings": meanings_of(rows[0]),
+        "head": headings(rows[0]),
+        "meanings": legend(rows[0]),
+        "judgements": judgements_of(evaluations),
         "on": list(
             dict.fromkeys(
                 f"{e.n:,} {e.modality} rows of {Path(e.on).name}, inference {mode_of(e)}" for e in evaluations

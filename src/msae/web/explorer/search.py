@@ -20,7 +20,7 @@ from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, How, SearchResult
 from msae.use.search.query import Query, read_query
 from msae.web.explorer.address import Address
-from msae.web.explorer.drawing import draw
+from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
 
 SLIDERS = 8

@@ -9,7 +9,8 @@ from typing import Any
 
 from msae.base.errors import RunError
 from msae.base.files import atomic_path
-from msae.measure.evaluate import Evaluation
+from msae.measure.evaluate import Evaluation, table_rows
+from msae.measure.evaluate.record import headings, judgement, legend
 from msae.web.page import markdown, one_line, render
 from msae.web.report.facts import Facts
 
@@ -59,6 +60,9 @@ def is_ours(file: Path) -> bool:
 def card(facts: Facts) -> str:
     """The card as Markdown with front matter."""
     encoder, names = facts.encoder, facts.names
+    evaluations = [kept.evaluation for kept in facts.evaluations]
+    table = [list(row.items())[1:] for row in table_rows(evaluations)]
+    titles = [title for title, _ in table[0]] if table else []
     known = sorted({concept.name for concept in (names.confirmed if names else ())})
     return str(
         render(
@@ -67,7 +71,10 @@ def card(facts: Facts) -> str:
             front=_front_matter(facts),
             about=f"embeddings of {markdown(encoder)}" if encoder else f"{facts.config.d_in}-dimensional embeddings",
             modality=next(iter(facts.sae.standardizer.statistics), "image"),
-            evaluations=[kept.evaluation for kept in facts.evaluations],
+            evaluations=[(e, [cell.text for _, cell in row]) for e, row in zip(evaluations, table, strict=True)],
+            headings=headings(titles),
+            legend=legend(titles),
+            judgements=[said for e in evaluations if (said := judgement(_rows_of(e), e))],
             names=known[:MAX_NAMES],
             n_more=len(known[MAX_NAMES:]),
             n_unconfirmed=len(names) - len(names.confirmed) if names else 0,
@@ -91,6 +98,11 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
     if results:
         data["model-index"] = [{"name": one_line(facts.name), "results": results}]
     return data
+
+
+def _rows_of(e: Evaluation) -> str:
+    """What was evaluated, and how."""
+    return f"{e.modality} rows of {one_line(Path(e.on).name)}, inference {e.inference}{f' {e.k}' if e.k else ''}"
 
 
 def _result(e: Evaluation) -> dict[str, Any]:

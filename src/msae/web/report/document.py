@@ -17,7 +17,7 @@ from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
-from msae.measure.evaluate.record import COLUMNS, meanings_of, mode_of
+from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
@@ -26,7 +26,7 @@ from msae.web.report import audit as audit_page
 from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
-from msae.web.report.facts import HEADINGS, Facts, facts_of
+from msae.web.report.facts import Facts, facts_of
 from msae.web.report.views import (
     N_CONCEPTS,
     SIDE,
@@ -196,15 +196,17 @@ def _fitting(draft: Any) -> tuple[str, list[Missing]]:
 
 
 class Table(NamedTuple):
-    """The poster's table on one store."""
+    """The table of measures on one store."""
 
     title: str
     terms: list[str]
-    """The short names of the columns."""
+    """The titles of the columns, as the legend has them."""
     columns: list[str]
     rows: list[tuple[bool, list[Cell]]]
     """Whether it is the report's own run, and its cells."""
     labels: str | None
+    judgements: list[str]
+    """A sentence on the report's own run; empty where an earlier msae evaluated it."""
 
 
 class _Draft:
@@ -234,7 +236,7 @@ class _Draft:
             version=__version__,
             store=self.looked and self.looked.store,
             tables=tables,
-            meanings=meanings_of(tables[0].terms) if tables else {},
+            meanings=legend(tables[0].terms) if tables else {},
             recovery=self._recovery(),
             training=self._training(),
             concepts=self._concepts(),
@@ -254,14 +256,23 @@ class _Draft:
         tables = []
         for kept in self.facts.evaluations[:MAX_TABLES]:
             compared = self._compared_with(kept)
-            rows = table_rows([replace(one, run=name) for name, one in compared.items()])
-            arrows = {column.title: {"up": "\u00a0↑", "down": "\u00a0↓"}[column.better] for column in COLUMNS}
-            titles = [HEADINGS.get(title, title) + arrows.get(title, "") for title in rows[0]]
+            named = [replace(one, run=name) for name, one in compared.items()]
+            rows = table_rows(named)
+            titles = [title.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓") for title in headings(rows[0])]
             e = kept.evaluation
             title = f"{e.n:,} {e.modality} rows of {Path(e.on).name}, inference {mode_of(e)}"
             ours = [self.runs[name] is self.facts for name in compared]
             cells = [list(row.values()) for row in rows]
-            tables.append(Table(title, list(rows[0]), titles, list(zip(ours, cells, strict=True)), kept.labels))
+            tables.append(
+                Table(
+                    title,
+                    list(rows[0]),
+                    titles,
+                    list(zip(ours, cells, strict=True)),
+                    kept.labels,
+                    judgements_of([kept.evaluation]),
+                )
+            )
         if not tables:
             self._lacks(
                 "quality", "this run has not been evaluated", "evaluate", self.facts.folder, "--on", self.store_word

@@ -22,17 +22,6 @@ KINDS: Mapping[str, str] = {
     "relu": "ReLU SAE with an L1 penalty",
 }
 
-HEADINGS: Mapping[str, str] = {
-    "FVU": "variance lost (FVU)",
-    "CS": "cosine (CS)",
-    "LP (KL)": "probe, KL (LP)",
-    "LP (Acc)": "probe, agreement (LP)",
-    "CKNNA": "neighbours kept (CKNNA)",
-    "DO": "decoder overlap (DO)",
-    "NDN eval (train)": "never fire, here (in training) (NDN)",
-}
-"""The columns of the table of measures on a page: a measure in words, and its short name in the table of the paper."""
-
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -83,7 +72,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """In words, with what tells it from others of its kind."""
+        """In words, with the settings of its kind."""
         settings, config = self.settings, self.config
         more = {
             "matryoshka": (f" of widths, k = {config.k}" if config.widths else "")
@@ -91,6 +80,12 @@ class Facts:
             "relu": f", {settings['l1']:g}" if settings.get("l1") else "",
         }.get(config.kind, f", k = {config.k}" if config.k else "")
         return KINDS.get(config.kind, config.kind) + more
+
+    @property
+    def active(self) -> float | None:
+        """Mean number of active latents of a row, as it is used; None where that is not known."""
+        known = (kept.evaluation for kept in self.evaluations if kept.evaluation.inference == "trained")
+        return next((e.l0 for e in known), self.config.inference_l0 or self.config.k)
 
     def lines(self) -> list[tuple[str, str]]:
         """The facts as pairs of a word and what it is, for people; what is not known is left out."""
@@ -102,6 +97,7 @@ class Facts:
             ("size", f"{config.d_in:,} dimensions, {config.d_sae:,} latents ({config.d_sae / config.d_in:g} times)"),
             ("levels", ", ".join(f"{level:,}" for level in config.levels or ())),
             ("widths", ", ".join(f"{width:,}" for width in config.widths or ())),
+            ("active latents", f"{self.active:,.1f} in a row, on average" if self.active else ""),
             ("standardises", " and ".join(self.sae.standardizer.statistics)),
             ("trained on", self._trained_on()),
         ]
