@@ -112,5 +112,8 @@ def test_an_imported_sae_has_a_card(tmp_path):
 
 def test_a_word_that_no_rows_confirmed_is_no_name_in_it(world):  # noqa: F811
     text = card(facts_of(world / "run"))
-    assert "1 latents have a name that rows have confirmed" in text
-    assert "2 latents have only a nearest word" in text and "red" not in text.split("## Concepts")[1].split("## ")[0]
+    assert "1 of the latents have a name that rows have confirmed" in text
+    assert (
+        "2 of the latents have only a nearest word" in text
+        and "red" not in text.split("## Concepts")[1].split("## ")[0]
+    )

@@ -417,6 +417,22 @@ def test_a_word_that_no_rows_confirmed_is_only_the_nearest_word(world, pictures)
     assert "no name was tested" not in tested.to_text()
 
 
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_a_handful_of_pictures_confirms_nothing_and_breaks_nothing(world, tmp_path, n):
+    np.save(tmp_path / "few.npy", world.images[:n].astype(np.float32))
+    names = name(world.sae, world.vocabulary, on=tmp_path / "few.npy")
+    assert len(names) == 0 and names.counts["rows_held"] == 0
+    assert f"names were tested on {n} image" in names.to_text()
+
+
+def test_pictures_confirm_no_name_of_a_small_vocabulary(world, pictures, tmp_path):
+    """Of fewer than 20 words one at random is among the best 5 % too often."""
+    small = write_store(tmp_path / "small.npy", world.word_rows[:12], text=WORDS[:12])
+    names = name(world.sae, small, on=pictures)
+    assert len(names) == 0
+    assert "the pictures confirm nothing: the vocabulary has 12 words, and 20 are needed" in names.to_text()
+
+
 def test_captions_refuse_a_name_that_pictures_would_give(world, tmp_path):
     texts = np.random.default_rng(1).permutation(WORDS)
     permuted = write_store(tmp_path / "permuted.npy", world.word_rows, text=texts)

@@ -25,7 +25,8 @@ FILE = "names.json"
 Rule = Literal["evidence", "poster"]
 
 MIN_WORDS = 20
-"""Words captions must mention to confirm a name: of fewer, a word at random comes first in more than 5 % of cases."""
+"""Words that captions must mention, or that a vocabulary must have, to confirm a name: of fewer, a word at random comes
+first in more than 5 % of cases."""
 AGREEMENT_SHARE = 1 / MIN_WORDS
 """A name must be among this share of the words that occur in the rows, by AUROC: so rarely is a word at random. Of
 fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
@@ -320,6 +321,11 @@ class ConceptNames(Result):
                 "near to a word as random directions are;",
                 "   that is not how many names are wrong: the nearest word may be another than the right one",
             ]
+        if "rows_held" in self.counts and (n := self.record["n_synonym_groups"]) < MIN_WORDS:
+            lines.append(
+                f"note: the pictures confirm nothing: the vocabulary has {n} words, and {MIN_WORDS} are needed; "
+                f"give a larger one"
+            )
         if (words := self.record.get("on_words", MIN_WORDS)) < MIN_WORDS:
             lines.append(
                 f"note: the captions confirm nothing: they mention {words} of the words, and {MIN_WORDS} are needed to "

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from msae.base import statistics
-from msae.concepts.names import RowEvidence
+from msae.concepts.names import MIN_WORDS, RowEvidence
 from msae.sae.view import View
 
 NEAR_SHARE = 0.05
@@ -79,7 +79,13 @@ def choose(
         [other >= 0 and groups[other] == groups[own] for other, own in zip(proposed, best, strict=True)]
     )
     is_held = (n_fit > HELD_SHARE * n_clear) | (is_agreed.astype(bool) & (correlation > AGREED_CORRELATION))
-    is_held &= is_tested & (q <= false_names) & (correlation > 0) & (rank <= max(1, int(NEAR_SHARE * n_words)))
+    is_held &= (
+        (n_words >= MIN_WORDS)
+        & is_tested
+        & (q <= false_names)
+        & (correlation > 0)
+        & (rank <= max(1, int(NEAR_SHARE * n_words)))
+    )
     found = [
         RowEvidence(
             store=str(view.store.path),
