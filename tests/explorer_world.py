@@ -41,7 +41,9 @@ def make_world(folder: Path) -> Path:
     vocabulary = msae.embed(words, encoder="demo", out=folder / "words.store")
     options = {"d_sae": 96, "epochs": 12, "batch_size": 32, "lr": 2e-3}
     store = folder / "scenes.store"
-    msae.train(store, out=folder / "runs/named", weighting="reverse", levels=(6, 12, 24, 96), inference_l0=24, **options)
+    msae.train(
+        store, out=folder / "runs/named", weighting="reverse", levels=(6, 12, 24, 96), inference_l0=24, **options
+    )
     msae.train(store, out=folder / "runs/plain", kind="topk", k=8, **options)
     msae.name(folder / "runs/named", vocabulary)
     return folder
