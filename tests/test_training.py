@@ -216,17 +216,29 @@ def test_a_checkpoint_is_kept_until_the_loss_after_the_next_one_is_sound(store, 
     assert float(error) < 1
 
 
-class _JumpsAt(Training):
-    """A run whose learning rate is a million from one step on."""
+def test_a_checkpoint_of_spoilt_weights_does_not_replace_a_good_one(store, tmp_path):
+    """The update of step 31 makes the error 6,205, and that of step 32 a diverged one, also after a resumption."""
+    settings = TrainSettings(**{**SMALL, "kind": "topk", "k": 8, "checkpoint_every": 1}).resolve(as_store(store))
+    for resume in (False, True):
+        run = _JumpsAt(30, tmp_path / "run", as_store(store), settings, lr=4.0)
+        with pytest.raises(TrainingError, match=r"diverged at step 32 of 60 .*step-000030 is kept"):
+            run.train(resume=resume)
+    kept = SAE.load(tmp_path / "run/checkpoints/step-000030")
+    x = torch.from_numpy(np.load(store)).float()
+    assert float((kept.decode(kept.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()) < 1
 
-    def __init__(self, step, *args):
+
+class _JumpsAt(Training):
+    """A run whose learning rate is a million, or another, from one step on."""
+
+    def __init__(self, step, *args, lr=1e6):
         super().__init__(*args)
-        self.jump = step
+        self.jump, self.lr = step, lr
 
     def _step(self, state, x):
         if state.step >= self.jump:
             for group in state.optimizer.param_groups:
-                group["lr"] = 1e6
+                group["lr"] = self.lr
         return super()._step(state, x)
 
 
