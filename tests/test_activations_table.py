@@ -44,10 +44,11 @@ def test_without_rows_the_first_ten_and_latents_that_never_fire_are_left_out(wor
 def test_each_latent_of_a_concept_is_a_column_with_its_name(world):
     run, store, z = world
     found = msae.activations(run, store, rows=["i7", -1, 0], concept=["Red", "#0|#2"])
+    assert "nearest word: red #2" in found.to_text()  # no rows have confirmed it
     assert found.labels == ("red #2", "red #5", "#0") and [row.row for row in found.rows] == [7, 19, 0]
     np.testing.assert_allclose(found.values, z[[7, 19, 0]][:, [2, 5, 0]], rtol=1e-6)
     frame = found.to_pandas()
-    assert list(frame.columns) == ["row", "id", "red #2", "red #5", "#0"]
+    assert list(frame.columns) == ["row", "id", *found.labels]
     np.testing.assert_array_equal(frame["red #5"].to_numpy(np.float32), found.values[:, 1])
     assert found.to_json()["latents"][0] == {"latent": 2, "name": "red"}
     assert msae.activations(run, store, rows=7, concept="red").values.shape == (1, 2)

@@ -155,6 +155,27 @@ def test_a_concept_shows_its_strongest_samples_page_by_page(explorer, world):
 # --- Search
 
 
+def test_sliders_are_what_is_strongest_for_its_natural_range_named_or_not(world):
+    """Nothing below its threshold; a concept without a confirmed name has a picture of the row that fires it most."""
+    run, n_unnamed = world.first, 0
+    for row in (3, 7, 11, 20):
+        address = Address.parse("?" + urlencode({"row": world.store.ids[row]}))
+        query = search_page.read(world, run, address)
+        z = run.sae.encode(query.x[None], query.modality)[0]
+        made = search_page.sliders_of(world, run, address, query)
+        assert 0 < len(made) <= search_page.SLIDERS
+        usual = np.maximum(run.samples[query.modality].quantiles((0.99,))[:, 0], 1e-6)
+        single = [float((z / usual)[list(one.group.latents)].max()) for one in made]
+        assert single == sorted(single, reverse=True) and min(single) > 0
+        for one in made:
+            assert one.own > 0 and any(z[latent] > 0 for latent in one.group.latents)
+            n_unnamed += one.concept.startswith("#")
+            assert one.label == (one.concept if one.concept.startswith("#") else f"nearest word: {one.concept}")
+            tops = [run.samples[query.modality].top(latent, 1)[0].row for latent in one.group.latents]
+            assert one.picture.row in tops
+    assert n_unnamed > 0
+
+
 def test_the_page_finds_what_search_finds(world, folder):
     row = world.store.ids[7]
     name = next(iter(world.first.names)).name

@@ -355,7 +355,7 @@ def test_command_line_prints_the_gallery_and_writes_json_and_sheets(tmp_path, st
     for sheet in sheets:
         options = ("--concept", "dog", "--n", 3, "--sheet", sheet, "--json", tmp_path / "g.json")
         code, out, _ = msae(capsys, "gallery", named_run, "--on", store.path, *options)
-        assert code == 0 and "latent 9: dog  (also 5)" in out and "texts: fires on" in out
+        assert code == 0 and "latent 9: nearest word: dog  (also 5)" in out and "texts: fires on" in out
         assert sheet.stat().st_size > 1000
     data = json.loads((tmp_path / "g.json").read_text())
     assert len(data["images"]) == 3 and data["name"] == "dog" and data["images"][0]["id"] in out

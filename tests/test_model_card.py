@@ -108,3 +108,12 @@ def test_a_card_is_known_as_ours_after_line_ends_were_kept_only(world):  # noqa:
 def test_an_imported_sae_has_a_card(tmp_path):
     text = card(facts_of(save_sae(tmp_path / "run")))
     assert "TopK SAE, k = 4" in text and "trained on" not in text
+
+
+def test_a_word_that_no_rows_confirmed_is_no_name_in_it(world):  # noqa: F811
+    text = card(facts_of(world / "run"))
+    assert "1 of the latents have a name that rows have confirmed" in text
+    assert (
+        "2 of the latents have only a nearest word" in text
+        and "red" not in text.split("## Concepts")[1].split("## ")[0]
+    )

@@ -16,8 +16,8 @@ from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
 from msae.concepts.names import Agreement, ConceptNames, as_names
-from msae.concepts.naming import NameOptions, NameSettings, _agrees, name
-from msae.data.store import StorePart
+from msae.concepts.naming import NameOptions, NameSettings, _is_kept, _Proposal, name
+from msae.data.store import StorePart, as_store
 from msae.data.store import write_store as write_embeddings
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
@@ -222,8 +222,10 @@ def test_permuted_words_name_nothing_where_captions_can_object(world, tmp_path):
 @pytest.mark.parametrize("has_captions", [False, True])
 def test_planted_concepts_get_their_names(world, has_captions):
     names = name(world.sae, world.vocabulary, on=world.on if has_captions else None)
-    right = [c for c in names if c.latent < N_PLANTED and c.name == WORDS[c.latent]]
-    assert len(right) >= 0.9 * len(names) and len(right) >= 0.8 * N_PLANTED
+    planted = [c for c in names if c.latent < N_PLANTED]
+    right = [c for c in planted if c.name == WORDS[c.latent]]
+    assert len(right) >= 0.9 * len(planted) and len(right) >= 0.8 * N_PLANTED
+    assert len(names) - len(planted) <= 0.05 * D_SAE  # random directions
     for concept in right:
         assert concept.p <= concept.q <= 0.05 and concept.margin > 0 and concept.text_fires
         assert concept.is_multimodal is (True if has_captions else None)
@@ -272,19 +274,20 @@ def test_a_text_that_does_not_fire_the_latent_as_trained_gives_no_name(world):
 )
 def test_a_name_at_random_is_confirmed_in_at_most_one_case_of_twenty(n_words, rank, is_named):
     found = Agreement(0.9, 0.8, 1.0, 50, 50, rank, n_words, 0.9, 0.1)
-    assert _agrees(found, "unnamed") is is_named
-    chance = sum(_agrees(dataclasses.replace(found, rank=r), "unnamed") for r in range(1, n_words + 1)) / n_words
+    proposal = _Proposal(0, 0, agreement=found)
+    assert found.holds is _is_kept(proposal, "unnamed") is is_named
+    chance = sum(dataclasses.replace(found, rank=r).holds for r in range(1, n_words + 1)) / n_words
     assert chance <= 0.05
-    assert _agrees(found, "named") is (is_named or rank == 1)
+    assert _is_kept(proposal, "named") is (is_named or rank == 1)
 
 
 def test_rows_that_mention_few_words_confirm_no_name(world, tmp_path):
     with world.on.with_suffix(".csv").open() as file:
         captions = [line["caption"] for line in csv.DictReader(file)]
     few = [" ".join(word for word in caption.split() if word in WORDS[:12]) or "nothing" for caption in captions]
-    paths = [f"{i}.png" for i in range(len(few))]
-    on = write_store(tmp_path / "few.npy", world.images, image_path=paths, caption=few)
+    on = write_store(tmp_path / "few.npy", world.images, caption=few)
     names = name(world.sae, world.vocabulary, on=on)
+    assert names.record["on_modality"] == "text"  # so that pictures say nothing
     assert len(names) == names.counts["tested"] == 0
     assert "they mention 12 of the words, and 20 are needed to confirm a name" in names.to_text()
     assert {c.name for c in name(world.sae, world.vocabulary, on=on, untested="named")} >= set(WORDS[:8])
@@ -307,12 +310,145 @@ def test_names_are_a_table_and_are_found_by_name(world):
 
 
 def test_untested_names_stand_only_where_asked(world, tmp_path):
-    paths = [f"{i}.png" for i in range(len(world.images))]
-    silent = write_store(tmp_path / "silent.npy", world.images, image_path=paths, caption=["a picture"] * len(paths))
+    silent = write_store(tmp_path / "silent.npy", world.images, caption=["a text"] * len(world.images))
     assert len(name(world.sae, world.vocabulary, on=silent)) == 0
     names = name(world.sae, world.vocabulary, on=silent, untested="named")
     assert [c.name for c in names] == [c.name for c in name(world.sae, world.vocabulary)]
     assert all(c.agreement is None for c in names)
+
+
+# --- Pictures without captions
+
+
+@pytest.fixture(scope="module")
+def pictures(world):
+    """The images of the world as bare vectors: no captions, no labels."""
+    path = world.folder / "pictures.npy"
+    np.save(path, world.images.astype(np.float32))
+    return path
+
+
+def test_pictures_without_captions_confirm_planted_names(world, pictures):
+    names = name(world.sae, world.vocabulary, on=pictures)
+    planted = [c for c in names if c.latent < N_PLANTED]
+    assert sum(c.name == WORDS[c.latent] for c in planted) >= max(0.95 * len(planted), 0.8 * N_PLANTED)
+    assert all(c.is_confirmed and c.shown == c.name and c.agreement is None for c in names)
+    assert names.counts["rows_held"] == len(names) and "tested" not in names.counts
+    text = names.to_text()
+    assert f"{names.counts['rows_tested']} names were tested on 1,500 images of pictures.npy" in text
+    assert f"{len(names)} held" in text and "nearest word:" not in text
+
+
+def test_the_rows_that_judge_a_name_are_the_oracles(world, pictures):
+    """Correlation, rank and fits by loops over the half of the rows that did not choose."""
+    from msae.concepts import rows
+    from msae.concepts.naming import read_words
+    from msae.sae.view import View
+
+    view, words = (
+        View(world.sae, pictures, "image"),
+        read_words(world.sae, as_store(world.vocabulary, "text"), NameSettings()),
+    )
+    ask = {"by_decoder": {}, "false_names": 0.05}
+    found = rows.choose(view, np.arange(1500), words.directions, words.groups, rng=np.random.default_rng(3), **ask)
+    order = np.random.default_rng(3).permutation(np.arange(1500))
+    first, second = np.sort(order[:750]), np.sort(order[750:])
+    x = np.concatenate([x.numpy() for x in view.rows()])
+    z, likeness = view.table(np.arange(1500)), x @ words.directions.T
+    assert len(found.latents) > N_PLANTED and found.is_held.sum() > 0.8 * N_PLANTED
+    for latent, word, one in list(zip(found.latents, found.words, found.evidence, strict=True))[::9]:
+        chosen_by = [np.corrcoef(z[first, latent], likeness[first, i])[0, 1] for i in range(N_WORDS)]
+        assert word == np.argmax(chosen_by)
+        judged_by = [np.corrcoef(z[second, latent], likeness[second, i])[0, 1] for i in range(N_WORDS)]
+        assert one.correlation == pytest.approx(judged_by[word], abs=1e-4)
+        assert one.rank == 1 + sum(value > judged_by[word] for value in judged_by)
+        usual = z[first, latent][z[first, latent] > 0].mean()
+        clear = [row for row in second if z[row, latent] >= usual]
+        fits = [row for row in second if word in np.argsort(-likeness[row])[: N_WORDS // 20]]
+        assert one.n_clear == pytest.approx(len(clear), abs=1)  # a float32 sum may differ in its last bit
+        assert one.fits == pytest.approx(np.mean([row in fits for row in clear]), abs=0.02)
+        assert one.fits_elsewhere == pytest.approx(
+            np.mean([row in fits for row in second if row not in clear]), abs=0.02
+        )
+        assert one.n == 750 and one.low <= one.fits and one.p <= one.q
+
+
+def test_words_that_have_nothing_to_do_with_the_activations_do_not_hold(tmp_path):
+    """The null: latents read one half of the dimensions, words lie in the other, and the two are independent."""
+    from msae.concepts import rows
+    from msae.sae.view import View
+
+    shares = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((2000, 48)).astype(np.float32)
+        np.save(tmp_path / f"{seed}.npy", x)
+        decoder, words = rng.standard_normal((100, 48)), rng.standard_normal((60, 48))
+        decoder[:, 24:], words[:, :24] = 0, 0
+        standardizer = Standardizer().with_statistics("image", fit_statistics(lambda x=x: [torch.from_numpy(x)]))
+        sae = SAE(SAEConfig(48, 100, kind="relu"), standardizer)
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.from_numpy(unit(decoder)))
+            sae.W_enc.copy_(sae.W_dec.T)
+            sae.b_enc -= 1.0
+        found = rows.choose(
+            View(sae.eval(), tmp_path / f"{seed}.npy", "image"), np.arange(2000), unit(words), np.arange(60),
+            by_decoder=dict.fromkeys(range(100), 0), false_names=0.05, rng=rng,
+        )  # fmt: skip
+        assert len(found.latents) == 100
+        shares.append(found.is_held.mean())
+    assert np.mean(shares) <= 0.05
+
+
+def test_pictures_are_judged_alike_in_any_blocks(world, pictures, monkeypatch):
+    from msae.concepts import rows
+
+    expected = name(world.sae, world.vocabulary, on=pictures)
+    monkeypatch.setattr(rows, "ENTRIES", 10 * N_WORDS)
+    assert name(world.sae, world.vocabulary, on=pictures).concepts == expected.concepts
+
+
+def test_a_word_that_no_rows_confirmed_is_only_the_nearest_word(world, pictures):
+    guessed, tested = name(world.sae, world.vocabulary), name(world.sae, world.vocabulary, on=pictures)
+    assert not guessed.confirmed and len(tested.confirmed) == len(tested)
+    assert guessed.shown(0) == f"nearest word: {WORDS[0]}" and tested.shown(0) == WORDS[0]
+    assert guessed.shown(D_SAE - 1) is None
+    assert "no name was tested on any rows" in guessed.to_text() and f"nearest word: {WORDS[0]}" in guessed.to_text(99)
+    assert "no name was tested" not in tested.to_text()
+
+
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_a_handful_of_pictures_confirms_nothing_and_breaks_nothing(world, tmp_path, n):
+    np.save(tmp_path / "few.npy", world.images[:n].astype(np.float32))
+    names = name(world.sae, world.vocabulary, on=tmp_path / "few.npy")
+    assert len(names) == 0 and names.counts["rows_held"] == 0
+    assert f"names were tested on {n} image" in names.to_text()
+
+
+def test_pictures_confirm_no_name_of_a_small_vocabulary(world, pictures, tmp_path):
+    """Of fewer than 20 words one at random is among the best 5 % too often."""
+    small = write_store(tmp_path / "small.npy", world.word_rows[:12], text=WORDS[:12])
+    names = name(world.sae, small, on=pictures)
+    assert len(names) == 0
+    assert "the pictures confirm nothing: the vocabulary has 12 words, and 20 are needed" in names.to_text()
+
+
+def test_captions_refuse_a_name_that_pictures_would_give(world, tmp_path):
+    texts = np.random.default_rng(1).permutation(WORDS)
+    permuted = write_store(tmp_path / "permuted.npy", world.word_rows, text=texts)
+    bare = tmp_path / "bare.npy"
+    np.save(bare, world.images.astype(np.float32))
+    assert len(name(world.sae, permuted, on=bare)) > 0.1 * D_SAE  # nothing can object
+    assert len(name(world.sae, permuted, on=world.on)) <= 0.05 * D_SAE
+
+
+def test_what_pictures_say_survives_the_file(world, pictures, tmp_path):
+    names = name(world.sae, world.vocabulary, on=pictures, out=tmp_path)
+    assert ConceptNames.load(tmp_path) == names
+    record = json.loads((tmp_path / "names.json").read_text())["concepts"][0]["rows"]
+    assert {"n", "correlation", "rank", "p", "q", "store", "fingerprint", "fits"} <= set(record)
+    assert record["fingerprint"] == as_store(pictures, "image").fingerprint
+    assert names.records()[0]["rows_fits"] == record["fits"]
 
 
 # --- The poster's rule
@@ -397,7 +533,7 @@ def test_names_survive_their_file(world, tmp_path):
     assert ConceptNames.load(tmp_path) == names == as_names(tmp_path / "names.json")
     data = json.loads((tmp_path / "names.json").read_text())
     assert {"schema_version", "made_by", "rule", "d_sae", "concepts"} <= set(data)
-    keys = {"latent", "name", "cosine", "margin", "p", "q", "agreement", "is_multimodal"}
+    keys = {"latent", "name", "cosine", "margin", "p", "q", "agreement", "rows", "is_multimodal"}
     assert all(keys <= set(concept) for concept in data["concepts"])
 
 

@@ -14,14 +14,15 @@ import pytest
 import msae
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.cli import main
-from msae.concepts.names import Agreement, Concept, ConceptNames
+from msae.concepts.names import Agreement, Concept, ConceptNames, names_of
 from msae.concepts.tree import ConceptTree, Edge, Hierarchy
-from msae.data.store import StorePart, write_store
+from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train
 from msae.use.audit import Audit, audit
 from msae.web.report import document, report
-from msae.web.report.views import nodes_of
+from msae.web.report.facts import facts_of
+from msae.web.report.views import Looked, nodes_of, standing_out
 from tests.test_bad_input import snapshot
 
 pytest.importorskip("jinja2")
@@ -60,7 +61,7 @@ def made(tmp_path_factory):
     options = {"d_sae": 32, "levels": (4, 8, 32), "epochs": 2, "batch_size": 30, "log_every": 1, "device": "cpu"}
     for name, seed in (("run", 0), ("beside", 1), ("bare", 2)):
         train(store, out=folder / name, seed=seed, **options)
-    agreement = Agreement(0.9, 0.8, 0.95, 40, 80, 1, 9, 0.9, 0.2)
+    agreement = Agreement(0.9, 0.8, 0.95, 40, 80, 1, 20, 0.9, 0.2)
     concepts = (Concept(0, EVIL, 0.7, 0.3, EVIL, 0.001, 0.01, (EVIL,), agreement, True, 1, True),)
     concepts += (Concept(5, "red", 0.6, None), Concept(7, "red", 0.5, None))
     ConceptNames("evidence", 32, concepts).save(folder / "run")
@@ -333,3 +334,21 @@ def test_the_python_name_is_the_function():
     assert msae.report is report
     with pytest.raises(RunError):
         msae.report("nowhere")
+
+
+def test_concepts_come_by_how_well_they_tell_the_rows_apart_and_confirmed_names_first(world):
+    """By the oracle: the variance between the rows in which a latent fires and the others."""
+    facts, store = facts_of(world / "run"), EmbeddingStore.open(world / "pairs.store")
+    names, samples = names_of(world / "run"), Looked.at(facts, store, "cpu").first
+    found = standing_out(names, samples)
+    z = facts.sae.encode(store.take(np.arange(len(store)), "image"), "image")
+    rate = (z > 0).mean(0)
+    tells = np.array([z[:, i].sum() ** 2 / max(1, (z[:, i] > 0).sum()) ** 2 for i in range(32)]) * rate * (1 - rate)
+    kinds = [0 if latent == 0 else 1 if latent in (5, 7) else 2 for latent in found]
+    assert kinds == sorted(kinds)
+    for kind in (0, 1, 2):
+        part = tells[[latent for latent, own in zip(found, kinds, strict=True) if own == kind]]
+        assert (np.diff(part) <= 1e-6).all()
+    assert len({5, 7} & set(found)) <= 1  # one latent for each name
+    page = report(world / "run", store, out=world / "order.html").path.read_text()
+    assert "nearest word: red" in page and "No rows have confirmed this word" in page

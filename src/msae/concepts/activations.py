@@ -39,13 +39,13 @@ class Activations(Result):
     names: tuple[str | None, ...]
     """Of the latents; None for those without a name."""
     values: Float32[np.ndarray, "rows latents"]
+    shown: tuple[str | None, ...] = ()
+    """The names as people are shown them, as `Concept.shown` says."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """What the columns are called: `red #12`, or `#12` where the latent has no name."""
-        return tuple(
-            f"{name} #{latent}" if name else f"#{latent}" for name, latent in zip(self.names, self.latents, strict=True)
-        )
+        return _labels(self.names, self.latents)
 
     @property
     def headline(self) -> str:
@@ -75,7 +75,11 @@ class Activations(Result):
 
     def to_text(self) -> str:
         """A table of the first latents, and how many more there are."""
-        head = ["id", *(shorten(label, 24) for label in self.labels[:PRINTED]), "words"]
+        head = [
+            "id",
+            *(shorten(label, 32) for label in _labels(self.shown or self.names, self.latents)[:PRINTED]),
+            "words",
+        ]
         cells = [
             [
                 shorten(row.id),
@@ -88,6 +92,10 @@ class Activations(Result):
                                                 right=range(1, len(head) - 1))]  # fmt: skip
         n_more = len(self.latents) - PRINTED
         return "\n".join([*lines, *([f"{n_more:,} more latents; to_pandas() has all"] if n_more > 0 else [])])
+
+
+def _labels(names: Sequence[str | None], latents: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{name} #{i}" if name else f"#{i}" for name, i in zip(names, latents, strict=True))
 
 
 def activations(
@@ -145,6 +153,7 @@ def activations(
         rows=tuple(store.describe_rows(numbers, show=show)),
         latents=tuple(latents),
         names=tuple(None if known is None else known.name_of(latent) for latent in latents),
+        shown=tuple(None if known is None else known.shown(latent) for latent in latents),
         values=values,
     )
 

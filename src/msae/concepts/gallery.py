@@ -57,6 +57,8 @@ class Gallery(Result):
     """What a reader must know: statistics that were not the SAE's own."""
     roots: tuple[Path, ...] = ()
     """Folders that the paths of pictures may be relative to."""
+    shown: str | None = None
+    """The name as people are shown it: `nearest word: …` where no rows have confirmed it."""
 
     @property
     def firing_rate(self) -> float:
@@ -65,7 +67,7 @@ class Gallery(Result):
 
     @property
     def title(self) -> str:
-        return f"latent {self.latent}: {self.name or 'unnamed'}"
+        return f"latent {self.latent}: {self.shown or self.name or 'unnamed'}"
 
     def to_text(self) -> str:
         """What the command line prints: a line of statistics for each modality, then images and texts side by side."""
@@ -161,6 +163,7 @@ def gallery(
         statistics={modality: describe(samples, latent) for modality, samples in found.items()},
         notes=tuple(note for samples in found.values() for note in _notes(samples)),
         roots=store.picture_roots,
+        shown=None if names is None else names.shown(latent),
     )
 
 

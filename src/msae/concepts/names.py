@@ -25,7 +25,11 @@ FILE = "names.json"
 Rule = Literal["evidence", "poster"]
 
 MIN_WORDS = 20
-"""Words captions must mention to confirm a name: of fewer, a word at random comes first in more than 5 % of cases."""
+"""Words that captions must mention, or that a vocabulary must have, to confirm a name: of fewer, a word at random comes
+first in more than 5 % of cases."""
+AGREEMENT_SHARE = 1 / MIN_WORDS
+"""A name must be among this share of the words that occur in the rows, by AUROC: so rarely is a word at random. Of
+fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,45 @@ class Agreement:
     """Share of the rows with the name in which the latent is active."""
     fires_without: float
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether the rows can confirm or refuse the name: they mention enough words to compare it with."""
+        return self.n_words >= MIN_WORDS
+
+    @property
+    def holds(self) -> bool:
+        """Activation and word go together, and hardly any other word goes better with the activation."""
+        return self.is_tested and self.low > 0.5 and self.rank <= AGREEMENT_SHARE * self.n_words
+
+
+@dataclass(frozen=True)
+class RowEvidence:
+    """How well a latent's activation goes with the similarity of rows to its name; the rows did not choose the name."""
+
+    store: str
+    fingerprint: str
+    """Of the embeddings of that store."""
+    n: int
+    """Rows that judged the name; as many others chose it."""
+    correlation: float
+    """Of the activation and the similarity of the row to the name."""
+    rank: int
+    """Place of the name among all words, synonyms counted once, by that correlation; 1 is the best."""
+    n_words: int
+    n_clear: int
+    """Rows in which the latent is clearly active: at least its mean where it fires."""
+    fits: float
+    """Share of those to which the name is among the nearest 5 % of all words."""
+    low: float
+    """Lower end of the 95 % interval of `fits`."""
+    fits_elsewhere: float
+    """The same share of all other rows."""
+    p: float
+    """The chance of so many fits, were the rows that the name fits dealt out at random."""
+    q: float
+    """`p` adjusted for the number of latents that were judged: the share of names, among those with a q at most as
+    large, that go with the activation by chance."""
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -62,20 +105,33 @@ class Concept:
     runner_up: str | None = None
     """The nearest word that is not a synonym of the name."""
     p: float | None = None
-    """Share of random directions that come as near to some word; None by the poster's rule."""
+    """Share of random directions that come as near to some word; None by the poster's rule, and where the name is not
+    the nearest word of the decoder row."""
     q: float | None = None
     """`p` adjusted for the number of latents: the share of latents that lie as near to some word by chance, among those
     with a q at most as large. A name may be wrong without being chance."""
     synonyms: tuple[str, ...] = ()
     """Other words with nearly the embedding of the name."""
     agreement: Agreement | None = None
-    """None where no rows were given, or too few of them contain the name."""
+    """None where no captions were given, or too few of them contain the name."""
     text_fires: bool | None = None
     """Whether the name, encoded as text, activates the latent; None by the poster's rule."""
     text_rank: int | None = None
     """Place of the name among all words by how much each, encoded as text, activates the latent; 1 is the most."""
     images_fire: bool | None = None
     """Whether images of it activate the latent more than others do; None where that is not known."""
+    rows: RowEvidence | None = None
+    """None where no pictures were given, or they did not confirm the name."""
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether rows confirmed the name: pictures that are like the word, or captions that contain it."""
+        return self.rows is not None or (self.agreement is not None and self.agreement.holds)
+
+    @property
+    def shown(self) -> str:
+        """The name as people are shown it: a word that no rows have confirmed is only the nearest word."""
+        return self.name if self.is_confirmed else nearest_word(self.name)
 
     @property
     def is_multimodal(self) -> bool | None:
@@ -83,6 +139,11 @@ class Concept:
         if self.text_fires is None or self.images_fire is None:
             return None
         return self.text_fires and self.images_fire
+
+
+def nearest_word(word: str) -> str:
+    """How a word is shown that lies near a latent and that no rows have confirmed."""
+    return f"nearest word: {word}"
 
 
 @dataclass(frozen=True)
@@ -148,6 +209,49 @@ class ConceptNames(Result):
         concept = self.concept_of(latent)
         return concept.name if concept else None
 
+    def shown(self, latent: int) -> str | None:
+        """The text that people are shown for a latent, as in `Concept.shown`; None where it is unnamed.
+
+        Raises:
+            ConfigError: There is no such latent.
+        """
+        concept = self.concept_of(latent)
+        return concept.shown if concept else None
+
+    def shown_name(self, name: str) -> str:
+        """The text that people are shown for a name, or for anything else that a concept is written as.
+
+        A name of several latents is confirmed where that of one of them is.
+        """
+        latents = self.latents_of(name) if name in self else []
+        if not latents or any(self._by_latent[latent].is_confirmed for latent in latents):
+            return name
+        return nearest_word(name)
+
+    @property
+    def confirmed(self) -> list[Concept]:
+        """The concepts whose names rows have confirmed."""
+        return [concept for concept in self.concepts if concept.is_confirmed]
+
+    def summary(self) -> list[str]:
+        """How many names were tested on which rows, and how many held: a sentence for each kind of evidence."""
+        on, counts = Path(str(self.record.get("on", ""))).name, self.counts
+        lines = []
+        if "rows_tested" in counts:
+            n, modality = self.record["on_rows"], self.record["on_modality"]
+            lines.append(
+                f"{counts['rows_tested']:,} names were tested on {n:,} {modality}s of {on}, chosen on one half and "
+                f"judged on the other: {counts['rows_held']:,} held"
+            )
+        if "tested" in counts:
+            lines.append(f"{counts['tested']:,} names were tested on captions of {on}: {counts['agree']:,} held")
+        if not lines:
+            lines.append(
+                "no name was tested on any rows: each is the word nearest to a decoder row and may be wrong; to test "
+                "them, type: msae name RUN --vocabulary STORE --on STORE"
+            )
+        return lines
+
     def latents_of(self, name: str) -> list[int]:
         """Every latent that bears the name or a synonym of it, in any letter case; wide SAEs have several.
 
@@ -187,31 +291,44 @@ class ConceptNames(Result):
         for concept in self.concepts:
             record = {**dataclasses.asdict(concept), "is_multimodal": concept.is_multimodal}
             record["synonyms"] = ", ".join(concept.synonyms)
-            found.append(record | (record.pop("agreement") or {}))
+            rows = {f"rows_{key}": value for key, value in (record.pop("rows") or {}).items()}
+            found.append(record | (record.pop("agreement") or {}) | rows)
         return found
 
     def to_text(self, n: int = 20) -> str:
-        """What `msae name` prints: the counts of the rule, and the `n` concepts that lie nearest to their names."""
+        """What `msae name` prints: what was tested, the counts of the rule, and the `n` surest concepts."""
         share = len(self) / self.d_sae
         counts = ", ".join(f"{key.replace('_', ' ')} {count:,}" for key, count in self.counts.items())
         lines = [f"{len(self):,} of {self.d_sae:,} latents are named ({share:.1%}) by the rule {self.rule}"]
-        lines += [f"  {counts}", ""]
+        lines += [f"  {line}" for line in (counts, *self.summary())] + [""]
         if self.concepts:
-            nearest_first = sorted(self, key=lambda concept: -concept.cosine)[:n]
-            head = ("latent", "cosine", "margin", "q", "AUROC (95 % interval)", "name")
-            lines += text_table(head, [_cells(concept) for concept in nearest_first], right=(0, 1, 2))
+            surest = sorted(self, key=lambda concept: (-_surety(concept), -concept.cosine))[:n]
+            head = ("latent", "cosine", "margin", "fits", "elsewhere", "AUROC (95 % interval)", "name")
+            lines += text_table(head, [_cells(concept) for concept in surest], right=(0, 1, 2, 3, 4))
         if len(self) > n:
             lines.append(f"and {len(self) - n:,} more in {FILE}")
+        if any(concept.rows for concept in self):
+            lines += [
+                "",
+                "fits: of the rows in which the latent is clearly active, the share to which the name is among the "
+                "nearest 5 % of all words;",
+                "   elsewhere: the same of the other rows",
+            ]
         if (level := self.record.get("false_names")) is not None:
             lines += [
                 "",
-                f"q: of the latents beyond chance, at most {level:.0%} of them, on average, are chance: as near to a "
-                "word as random directions are;",
+                f"q (in {FILE}): of the latents beyond chance, at most {level:.0%} of them, on average, are chance: as "
+                "near to a word as random directions are;",
                 "   that is not how many names are wrong: the nearest word may be another than the right one",
             ]
+        if "rows_held" in self.counts and (n := self.record["n_synonym_groups"]) < MIN_WORDS:
+            lines.append(
+                f"note: the pictures confirm nothing: the vocabulary has {n} words, and {MIN_WORDS} are needed; "
+                f"give a larger one"
+            )
         if (words := self.record.get("on_words", MIN_WORDS)) < MIN_WORDS:
             lines.append(
-                f"note: the rows confirm nothing: they mention {words} of the words, and {MIN_WORDS} are needed to "
+                f"note: the captions confirm nothing: they mention {words} of the words, and {MIN_WORDS} are needed to "
                 f"confirm a name; --untested named keeps the names that they do not contradict"
             )
         return "\n".join(lines)
@@ -294,15 +411,22 @@ def names_of(run: RunLike) -> ConceptNames | None:
     return names
 
 
+def _surety(concept: Concept) -> float:
+    """The lower end of the interval of the surest evidence that rows give for a name."""
+    by_captions = concept.agreement.low if concept.agreement and concept.agreement.holds else 0.0
+    return max(by_captions, concept.rows.low if concept.rows else 0.0)
+
+
 def _cells(concept: Concept) -> list[str]:
-    found = concept.agreement
+    found, rows = concept.agreement, concept.rows
     return [
         str(concept.latent),
         f"{concept.cosine:.3f}",
         "-" if concept.margin is None else f"{concept.margin:.3f}",
-        "-" if concept.q is None else f"{concept.q:.1e}",
+        f"{rows.fits:.0%}" if rows else "-",
+        f"{rows.fits_elsewhere:.0%}" if rows else "-",
         f"{found.auroc:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-",
-        shorten(concept.name) + (f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""),
+        shorten(concept.shown) + (f" ({', '.join(concept.synonyms)})" if concept.synonyms else ""),
     ]
 
 

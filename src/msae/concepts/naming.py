@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from msae.base import statistics
 from msae.base.config import settings_from
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts import evidence
-from msae.concepts.names import MIN_WORDS, Agreement, Candidate, Concept, ConceptNames, Rule
+from msae.concepts import rows as row_evidence
+from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, RowEvidence, Rule
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, check_fit, weights_hash
@@ -33,9 +34,6 @@ POSTER_COSINE = 0.42
 POSTER_RATIO = 2.0
 MIN_ROWS = 5
 """Rows with a word, and rows without, that agreement needs."""
-AGREEMENT_SHARE = 1 / MIN_WORDS
-"""A name must be among this share of the words that occur in the rows, by AUROC: so rarely is a word at random. Of
-fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
 TEXT_SHARE = 0.01
 """A name must be among this share of the words by how much its text activates the latent, or be the very first: a word
 at random is with a probability of .01, or of one in the number of words where that is more."""
@@ -70,7 +68,8 @@ class NameSettings:
     """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class and
     title."""
     untested: Untested = "unnamed"
-    """What becomes of a name that captions cannot confirm: they hardly mention it, or mention fewer than 20 words."""
+    """What becomes of a name that neither pictures nor captions can confirm: captions hardly mention it, or mention
+    fewer than 20 words."""
     max_rows: int = 50_000
     """Rows of the store `on` to use; of more, a random sample."""
     seed: int = 0
@@ -113,15 +112,16 @@ def name(
     settings: NameSettings | None = None,
     **options: Unpack[NameOptions],
 ) -> ConceptNames:
-    """Give latents the words nearest to their decoder rows as names, where that is more than chance.
+    """Give latents words for names: those that pictures and captions confirm, or the nearest to their decoder rows.
 
     Args:
         sae: A run folder, or a Hugging Face repository that holds an SAE.
         vocabulary: A store of words, embedded as text by the encoder of the SAE. Rows with the same word, such as
             prompt templates of it, count as one word with their mean embedding.
-        on: A store with captions or labels, of rows that the SAE was not trained on. A latent is then named only if it
-            is active where captions contain the name. Words are never chosen by these rows, so all of them are held
-            out.
+        on: A store to confirm names on, of the kind of rows that names shall hold for. Images need no captions: half
+            of them choose the word whose likeness goes best with a latent's activation, the other half decides
+            whether it holds. Captions or labels, where there are any, may refuse a name: a latent must be active where
+            they contain it. Without a store every name is only the nearest word.
         out: Where to write names.json. Without it, into the run folder.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         settings: All settings at once, instead of `options`.
@@ -278,10 +278,20 @@ def _by_poster(sae: SAE, words: Words, settings: NameSettings) -> ConceptNames:
 # --- The evidence
 
 
+class _Proposal(NamedTuple):
+    """A word for a latent, with what rows say of it."""
+
+    latent: int
+    word: int
+    rows: RowEvidence | None = None
+    """Of pictures; None where the decoder proposed the word."""
+    agreement: Agreement | None = None
+
+
 def _by_evidence(
     texts: View, words: Words, on: EmbeddingStore | str | Path | None, settings: NameSettings
 ) -> ConceptNames:
-    """Nearer than chance, read by the encoder as well, and confirmed by captions where there are some."""
+    """Nearer than chance and read by the encoder as well, or chosen and confirmed by pictures; captions may refuse."""
     sae = texts.run.sae
     directions = _decoder(sae)
     found = evidence.nearest_words(directions, words.directions, words.groups, top=settings.candidates)
@@ -293,8 +303,7 @@ def _by_evidence(
     latents = np.flatnonzero(q <= settings.false_names)
     counts = {"latents": sae.d_sae, "beyond_chance": len(latents)}
     ranks = _text_ranks(texts, words, latents, found.words[latents, 0])
-    is_read = ranks <= max(1, int(TEXT_SHARE * len(words.texts)))
-    latents, ranks = latents[is_read], ranks[is_read]
+    latents = latents[ranks <= max(1, int(TEXT_SHARE * len(words.texts)))]
     counts["fired_by_text"] = len(latents)
     record: dict[str, Any] = {
         "inference": texts.inference,
@@ -302,62 +311,131 @@ def _by_evidence(
         "null_size": len(null),
         "null_cosines": {str(share): _round(np.quantile(null_cosines, share)) for share in (0.5, 0.95, 0.99)},
     }
-    agreements: list[Agreement | None] = [None] * len(latents)
-    keep = [True] * len(latents)
+    proposals = [_Proposal(int(latent), int(found.words[latent, 0])) for latent in latents]
     if on is not None:
-        captions = _Captions(texts, words, as_store(on), settings, rng)
-        agreements = captions.agreements(latents, found.words[latents, 0])
-        keep = [_agrees(agreement, settings.untested) for agreement in agreements]
-        counts["tested"] = sum(_is_tested(agreement) for agreement in agreements)
-        counts["agree"] = sum(_agrees(agreement, "unnamed") for agreement in agreements)
-        record |= captions.record
+        proposals, tested, about = _on_rows(texts, words, as_store(on), proposals, settings, rng)
+        counts |= tested
+        record |= about
+    own = np.array([one.word for one in proposals], dtype=np.int64)
+    ranks = _text_ranks(texts, words, np.array([one.latent for one in proposals], dtype=np.int64), own)
     concepts = [
-        _concept(int(latent), words, found, float(p[latent]), float(q[latent]), int(rank), agreement, record)
-        for latent, rank, agreement, kept in zip(latents, ranks, agreements, keep, strict=True)
-        if kept
+        _concept(
+            one, words, found, directions[one.latent], (float(p[one.latent]), float(q[one.latent])), int(rank), record
+        )
+        for one, rank in zip(proposals, ranks, strict=True)
     ]
     return _names(sae, words, settings, concepts, {**counts, "named": len(concepts)}, found, record)
 
 
+def _on_rows(
+    texts: View,
+    words: Words,
+    store: EmbeddingStore,
+    by_decoder: Sequence[_Proposal],
+    settings: NameSettings,
+    rng: np.random.Generator,
+) -> tuple[list[_Proposal], dict[str, int], dict[str, Any]]:
+    """The names that the rows of a store leave, at most one a latent, with counts and what goes into names.json."""
+    sae = texts.sae
+    check_fit(sae, store)
+    is_readable = [m for m in store.modalities if m in sae.standardizer]
+    view = View(sae, store, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
+    rows = np.sort(rng.permutation(len(store))[: settings.max_rows])
+    counts: dict[str, int] = {}
+    record: dict[str, Any] = {
+        "on": str(store.path),
+        "on_fingerprint": store.fingerprint,
+        "on_metadata": store.metadata_fingerprint,
+        "on_modality": view.modality,
+        "on_rows": len(rows),
+        "untested": settings.untested,
+    }
+    by_rows: list[_Proposal] = []
+    if view.modality == "image":
+        chosen = row_evidence.choose(
+            view, rows, words.directions, words.groups, by_decoder={one.latent: one.word for one in by_decoder},
+            false_names=settings.false_names, rng=rng,
+        )  # fmt: skip
+        counts |= {"rows_tested": len(chosen.latents), "rows_held": int(chosen.is_held.sum())}
+        by_rows = [
+            _Proposal(int(chosen.latents[i]), int(chosen.words[i]), chosen.evidence[i])
+            for i in np.flatnonzero(chosen.is_held)
+        ]
+    has_captions = settings.column is not None or any(column in store.columns for column in _CAPTION_COLUMNS)
+    if view.modality == "image" and not has_captions:
+        # A word near the decoder row that the pictures do not confirm is no name.
+        return by_rows, counts, record
+    captions = _Captions(view, words, rows, settings)
+    record["on_words"] = captions.n_words
+    proposals = [*by_rows, *by_decoder]
+    found = captions.agreements(
+        np.array([one.latent for one in proposals], dtype=np.int64),
+        np.array([one.word for one in proposals], dtype=np.int64),
+    )
+    best: dict[int, _Proposal] = {}
+    for proposal, agreement in zip(proposals, found, strict=True):
+        one = proposal._replace(agreement=agreement)
+        if _is_kept(one, settings.untested) and (
+            one.latent not in best or _sureness(one) > _sureness(best[one.latent])
+        ):
+            best[one.latent] = one
+    decided = found[len(by_rows) :]
+    counts["tested"] = sum(agreement is not None and agreement.is_tested for agreement in decided)
+    counts["agree"] = sum(agreement is not None and agreement.holds for agreement in decided)
+    return sorted(best.values()), counts, record
+
+
+def _is_kept(one: _Proposal, untested: Untested) -> bool:
+    """Whether a name stands: captions do not refuse it, and pictures or captions confirm it, or `untested` does."""
+    agreement = one.agreement
+    if agreement is not None and agreement.is_tested:
+        return agreement.holds
+    if one.rows is not None:
+        return True
+    # the first of few words is so by chance too often to be confirmed by it
+    return untested == "named" and (agreement is None or (agreement.low > 0.5 and agreement.rank == 1))
+
+
+def _sureness(one: _Proposal) -> tuple[bool, float, bool]:
+    """Of two words for one latent: which captions confirm goes before, then what they separate better."""
+    held = one.agreement is not None and one.agreement.holds
+    return held, one.agreement.auroc if held and one.agreement else 0.0, one.rows is not None
+
+
 def _concept(
-    latent: int,
+    one: _Proposal,
     words: Words,
     found: evidence.Matches,
-    p: float,
-    q: float,
+    direction: Float32[np.ndarray, " d_in"],
+    by_chance: tuple[float, float],
     text_rank: int,
-    agreement: Agreement | None,
     record: Mapping[str, Any],
 ) -> Concept:
-    word, rival, cosine = int(found.words[latent, 0]), int(found.rivals[latent]), found.cosines[latent, 0]
+    word, is_nearest = one.word, one.word == found.words[one.latent, 0]
+    cosine = float(direction @ words.directions[word])
+    rival, rival_cosine = int(found.rivals[one.latent]), float(found.rival_cosines[one.latent])
+    if not is_nearest:
+        near, nearest_cosine = int(found.words[one.latent, 0]), float(found.cosines[one.latent, 0])
+        if words.groups[near] != words.groups[word]:
+            rival, rival_cosine = near, nearest_cosine
+    agreement, images_fire = one.agreement, True if one.rows else None
+    if agreement and record.get("on_modality") == "image":
+        images_fire = agreement.low > 0.5
     return Concept(
-        latent,
+        one.latent,
         words.texts[word],
         _round(cosine),
-        _round(cosine - found.rival_cosines[latent]) if rival >= 0 else None,
+        _round(cosine - rival_cosine) if rival >= 0 else None,
         words.texts[rival] if rival >= 0 else None,
-        p=p,
-        q=q,
+        p=by_chance[0] if is_nearest else None,
+        q=by_chance[1] if is_nearest else None,
         synonyms=tuple(text for text in words.members(words.groups[word]) if text != words.texts[word]),
         agreement=agreement,
-        text_fires=True,
+        rows=one.rows,
+        text_fires=text_rank <= len(words.texts),
         text_rank=text_rank,
-        images_fire=agreement.low > 0.5 if agreement and record.get("on_modality") == "image" else None,
+        images_fire=images_fire,
     )
-
-
-def _is_tested(agreement: Agreement | None) -> bool:
-    """Whether the rows can confirm or refuse the name: they mention it, and enough words to compare it with."""
-    return agreement is not None and agreement.n_words >= MIN_WORDS
-
-
-def _agrees(agreement: Agreement | None, untested: Untested) -> bool:
-    """Activation and word go together, and hardly any other word goes better with it."""
-    if agreement is None:
-        return untested == "named"
-    if not _is_tested(agreement):  # the first of few words is so by chance too often to be confirmed by it
-        return untested == "named" and agreement.low > 0.5 and agreement.rank == 1
-    return agreement.low > 0.5 and agreement.rank <= AGREEMENT_SHARE * agreement.n_words
 
 
 def _text_ranks(
@@ -384,15 +462,9 @@ def _text_ranks(
 class _Captions:
     """Rows with captions or labels: is a latent active where they mention its name?"""
 
-    def __init__(
-        self, texts: View, words: Words, store: EmbeddingStore, settings: NameSettings, rng: np.random.Generator
-    ) -> None:
-        sae = texts.sae
-        check_fit(sae, store)
-        captions = _text_column(store, _CAPTION_COLUMNS, settings.column, option="--column")
-        is_readable = [m for m in store.modalities if m in sae.standardizer]
-        self.view = View(sae, store, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
-        self.words, self.rows = words, np.sort(rng.permutation(len(store))[: settings.max_rows])
+    def __init__(self, view: View, words: Words, rows: Int64[np.ndarray, " n"], settings: NameSettings) -> None:
+        captions = _text_column(view.store, _CAPTION_COLUMNS, settings.column, option="--column")
+        self.view, self.words, self.rows = view, words, rows
         by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts)
         by_group: list[set[int]] = [set() for _ in range(int(words.groups.max()) + 1)]
         for group, found in zip(words.groups, by_word, strict=True):
@@ -400,15 +472,11 @@ class _Captions:
         tested = [g for g, found in enumerate(by_group) if MIN_ROWS <= len(found) <= len(self.rows) - MIN_ROWS]
         self.rows_with = [sorted(by_group[group]) for group in tested]
         self.place = {group: i for i, group in enumerate(tested)}
-        self.record = {
-            "on": str(store.path),
-            "on_fingerprint": store.fingerprint,
-            "on_metadata": store.metadata_fingerprint,
-            "on_modality": self.view.modality,
-            "on_rows": len(self.rows),
-            "on_words": len(tested),
-            "untested": settings.untested,
-        }
+
+    @property
+    def n_words(self) -> int:
+        """Words, synonyms counted once, that occur often enough to be ranked."""
+        return len(self.rows_with)
 
     def agreements(self, latents: Int64[np.ndarray, " c"], own: Int64[np.ndarray, " c"]) -> list[Agreement | None]:
         """The agreement of each latent with its own word; None where the rows mention it too rarely."""

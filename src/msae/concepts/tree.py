@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -318,6 +318,8 @@ class ConceptTree(Result):
     """Of each latent in the tree, the share of its rows in which it is among the 64, 128, … strongest."""
     score: PairScore | None = None
     """All edges against known pairs of words; None where none were given."""
+    shown: Mapping[int, str] = field(default_factory=dict)
+    """The names as people are shown them, as `Concept.shown` says."""
 
     def to_json(self) -> dict[str, Any]:
         score = None if self.score is None else asdict(self.score)
@@ -351,7 +353,8 @@ class ConceptTree(Result):
             first = next(iter(self.levels.get(latent, {}).items()), None)
             coarse = f"  {first[1]:.0%} within {first[0]}" if first else ""
             rate = found.fired[latent] / found.n_rows
-            lines.append(f"{'  ' * depth}{self.names.get(latent, '?')} [{latent}]  fires {rate:.1%}{coarse}{under}")
+            name = self.shown.get(latent, self.names.get(latent, "?"))
+            lines.append(f"{'  ' * depth}{name} [{latent}]  fires {rate:.1%}{coarse}{under}")
         n_more = len(found.parent) + len(found.roots) - PRINTED_NODES
         return "\n".join([*lines, *([f"… and {n_more:,} more; --json FILE has all"] if n_more > 0 else [])])
 
@@ -406,6 +409,7 @@ def concept_tree(
         hierarchy=found,
         k=k,
         names={} if names is None else {concept.latent: concept.name for concept in names},
+        shown={} if names is None else {concept.latent: concept.shown for concept in names},
         levels={latent: level_shares(samples, latent) for latent in nodes},
         score=None if known is None or names is None else score_pairs(found.edges, _words_in(known, names), known),
     )

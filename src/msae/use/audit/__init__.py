@@ -12,7 +12,7 @@ import numpy as np
 
 from msae.base.errors import ConfigError, RunError
 from msae.concepts.concept import Names, groups_of, is_numbers
-from msae.concepts.names import as_names, names_of
+from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, Inference
 from msae.sae.run import Run
@@ -140,4 +140,9 @@ def _groups(
     groups = groups_of(asked, names, d_sae)
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
-    return groups, []
+    guessed = [name for name in groups if isinstance(names, ConceptNames) and names.shown_name(name) != name]
+    note = (
+        f"{len(guessed)} of the {len(groups)} names are only the nearest words: no rows have confirmed them; to test "
+        f"them, type: msae name RUN --vocabulary STORE --on STORE"
+    )
+    return groups, [note] if guessed else []

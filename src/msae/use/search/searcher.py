@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.concepts.concept import BLOCK_ROWS, ConceptSet
+from msae.concepts.concept import BLOCK_ROWS, ConceptSet, Natural, natural_of
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.sae.model import SAE
@@ -30,6 +30,11 @@ from msae.use.search.results import Hit, SearchResult, Shared, Space
 
 SHARED = 5
 """Concepts that are named with a hit."""
+USUAL_ROWS = 2000
+"""Rows, evenly spread over the store, that tell how strong a concept usually is."""
+TINY = 1e-9
+COMMON = 0.5
+"""A concept that fires in more than this share of the rows says nothing of two rows that share it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class Searcher:
             found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
         else:
             found = search_embeddings(self.index, edited, how.n, keep)
-        describe = partial(_hits, store, how.show, _Sharing(sae, store, self.searched, self.names, edited.z_edited))
+        sharing = _Sharing(self.concepts(self.searched, strict=True).view, query.modality, self.names, edited.z_edited)
+        describe = partial(_hits, store, how.show, sharing)
         return SearchResult(
             store=str(store.path),
             kind=query.kind,
@@ -166,45 +172,93 @@ def _kept(store: EmbeddingStore, filter: Filter | None, query: Query) -> NDArray
     return keep
 
 
-class _Sharing(NamedTuple):
-    """Finds the concepts that hits share with the edited query."""
+@dataclass
+class _Sharing:
+    """Finds the concepts that hits share with the edited query, as far as that is more than is usual in the store."""
 
-    sae: SAE
-    store: EmbeddingStore
-    modality: Modality
+    view: View
+    """Of the rows that are searched."""
+    query_modality: Modality
     names: ConceptNames | None
     z: Tensor | None
 
     def of(self, rows: NDArray[np.int64]) -> list[tuple[Shared, ...]]:
-        """Of each row, the concepts of which the query and it both have most; latents where nothing is named."""
-        if self.z is None or self.modality not in self.sae.standardizer or not len(rows):
+        """Of each row, the concepts that the query and it both have above their usual strength in the store.
+
+        Those first of which both have most for what is usual. What fires in most rows is left out.
+        """
+        if self.z is None or self.view.modality not in self.view.sae.standardizer or not len(rows):
             return [()] * len(rows)
-        hits = self.sae.encode(torch.from_numpy(self.store.take(rows, self.modality)), self.modality)
-        concepts = self._concepts()
+        if not self._concepts():
+            return [()] * len(rows)
+        concepts, usual, usual_in_query = self._unusual
         if not concepts:
             return [()] * len(rows)
-        query = torch.stack([self.z[latents].sum() for latents in concepts.values()])
-        theirs = torch.stack([hits[:, latents].sum(1) for latents in concepts.values()], 1)
-        common = torch.minimum(theirs, query)
+        hits = _summed(next(iter(self.view.activations(self._active, rows))).cpu(), self._columns, concepts)
+        query = _summed(self.z[self._active].unsqueeze(0), self._columns, concepts)[0]
+        common = torch.minimum(hits / usual, query / usual_in_query)
         names = list(concepts)
         found = []
-        for row, values in zip(theirs, common, strict=True):
+        for row, values in zip(hits, common, strict=True):
             best = values.topk(min(SHARED, len(names))).indices.tolist()
-            found.append(tuple(Shared(names[i], float(query[i]), float(row[i])) for i in best if float(values[i]) > 0))
+            found.append(tuple(
+                Shared(names[i], float(query[i]), float(row[i])) for i in best if float(values[i]) > 1
+            ))  # fmt: skip
         return found
 
-    def _concepts(self) -> dict[str, list[int]]:
-        """The names of the query's active latents, and which latents bear them."""
+    @cached_property
+    def _active(self) -> list[int]:
+        """The query's active latents."""
         assert self.z is not None
-        active = self.z.nonzero()[:, 0].tolist()
-        if self.names is None:
-            return {f"#{latent}": [latent] for latent in active}
+        active: list[int] = self.z.nonzero()[:, 0].tolist()
+        return active
+
+    @cached_property
+    def _columns(self) -> dict[int, int]:
+        return {latent: column for column, latent in enumerate(self._active)}
+
+    @cached_property
+    def _unusual(self) -> tuple[dict[str, list[int]], Tensor, Tensor]:
+        """The concepts of which the query has more than is usual, with what is usual in hits and in queries."""
+        view = self.view
+        own = view.on(view.store, self.query_modality) if self.query_modality in view.store.modalities else view
+        concepts = self._concepts()
+        in_hits = self._natural(view, concepts)
+        in_query = in_hits if own.modality == view.modality else self._natural(own, concepts)
+        assert self.z is not None
+        kept = {
+            name: latents
+            for name, latents in concepts.items()
+            if 0 < in_hits[name].firing_rate <= COMMON
+            and in_query[name].firing_rate <= COMMON
+            and float(self.z[latents].sum()) > in_query[name].quantile(50)
+        }
+        usual = torch.tensor([in_hits[name].quantile(50) for name in kept])
+        usual_in_query = torch.tensor([max(in_query[name].quantile(50), TINY) for name in kept])
+        return kept, usual, usual_in_query
+
+    def _natural(self, view: View, concepts: Mapping[str, Sequence[int]]) -> dict[str, Natural]:
+        n = min(USUAL_ROWS, len(view))
+        rows = np.linspace(0, len(view) - 1, n).round().astype(np.int64)
+        z = torch.cat([block.cpu() for block in view.activations(self._active, rows)])
+        summed = _summed(z, self._columns, concepts)
+        return {name: natural_of(summed[:, i]) for i, name in enumerate(concepts)}
+
+    def _concepts(self) -> dict[str, list[int]]:
+        """What people are shown for the query's active latents, and which latents each is."""
         found: dict[str, list[int]] = {}
-        for latent in active:
-            name = self.names.name_of(latent)
-            if name is not None:
-                found.setdefault(name, []).append(latent)
+        for latent in self._active:
+            name = None if self.names is None else self.names.name_of(latent)
+            if self.names is None or not len(self.names):
+                found[f"#{latent}"] = [latent]
+            elif name is not None:
+                found.setdefault(self.names.shown_name(name), []).append(latent)
         return found
+
+
+def _summed(z: Tensor, columns: Mapping[int, int], concepts: Mapping[str, Sequence[int]]) -> Tensor:
+    """The strength of each concept, summed over its latents, in each row of activations."""
+    return torch.stack([z[:, [columns[latent] for latent in latents]].sum(1) for latents in concepts.values()], 1)
 
 
 def _hits(

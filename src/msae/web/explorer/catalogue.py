@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 CHOICES = (
     Choice("", "all", "every latent"),
-    Choice("named", "named", "latents whose name has evidence"),
+    Choice("named", "named", "latents with a name that rows have confirmed, or with a nearest word beyond chance"),
     Choice("unnamed", "unnamed", "latents without a name"),
     Choice("coarse", "coarse", "mostly among the strongest sixteenth of the latents where they fire: broad concepts"),
     Choice("fine", "fine", "mostly weaker than that where they fire: details"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
 from msae.concepts.concept import LatentGroup
+from msae.data.store import Row
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, How, SearchResult
@@ -23,6 +24,8 @@ from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
 
 SLIDERS = 8
+CANDIDATES = 3 * SLIDERS
+"""Concepts of the strongest latents that are looked at for the sliders."""
 HITS = 12
 BEYOND = 1.25
 """A slider reaches this far beyond the largest natural strength."""
@@ -38,6 +41,10 @@ class Slider(NamedTuple):
     """Its strength in the query."""
     value: float
     """What it is set to."""
+    label: str
+    """What people are shown: a name, the nearest word that was not confirmed, or the number of a latent."""
+    picture: Row | None
+    """Of a concept without a confirmed name, the row that fires it most."""
 
     @property
     def top(self) -> float:
@@ -63,7 +70,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
         values |= _rows(world, address) | {"searched": searched(run, address)}
         try:
             query = read(world, run, address)
-            values |= {"query": query, "sliders": sliders_of(run, address, query), **_found(world, run, address)}
+            values |= {"query": query, "sliders": sliders_of(world, run, address, query), **_found(world, run, address)}
             if query.row is not None:
                 values["row"] = world.rows([query.row])[0]
         except MsaeError as err:
@@ -116,7 +123,7 @@ def as_vector(x: np.ndarray) -> str:
     return base64.urlsafe_b64encode(x.astype("<f4").tobytes()).decode("ascii")
 
 
-def sliders_of(run: LoadedRun, address: Address, query: Query) -> list[Slider]:
+def sliders_of(world: World, run: LoadedRun, address: Address, query: Query) -> list[Slider]:
     """The query's strongest concepts, those that were added, and those that are changed.
 
     Raises:
@@ -125,15 +132,29 @@ def sliders_of(run: LoadedRun, address: Address, query: Query) -> list[Slider]:
     z = run.sae.encode(torch.from_numpy(query.x).unsqueeze(0), query.modality)
     known = run.searcher(searched(run, address)).concepts(query.modality, strict=True)
     changed = dict(edits_of(address))
-    concepts = dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed, *strongest(run, query, z[0])])
-    made = []
+    asked = list(dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed]))[:MAX_EDITS]
+    found = [concept for concept in strongest(run, query, z[0]) if concept not in asked]
+    made: list[Slider] = []
     with run.preparing:
-        for concept in list(concepts)[: SLIDERS + MAX_EDITS]:
+        for concept in [*asked, *found]:
+            if len(made) == len(asked) + SLIDERS:
+                break
             group = known[concept]
             own = float(group.strength(z))
+            if concept not in asked and len(group.latents) > 1 and own < group.natural.quantile(50):
+                continue  # one of its latents is strong here, but not the concept
             change = changed.get(concept)
-            made.append(Slider(concept, group, own, change.number if change else own))
+            label = run.names.shown_name(concept) if run.names else concept
+            is_named = run.names is not None and concept in run.names and label == concept
+            picture = None if is_named else _strongest_row(world, run, query, group)
+            made.append(Slider(concept, group, own, change.number if change else own, label, picture))
     return made
+
+
+def _strongest_row(world: World, run: LoadedRun, query: Query, group: LatentGroup) -> Row | None:
+    samples = run.samples.get(query.modality) or next(iter(run.samples.values()))
+    top = samples.top(max(group.latents, key=lambda latent: float(samples.maximum[latent])), 1)
+    return world.rows([top[0].row])[0] if top else None
 
 
 def edits_of(address: Address) -> list[tuple[str, Change]]:
@@ -150,16 +171,17 @@ def edits_of(address: Address) -> list[tuple[str, Change]]:
 
 
 def strongest(run: LoadedRun, query: Query, z: Tensor) -> list[str]:
-    """The concepts of which the query has most for what is natural: names, or numbers where nothing is named."""
+    """The concepts of which the query has most for what is natural, named or not: names, else numbers of latents.
+
+    What is below its threshold in the query has no activation, and is not shown.
+    """
     samples = run.samples.get(query.modality) or next(iter(run.samples.values()))
     usual = torch.from_numpy(np.maximum(samples.quantiles((0.99,))[:, 0], 1e-6)).float()
     found: dict[str, None] = {}
     for latent in (z / usual).sort(descending=True).indices.tolist():
-        if float(z[latent]) <= 0 or len(found) == SLIDERS:
+        if float(z[latent]) <= 0 or len(found) == CANDIDATES:
             break
-        name = run.names.name_of(latent) if run.names else None
-        if name or not (run.names and len(run.names)):
-            found[name or f"#{latent}"] = None
+        found[(run.names.name_of(latent) if run.names else None) or f"#{latent}"] = None
     return list(found)
 
 

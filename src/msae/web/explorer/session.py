@@ -132,8 +132,8 @@ class LoadedRun:
             return self._sweepers[target]
 
     def name(self, latent: int) -> str:
-        """The name of a latent, or its number."""
-        return (self.names.name_of(latent) if self.names else None) or f"#{latent}"
+        """What is shown for a latent: its name, the nearest word that was not confirmed, or its number."""
+        return (self.names.shown(latent) if self.names else None) or f"#{latent}"
 
 
 class World:

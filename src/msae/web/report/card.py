@@ -63,7 +63,7 @@ def card(facts: Facts) -> str:
     evaluations = [kept.evaluation for kept in facts.evaluations]
     table = [list(row.items())[1:] for row in table_rows(evaluations)]
     titles = [title for title, _ in table[0]] if table else []
-    known = sorted({concept.name for concept in names or ()})
+    known = sorted({concept.name for concept in (names.confirmed if names else ())})
     return str(
         render(
             "report/card.md",
@@ -77,6 +77,7 @@ def card(facts: Facts) -> str:
             judgements=[said for e in evaluations if (said := judgement(_rows_of(e), e))],
             names=known[:MAX_NAMES],
             n_more=len(known[MAX_NAMES:]),
+            n_unconfirmed=len(names) - len(names.confirmed) if names else 0,
         )
     )
 

@@ -35,8 +35,7 @@ from msae.web.report.views import (
     command,
     example_search,
     nodes_of,
-    reliable,
-    strongest,
+    standing_out,
     tree_of,
 )
 
@@ -336,15 +335,14 @@ class _Draft:
                 "STORE",
             )
             return []
+        latents = standing_out(facts.names, self.looked.first)
         if facts.names is not None and len(facts.names):
-            named = reliable(facts.names)[: self.n_concepts]
-            return [self.looked.concept(concept.latent, concept, self.album) for concept in named]
-        return [
-            self.looked.concept(latent, None, self.album) for latent in strongest(self.looked.first)[: self.n_concepts]
-        ]
+            latents = [latent for latent in latents if facts.names.concept_of(latent)]
+        concept_of = facts.names.concept_of if facts.names is not None else lambda _: None
+        return [self.looked.concept(latent, concept_of(latent), self.album) for latent in latents[: self.n_concepts]]
 
     def _all_names(self) -> tuple[list[str], int]:
-        names = sorted({concept.name for concept in self.facts.names or ()})
+        names = sorted({concept.name for concept in (self.facts.names.confirmed if self.facts.names else ())})
         return names[:MAX_NAMES], len(names)
 
     def _magnitudes(self) -> str | None:

@@ -110,7 +110,9 @@ class Facts:
             lines.append(("training", ", ".join(how)))
         if self.names is not None:
             share = len(self.names) / self.names.d_sae
-            lines.append(("named latents", f"{len(self.names):,} of {self.names.d_sae:,} ({share:.0%})"))
+            confirmed = f"{len(self.names.confirmed):,} confirmed by rows, the others only the nearest word"
+            lines.append(("named latents", f"{len(self.names):,} of {self.names.d_sae:,} ({share:.0%}); {confirmed}"))
+            lines.append(("tests of names", "; ".join(self.names.summary())))
         return [(word, value) for word, value in lines if value]
 
     def _trained_on(self) -> str:

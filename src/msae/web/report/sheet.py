@@ -102,7 +102,7 @@ def _thumbnail(gallery: Gallery, sample: Sample) -> Image.Image:
 
 
 def _title(gallery: Gallery) -> str:
-    return f"{gallery.name or 'unnamed'}  (latent {gallery.latent})"
+    return f"{gallery.shown or gallery.name or 'unnamed'}  (latent {gallery.latent})"
 
 
 def _subtitle(gallery: Gallery) -> str:

@@ -54,7 +54,7 @@ class ConceptView(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.concept.name if self.concept else "unnamed"
+        return self.concept.shown if self.concept else "unnamed"
 
 
 @dataclass
@@ -116,24 +116,24 @@ class Looked:
         ]
 
 
-def reliable(names: ConceptNames) -> list[Concept]:
-    """One concept for each name, those first whose name the captions or labels confirm most surely."""
+def standing_out(names: ConceptNames | None, samples: TopSamples) -> list[int]:
+    """Latents by how well they tell the rows of this store apart, one for each name; those with confirmed names first.
 
-    def key(concept: Concept) -> tuple[float, float, int]:
-        confirmed = concept.agreement.low if concept.agreement else 0.0
-        return -confirmed, -concept.cosine, concept.latent
-
-    best: dict[str, Concept] = {}
-    for concept in sorted(names, key=key):
-        best.setdefault(concept.name, concept)
-    return list(best.values())
-
-
-def strongest(samples: TopSamples) -> list[int]:
-    """Latents that tell rows apart, the strongest first: those that fire, but in less than half of the rows."""
+    A latent that fires in every row, or hardly ever, tells none apart: the variance between its rows and the others,
+    firing rate times the rest times the square of its mean activation, is what counts.
+    """
     rate = samples.firing_rate
-    order = np.argsort(-samples.maximum, kind="stable")
-    return [int(latent) for latent in order if 0 < rate[latent] < 0.5]
+    tells = rate * (1 - rate) * np.square(samples.mean_nonzero)
+    found: dict[str, int] = {}
+    for latent in np.argsort(-tells, kind="stable").tolist():
+        if tells[latent] > 0:
+            found.setdefault((names.name_of(latent) if names else None) or f"#{latent}", latent)
+    concepts = {latent: names.concept_of(latent) if names else None for latent in found.values()}
+    return sorted(concepts, key=lambda latent: _doubt(concepts[latent]))
+
+
+def _doubt(concept: Concept | None) -> int:
+    return 2 if concept is None else 0 if concept.is_confirmed else 1
 
 
 def tree_of(facts: Facts, looked: Looked) -> ConceptTree:
@@ -156,7 +156,7 @@ def nodes_of(tree: ConceptTree) -> list[Node]:
     for depth, latent in found.walk():
         edge = found.parent.get(latent)
         rate = float(found.fired[latent] / found.n_rows)
-        node = Node(latent, tree.names.get(latent), rate, None if edge is None else edge.share)
+        node = Node(latent, tree.shown.get(latent, tree.names.get(latent)), rate, None if edge is None else edge.share)
         path[depth:] = [node]
         root = path[0]
         root.has_name |= node.name is not None
@@ -173,9 +173,10 @@ def nodes_of(tree: ConceptTree) -> list[Node]:
 
 
 def example_search(facts: Facts, looked: Looked) -> SearchResult | None:
-    """The strongest sample of the most reliable concept, searched for as it is and without the concept."""
+    """The strongest sample of the first concept that is shown, searched for as it is and without the concept."""
     samples = looked.first
-    fires = [concept for concept in reliable(facts.names) if samples.fired[concept.latent]] if facts.names else []
+    latents = standing_out(facts.names, samples) if facts.names else []
+    fires = [concept for latent in latents if facts.names and (concept := facts.names.concept_of(latent))]
     if not fires or samples.origin.standardized_by != "run":
         return None
     row = samples.top(fires[0].latent, 1)[0]
