@@ -79,3 +79,11 @@ def test_what_is_not_there_is_one_line(world, options, error, match):
     run, store, _ = world
     with pytest.raises(error, match=match):
         msae.activations(run, store, **options)
+
+
+@pytest.mark.parametrize("rows", [[1.5], [True, False], np.array([True, False]), np.array([0.0])])
+def test_a_row_that_is_neither_a_number_nor_an_id_is_refused(world, rows):
+    """A mask would be taken for the rows 0 and 1, a fraction would be cut off."""
+    run, store, _ = world
+    with pytest.raises(ConfigError, match="is neither a number nor an id"):
+        msae.activations(run, store, rows=rows)

@@ -286,6 +286,8 @@ def test_a_concept_is_found_by_its_name_in_any_case_and_an_unknown_one_is_one_li
     assert found["Planted"] is found["planted"]
     with pytest.raises(ConfigError, match="no concept 'plantd' was audited; did you mean 'planted'"):
         found["plantd"]
+    with pytest.raises(ConfigError, match="no concept '#7777' was audited"):
+        found[7777]
 
 
 def test_the_table_has_six_columns_and_says_what_each_means(found):

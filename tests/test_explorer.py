@@ -436,6 +436,9 @@ def base(folder, tmp_path_factory):
         ("GET", "/audit", {}, 405),
         ("POST", "/", {}, 405),
         ("GET", "/", {"host": "evil.example:7860"}, 400),
+        ("GET", "/", {"host": "["}, 400),
+        ("GET", "/", {"host": "[::1"}, 400),
+        ("GET", "/", {"origin": "http://["}, 400),
         ("GET", "/", {"host": ""}, 400),
         ("GET", "/gradio_api/file=/etc/passwd", {}, 404),
         ("GET", "/gradio_api/proxy=http://evil.example", {}, 404),
@@ -475,6 +478,7 @@ def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, base
     for path in (
         "/picture/1/96",  # the store lists ../secret.png
         "/picture/-1/96", "/picture/999999/96", "/picture/5/5000", "/picture/../secret.png/96",
+        f"/picture/{'9' * 30}/96", f"/picture/{'9' * 5000}/96", f"/picture/5/{'9' * 5000}", "/picture/x/96",
         "/picture/%2e%2e%2fsecret.png/96", f"/gradio_api/file={folder}/secret.png",
         f"/gradio_api/file/{folder}/secret.png", f"/file={folder}/secret.png",
         f"/gradio_api/file={folder}/scenes/images/{world.store.ids[5]}.png", "/static/%2e%2e/%2e%2e/routes.py",

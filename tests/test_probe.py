@@ -94,3 +94,9 @@ def test_labels_that_teach_nothing_are_refused(labels, message):
 def test_a_probe_moves_between_devices():
     probe = fit(*clouds())
     assert isinstance(probe.to("cpu"), Probe) and torch.equal(probe.to("cpu").weight, probe.weight)
+
+
+def test_many_rare_classes_give_no_warning_of_the_library(recwarn):
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32))
+    probe = fit_probe(lambda rows: x[torch.from_numpy(rows)], [f"class {i // 2}" for i in range(10)] + ["a", "b"])
+    assert len(probe.classes) == 7 and [str(one.message) for one in recwarn] == []

@@ -1,6 +1,8 @@
 """Laws of threshold inference: each latent fires as often as among the strongest, whatever else is in the row."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -292,3 +294,17 @@ def test_on_real_vectors_thresholds_are_as_good_as_the_strongest(real_vectors, t
     for l0 in (21, 45, 64, 90, 180):
         z = np.concatenate([z.count_nonzero(1) for z in View(sae.with_l0(l0), tmp_path / "train.npy").activations()])
         assert z.mean() == pytest.approx(l0, rel=0.02)
+
+
+def test_an_unknown_inference_is_refused_and_not_taken_for_another(store, tmp_path):
+    """In another process: here the types of arguments are checked before the function runs."""
+    make().with_l0(8, store).save(tmp_path / "run")
+    code = "import sys, msae; msae.activations(sys.argv[1], sys.argv[2], inference='ReLU')"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run", store], capture_output=True, text=True)
+    assert "ConfigError: inference 'ReLU' is unknown; give relu, trained, topk, threshold" in done.stderr
+
+
+def test_more_active_latents_than_there_are_is_refused_before_training(store, tmp_path):
+    with pytest.raises(ConfigError, match="--inference-l0 33 is above the 32 latents; give at most 32"):
+        train(store, out=tmp_path / "run", d_sae=32, inference_l0=33, device="cpu")
+    assert not (tmp_path / "run").exists()

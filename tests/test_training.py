@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,17 +216,29 @@ def test_a_checkpoint_is_kept_until_the_loss_after_the_next_one_is_sound(store, 
     assert float(error) < 1
 
 
-class _JumpsAt(Training):
-    """A run whose learning rate is a million from one step on."""
+def test_a_checkpoint_of_spoilt_weights_does_not_replace_a_good_one(store, tmp_path):
+    """The update of step 31 makes the error 6,205, and that of step 32 a diverged one, also after a resumption."""
+    settings = TrainSettings(**{**SMALL, "kind": "topk", "k": 8, "checkpoint_every": 1}).resolve(as_store(store))
+    for resume in (False, True):
+        run = _JumpsAt(30, tmp_path / "run", as_store(store), settings, lr=4.0)
+        with pytest.raises(TrainingError, match=r"diverged at step 32 of 60 .*step-000030 is kept"):
+            run.train(resume=resume)
+    kept = SAE.load(tmp_path / "run/checkpoints/step-000030")
+    x = torch.from_numpy(np.load(store)).float()
+    assert float((kept.decode(kept.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()) < 1
 
-    def __init__(self, step, *args):
+
+class _JumpsAt(Training):
+    """A run whose learning rate is a million, or another, from one step on."""
+
+    def __init__(self, step, *args, lr=1e6):
         super().__init__(*args)
-        self.jump = step
+        self.jump, self.lr = step, lr
 
     def _step(self, state, x):
         if state.step >= self.jump:
             for group in state.optimizer.param_groups:
-                group["lr"] = 1e6
+                group["lr"] = self.lr
         return super()._step(state, x)
 
 
@@ -486,7 +499,7 @@ def test_nested_widths_make_each_prefix_of_the_dictionary_a_good_sae(store, tmp_
 
 
 def test_the_figures_are_json_even_where_one_is_not_a_number(tmp_path, capsys):
-    """A batch of one row has no variance, so its FVU is unknown."""
+    """A batch of one row has no variance, so its FVU is unknown; the closing figures are of many rows."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32))
     options = {"d_sae": 16, "batch_size": 1, "epochs": 2, "log_every": 1, "device": "cpu"}
     train(tmp_path / "x.npy", out=tmp_path / "run", **options)
@@ -501,7 +514,7 @@ def test_the_figures_are_json_even_where_one_is_not_a_number(tmp_path, capsys):
     assert "</svg>" in training_curves({"run": lines}, "fvu")
     with pytest.raises(SystemExit) as left:
         main(["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "again"), "--d-sae", "16", "--batch-size", "1"])
-    assert left.value.code == 0 and "FVU unknown" in capsys.readouterr().out
+    assert left.value.code == 0 and re.search(r"FVU +0\.\d{3} of the variance is lost", capsys.readouterr().out)
 
 
 def test_a_damaged_line_of_figures_is_one_line_at_resume(store, tmp_path):

@@ -164,6 +164,8 @@ def _numbers(store: EmbeddingStore, rows: Iterable[int | str]) -> NDArray[np.int
     for row in [rows] if isinstance(rows, int | str) else rows:
         if isinstance(row, str):
             found.append(store.ids.row_of(row))
+        elif isinstance(row, bool | np.bool_) or not isinstance(row, int | np.integer):
+            raise ConfigError(f"row {row!r} is neither a number nor an id; give for example rows=range(10)")
         elif -len(store) <= row < len(store):
             found.append(row % len(store))
         else:

@@ -116,6 +116,7 @@ def _fit_lbfgs(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     with warnings.catch_warnings():
         # After 1000 iterations the predictions stand, and the penalty keeps separable classes finite.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         model.fit(x.cpu().double().numpy(), targets.numpy())
     weight, bias = (torch.from_numpy(value).float() for value in (model.coef_, model.intercept_))
     if len(weight) == 1:  # two classes: scikit-learn fits the difference of their logits

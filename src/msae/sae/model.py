@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -174,11 +174,13 @@ class SAE(nn.Module):
         return h.relu()
 
     def check_inference(self, inference: Inference) -> None:
-        """Refuse `threshold` where no thresholds are stored; raises `ConfigError`."""
+        """Refuse an unknown inference, and `threshold` where no thresholds are stored; raises `ConfigError`."""
+        if inference not in get_args(Inference):
+            raise ConfigError(f"inference {inference!r} is unknown; give {', '.join(get_args(Inference))}")
         if inference == "threshold" and self.thresholds is None:
             raise ConfigError(
                 "this SAE has no thresholds (they are fitted at the end of msae train, not by earlier versions); fit "
-                "them with the same msae train and --resume, or in Python: sae.with_l0(64, STORE).save(RUN)"
+                "them in Python: sae.with_l0(64, STORE).save(RUN)"
             )
 
     def with_l0(

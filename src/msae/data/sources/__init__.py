@@ -135,6 +135,9 @@ def _folder(path: Path) -> Source:
         else:
             samples.append(name)
     if not any(_could_be_picture(name) for name in samples):
+        tables = [name for name in names if PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES]
+        if tables:
+            raise SourceError(f"{path} has no images in it but {_some(tables)}; give one such file, not its folder")
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"{path} has no images in it; wanted files ending in one of {kinds}")
     labels = _labels(pictures)

@@ -129,6 +129,8 @@ class TrainSettings:
         k = (self.k or DEFAULT_K) if counts else None
         if self.widths and self.widths[-1] != d_sae:
             raise ConfigError(f"the last of --widths is {self.widths[-1]}; give all latents, {d_sae}, as the last one")
+        if self.inference_l0 and self.inference_l0 > d_sae:
+            raise ConfigError(f"--inference-l0 {self.inference_l0} is above the {d_sae} latents; give at most {d_sae}")
         return dataclasses.replace(
             self,
             d_sae=d_sae,

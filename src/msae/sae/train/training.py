@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import statistics
 import threading
@@ -37,6 +38,9 @@ from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffle
 SCHEMA_VERSION = 1
 DIVERGED = 1e4
 """A squared error above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
+SPOILT = 10
+"""A squared error above 1 and so many times the lowest of the run: training may recover, but an earlier checkpoint is
+the better one to keep."""
 _RESUME = "the same command with --resume (in Python: resume=True)"
 THRESHOLD_PACE = 20.0
 """Learning rate of log thresholds over that of the weights: they must travel a factor of ten or more."""
@@ -73,6 +77,7 @@ class Training:
         self.n_steps = self.steps_per_epoch * settings.epochs
         self._is_unproven = True
         """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
+        self._lowest_error = math.inf
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
@@ -198,8 +203,11 @@ class Training:
             raise self._diverged(state, f"the squared error is {result.reconstruction:.3g}")
         if self._is_unproven:
             self._is_unproven = False
-            for checkpoint in self._checkpoints()[:-1]:
+            older, latest = self._checkpoints()[:-1], self._checkpoints()[-1:]
+            is_spoilt = result.reconstruction > max(1, SPOILT * self._lowest_error)
+            for checkpoint in latest if older and is_spoilt else older:
                 _remove_folder(checkpoint)
+        self._lowest_error = min(self._lowest_error, result.reconstruction)
         return result
 
     @torch.no_grad()
@@ -300,7 +308,8 @@ class Training:
             save_file(
                 {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors"
             )
-            write_json(temporary / "state.json", {"step": state.step}, schema_version=SCHEMA_VERSION)
+            progress_made = {"step": state.step, "lowest_error": self._lowest_error}
+            write_json(temporary / "state.json", progress_made, schema_version=SCHEMA_VERSION)
         self._is_unproven = True
 
     def _latest_checkpoint(self) -> _State | None:
@@ -311,7 +320,8 @@ class Training:
         state = self._state_of(SAE.load(path))
         try:
             tensors = load_file(path / "state.safetensors", device=self.settings.device)
-            step = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)["step"]
+            progress_made = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)
+            step, self._lowest_error = progress_made["step"], progress_made.get("lowest_error", math.inf)
             for name, parameter in state.sae.named_parameters():
                 state.optimizer.state[parameter] = {
                     key: tensors[f"adamw.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")

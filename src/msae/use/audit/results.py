@@ -251,13 +251,14 @@ class Audit(Result):
     notes: tuple[str, ...] = ()
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> ConceptAudit:
-        """The audit of one concept, by its name in any letter case.
+    def __getitem__(self, name: str | int) -> ConceptAudit:
+        """The audit of one concept, by its name in any letter case, or by the number of an unnamed latent.
 
         Raises:
             ConfigError: No such concept was audited; the message names the nearest.
         """
         known = {concept.name.casefold(): concept for concept in self.concepts}
+        name = f"#{name}" if isinstance(name, int) else name
         found = known.get(name.casefold().strip())
         if found is None:
             names = [concept.name for concept in self.concepts]

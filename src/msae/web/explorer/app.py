@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
-SMALL, LARGE = 96, 320
-"""Pixels of the two sizes in which pictures are served."""
+SIDES = {"96": 96, "320": 320}
+"""Pixels of the two sizes in which pictures are served, as they stand in addresses."""
 SLOW = ("relations", "result", "evaluated")
 """Parts that may take seconds: one of them at a time, so that the quick ones are never waited for."""
 MAX_UPLOAD = 30_000_000
@@ -240,7 +240,8 @@ def build(opening: Opening) -> App:
     def picture(request: Request) -> Response:
         row, side = request.path_params["row"], request.path_params["side"]
         explorer = opening.explorer
-        data = explorer.world.picture(row, side) if explorer is not None and side in (SMALL, LARGE) else None
+        is_row = row.isdecimal() and len(row) < 19  # more digits are no row, and too many cannot be read at all
+        data = explorer.world.picture(int(row), SIDES[side]) if explorer and is_row and side in SIDES else None
         if data is None:
             return Response("no such picture", status_code=404, media_type="text/plain")
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
@@ -263,7 +264,7 @@ def build(opening: Opening) -> App:
         Route("/state", state),
         Route("/embed", embed, methods=["POST"]),
         Route("/audit", audit, methods=["POST"]),
-        Route("/picture/{row:int}/{side:int}", picture),
+        Route("/picture/{row}/{side}", picture),
         Route("/static/{name}", file),
     ]
     return guarded(Starlette(routes=routes, lifespan=started))
@@ -311,11 +312,13 @@ def guarded(app: App) -> App:
 
 def refusal(headers: Mapping[str, str]) -> int | None:
     """The status with which a request is refused for the host or page that it names, or None."""
-    host = headers.get("host", "")
-    if urlsplit(f"//{host}").hostname not in NAMES:
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        if urlsplit(f"//{host}").hostname not in NAMES:
+            return 400
+        return 403 if origin is not None and urlsplit(origin).netloc != host else None
+    except ValueError:  # such as "[": no address at all
         return 400
-    origin = headers.get("origin")
-    return 403 if origin is not None and urlsplit(origin).netloc != host else None
 
 
 def serve(
