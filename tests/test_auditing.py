@@ -358,7 +358,7 @@ def test_names_of_other_weights_are_refused(sae, store, tmp_path):
     sae.save(tmp_path)
     names = ConceptNames("evidence", D_SAE, (Concept(1, "planted", 0.9, None),), record={"sae": "other weights"})
     names.save(tmp_path)
-    with pytest.raises(RunError, match=r"names the latents of other weights than .* has now; type: msae name"):
+    with pytest.raises(RunError, match=r"of other weights or thresholds than .* has now; type: msae name"):
         audit(tmp_path, store, "y", n_permutations=20)
 
 

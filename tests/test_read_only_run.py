@@ -60,3 +60,11 @@ def test_a_report_into_a_run_that_cannot_be_written_asks_for_another_place(folde
     found = msae(folder, "report", "run", "--on", "x.npy")
     assert found.returncode == 1 and "run cannot be written" in found.stderr and "--out report.html" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_names_for_a_run_that_cannot_be_written_ask_for_another_place_before_the_work(folder):
+    np.save(folder / "words.npy", X[:3])
+    (folder / "words.csv").write_text("text\nred\ngreen\nblue\n")
+    found = msae(folder, "name", "run", "--vocabulary", "words.npy")
+    assert found.returncode == 1 and found.stderr.count("\n") == 1
+    assert "names.json cannot be written; give another place with --out names.json" in found.stderr

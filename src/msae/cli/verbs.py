@@ -63,7 +63,7 @@ def demo(call: Call, *, json: str | None) -> Shown:
 def embed(call: Call) -> Shown:
     store = call()
     n_skipped = store.record["counts"]["skipped"]
-    skipped = f", {n_skipped:,} inputs skipped (listed in store.json)" if n_skipped else ""
+    skipped = f", inputs skipped: {n_skipped:,} (listed in store.json)" if n_skipped else ""
     text = f"{call.keywords['out']}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
     return "\n  ".join([text, *store.record.get("notes", ())]), store.describe()
 

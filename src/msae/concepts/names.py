@@ -405,7 +405,7 @@ def names_of(run: RunLike) -> ConceptNames | None:
         )
     if names.record.get("sae", run.weights) != run.weights:
         raise RunError(
-            f"{run.names_file} names the latents of other weights than {run.folder} has now; "
+            f"{run.names_file} names the latents of other weights or thresholds than {run.folder} has now; "
             f"type: msae name {run.folder} --vocabulary STORE"
         )
     return names

@@ -16,7 +16,8 @@ from jaxtyping import Float32, Int64
 
 from msae.base import statistics
 from msae.base.config import settings_from
-from msae.base.errors import ConfigError, StoreError
+from msae.base.errors import ConfigError, RunError, StoreError
+from msae.base.files import is_writable
 from msae.concepts import evidence
 from msae.concepts import rows as row_evidence
 from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, RowEvidence, Rule
@@ -129,11 +130,16 @@ def name(
 
     Raises:
         StoreError: A store is of another encoder or width, or has no words or no captions.
+        RunError: names.json cannot be written there.
         ConfigError: A setting is unknown or out of range, `settings` are given beside `options`, or the SAE has no
             statistics for what is asked.
     """
     settings = settings_from(NameSettings, settings, options, where="name")
     run = Run.open(sae)
+    target = out or run.names_file
+    folder = None if target is None else Path(target) if Path(target).is_dir() else Path(target).parent
+    if folder is not None and folder.is_dir() and not is_writable(folder):  # said before the work, not after it
+        raise RunError(f"{target} cannot be written; give another place with --out names.json")
     sae = run.sae
     store = as_store(vocabulary, "text")
     words = read_words(sae, store, settings)
@@ -141,7 +147,6 @@ def name(
         names = _by_poster(sae, words, settings)
     else:
         names = _by_evidence(View(run, store, "text", inference=INFERENCE, device=device), words, on, settings)
-    target = out or run.names_file
     if target is not None:
         names.save(target)
     return names
