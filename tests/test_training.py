@@ -355,6 +355,7 @@ def test_default_levels_double_up_to_half_of_the_dimensions():
 def test_the_faithful_recipe_has_levels_up_to_all_latents():
     settings = TrainSettings(recipe="faithful").resolve(sized(512))
     assert settings.levels == (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) and settings.lr == 1e-3
+    assert settings.weights == pytest.approx([(k / 8) ** 0.5 for k in settings.levels])
     assert TrainSettings(recipe="faithful", kind="topk").resolve(sized(512)).lr == 2e-3
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.sae import activations
 
-Weighting = Literal["uniform", "reverse"]
+Weighting = Literal["uniform", "reverse", "rising"]
 
 
 def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
@@ -27,9 +27,15 @@ def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
 
 
 def level_weights(weighting: Weighting, n_levels: int) -> tuple[float, ...]:
-    """One weight per level: all 1 for `uniform`; L, L-1, ..., 1 for `reverse`: the smallest level weighs most."""
+    """One weight per level.
+
+    `uniform`: all 1. `reverse`: L, L-1, ..., 1, so the smallest level weighs most. `rising`: 1, 1.41, 2, 2.83, ..., so
+    levels that double weigh as the square root of the latents they keep.
+    """
     if weighting == "uniform":
         return (1.0,) * n_levels
+    if weighting == "rising":
+        return tuple(2 ** (i / 2) for i in range(n_levels))
     return tuple(float(n_levels - i) for i in range(n_levels))
 
 

@@ -30,8 +30,8 @@ class TrainSettings:
     """Which SAE. matryoshka: nested levels. topk: the k strongest latents of each row. batchtopk: k a row on average.
     jumprelu: a threshold for each latent, learnt. relu: every positive latent, kept sparse by an L1 penalty."""
     weighting: Weighting | None = None
-    """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most.
-    Default: uniform."""
+    """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most. rising:
+    each weighs 1.41 times the one before it. Default: uniform; recipe faithful: rising."""
     levels: tuple[int, ...] | None = None
     """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
     to half of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
