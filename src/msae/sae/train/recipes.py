@@ -59,8 +59,8 @@ class FaithfulRecipe(DefaultRecipe):
     lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(1e-3, topk=2e-3))
     """1e-3: at 2e-3 more latents than can be spared fall silent at the large levels."""
     weighting: Weighting = "rising"
-    """The error of a large level is small, so equal weights would leave it to the small ones. Rising with the square root
-    of k, the error is below the poster's recipe at every k; rising with k, it is above it from 16 to 256 kept
+    """The error of a large level is small, so equal weights would leave it to the small ones. As the square root of k
+    they keep the error below the poster's recipe at every k; as k itself, not where few latents are kept
     (benchmarks/RESULTS.md, frontier)."""
 
     def levels(self, d_in: int, d_sae: int) -> tuple[int, ...]:
