@@ -2,6 +2,7 @@
 
     python benchmarks/frontier.py choose TRAIN --work FOLDER [--only NAME…]   recipes on rows held out of TRAIN
     python benchmarks/frontier.py score TRAIN TEST --work FOLDER              the chosen ones, once, on TEST
+    python benchmarks/frontier.py table --work FOLDER                         what is there, into RESULTS.md
 
 Each run writes one JSON file into FOLDER; what is there already is not computed again.
 """
@@ -20,6 +21,7 @@ import scipy.sparse as sp
 import torch
 
 import msae
+from results import write_section
 
 KEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FIRING = (8, 16, 32, 64)
@@ -77,8 +79,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["choose", "score"])
-    parser.add_argument("stores", nargs="+")
+    parser.add_argument("what", choices=["choose", "score", "table"])
+    parser.add_argument("stores", nargs="*")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--labels", default="label")
@@ -87,6 +89,9 @@ def main() -> None:
     parser.add_argument("--expansion", type=float, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
+    if arguments.what == "table":
+        write_tables(arguments.work)
+        return
     if arguments.what == "choose":
         fit, judged = halves(arguments.stores[0], arguments.work)
     else:
@@ -189,6 +194,45 @@ def counts(
 
 def f1_table(both: np.ndarray, n_class: np.ndarray, n_fires: np.ndarray) -> np.ndarray:
     return 2 * both / np.maximum(n_class[:, None] + n_fires[None, :], 1)
+
+
+def write_tables(work: Path) -> None:
+    titles = {
+        "choose": "On 5,000 rows held out of the training rows; recipes were chosen here.",
+        "score": "On the test rows, with the recipes that were chosen.",
+    }
+    parts = []
+    for what, title in titles.items():
+        records = [json.loads(file.read_text()) for file in sorted(work.glob(f"{what}-*.json"))]
+        if records:
+            parts.append(f"{title}\n\n{table(records)}")
+    write_section("frontier", "One SAE at every number of latents kept", "\n\n".join(parts))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line for each recipe: means over its seeds, and the spread of the error at 64 kept."""
+    kept = ("8", "16", "32", "64", "128", "256", "512")
+    lines = [
+        "FVU per sample with the k strongest latents kept; *never*: share of the latents that no row has among its 64 "
+        "strongest; *F1*: of the one latent that fits a class best.",
+        "",
+        f"| recipe | seeds | {' | '.join(f'k {k}' for k in kept)} | all | active | never | F1 | CPU s |",
+        "|---" * (len(kept) + 7) + "|",
+    ]
+    for name in [one for one in RECIPES if any(record["recipe"] == one for record in records)]:
+        own = [record for record in records if record["recipe"] == name]
+        errors = {k: np.array([record["fvu_per_sample"][k] for record in own]) for k in (*kept, str(own[0]["d_sae"]))}
+        cells = [f"{value.mean():.4f}" for value in errors.values()]
+        if len(own) > 1:
+            cells[kept.index("64")] += f" ± {errors['64'].std(ddof=1):.4f}"
+        active = np.mean([record["l0"] for record in own])
+        never = np.mean([record["never_in_top_64"] / record["d_sae"] for record in own])
+        f1 = np.mean([max(record["class_f1"].values()) for record in own])
+        seconds = np.mean([record["cpu_seconds"] for record in own])
+        lines.append(
+            f"| {name} | {len(own)} | {' | '.join(cells)} | {active:.0f} | {never:.1%} | {f1:.3f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def show(record: dict[str, Any]) -> None:

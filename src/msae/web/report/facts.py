@@ -110,7 +110,8 @@ class Facts:
             lines.append(("training", ", ".join(how)))
         if self.names is not None:
             share = len(self.names) / self.names.d_sae
-            confirmed = f"{len(self.names.confirmed):,} confirmed by rows, the others only the nearest word"
+            n_guesses = len(self.names) - len(self.names.confirmed)
+            confirmed = f"{n_guesses:,} of them only by the nearest word" if n_guesses else "all confirmed by rows"
             lines.append(("named latents", f"{len(self.names):,} of {self.names.d_sae:,} ({share:.0%}); {confirmed}"))
             lines.append(("tests of names", "; ".join(self.names.summary())))
         return [(word, value) for word, value in lines if value]
