@@ -226,6 +226,23 @@ def test_img2dataset_parquet_says_why_a_picture_is_not_there(clip, tmp_path):
     assert skipped(store) == {"000000002": "failed_to_download: HTTP Error 404"}
 
 
+def test_a_folder_of_parquet_files_is_read_in_their_order_from_any_row(tmp_path):
+    numbers = [[0, 1], [], [2], [3, 4, 5]]
+    for shard, own in enumerate(numbers):
+        columns = {"key": [str(i) for i in own], "caption": [WORDS[i] for i in own]}
+        if shard:  # a column that the first file lacks
+            columns["width"] = own
+        jpgs = pa.array([PICTURES[i] for i in own], pa.binary())
+        pq.write_table(pa.table({**columns, "jpg": jpgs}), tmp_path / f"{shard:05}.parquet", row_group_size=2)
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = open_source(tmp_path)
+    assert source.total == 6 and source.has_images and source.has_captions
+    for start in range(7):
+        assert [item.caption for item in source.items(start)] == WORDS[start:6]
+    assert [item.columns.get("width") for item in source.items(0)] == [None, None, 2, 3, 4, 5]
+    assert source.notes == ("not read beside the .parquet files: 00000_stats.json",)
+
+
 def test_img2dataset_shards_are_read_and_what_lies_beside_them_is_named(tmp_path):
     tar(tmp_path / "00000.tar", sorted(jpg(*range(6)) + txt(*range(6))))
     (tmp_path / "00000.parquet").write_bytes(b"x")

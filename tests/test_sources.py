@@ -279,9 +279,8 @@ def empty_tar(path: Path) -> str:
 BAD = {
     "does not exist; did you mean 'photos'": lambda path: folder(path)[:-1],
     "has no images in it; wanted": lambda path: path,
-    "has no images in it but 00000.parquet; give one such file": lambda path: (
-        Path(write("00000.parquet", b"x")(path)).parent
-    ),
+    "has no images in it but x.csv; give one such file": lambda path: Path(write("x.csv", "text\na\n")(path)).parent,
+    "00000.parquet is no readable parquet file": lambda path: Path(write("00000.parquet", b"x")(path)).parent,
     "is no source; give the folder that it is in": write("x.jpg", b"x"),
     "is no source; wanted a folder of images": write("x.docx", b"x"),
     "is empty; wanted one caption a line": write("x.txt", ""),

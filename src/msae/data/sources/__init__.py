@@ -22,6 +22,7 @@ from msae.data.tables import (
     IMAGE_PATH_COLUMNS,
     TABLE_SUFFIXES,
     common_schema,
+    conform,
     plain_key,
     read_footer,
     read_table,
@@ -73,10 +74,11 @@ def open_source(source: str | Path) -> Source:
     Args:
         source: A folder of images, with those of its subfolders, which are their labels, and with captions in
             .txt or .json files of the same names; a .txt of captions, one a line; a table (.csv, .tsv, .jsonl,
-            .json or .parquet) of pictures or their paths (relative to its folder), captions, or both; a .tar of
-            webdataset, a folder of them or a pattern such as `shards/{000..012}.tar`; or a dataset of Hugging
-            Face as `hf://owner/name?split=train&config=NAME&streaming=1&image=COLUMN&caption=COLUMN`, or the
-            folder that its `save_to_disk` wrote. docs/store-format.md says what is read of each.
+            .json or .parquet) of pictures or their paths (relative to its folder), captions, or both; a folder of
+            .parquet files; a .tar of webdataset, a folder of them or a pattern such as `shards/{000..012}.tar`;
+            or a dataset of Hugging Face as
+            `hf://owner/name?split=train&config=NAME&streaming=1&image=COLUMN&caption=COLUMN`, or the folder that
+            its `save_to_disk` wrote. docs/store-format.md says what is read of each.
 
     Raises:
         SourceError: There is nothing there, it is empty, or it has neither images nor captions.
@@ -99,7 +101,7 @@ def _open(source: str | Path) -> Source:
     if suffix == ".txt":
         return _captions(path)
     if suffix == ".parquet":
-        return _parquet(path)
+        return _parquet(str(path), [path], path.parent)
     if suffix in TABLE_SUFFIXES:
         return _table(path)
     if path.name.lower().endswith(_TAR_SUFFIXES):
@@ -136,6 +138,12 @@ def _folder(path: Path) -> Source:
             samples.append(name)
     if not any(_could_be_picture(name) for name in samples):
         tables = [name for name in names if PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES]
+        shards = [name for name in tables if name.lower().endswith(".parquet")]
+        if shards:  # as img2dataset and `datasets` write them
+            others = [name for name in names if name not in shards]
+            if others:
+                notes.append(f"not read beside the .parquet files: {_some(others)}")
+            return _parquet(str(path), [path / name for name in shards], path, notes)
         if tables:
             raise SourceError(f"{path} has no images in it but {_some(tables)}; give one such file, not its folder")
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
@@ -275,41 +283,54 @@ def _table(path: Path) -> Source:
             yield table.slice(first, _PIECE)
 
     columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE))
-    signature = _signature_with_pictures(path, columns, pieces)
+    signature = _signature_with_pictures([path], path.parent, columns, pieces)
     return _rows(str(path), columns, pieces, path.parent, signature, table.num_rows, notes)
 
 
-def _parquet(path: Path) -> Source:
-    """The rows of a .parquet file, read a row group at a time."""
+def _parquet(name: str, paths: Sequence[Path], folder: Path, notes: Sequence[str] = ()) -> Source:
+    """The rows of .parquet files, one file after another, each read a row group at a time.
+
+    Args:
+        folder: Paths of pictures are relative to it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    footer = read_footer(path, SourceError)
-    written = footer.schema.to_arrow_schema()
-    schema = common_schema([written])
-    if footer.num_rows == 0:
-        raise SourceError(f"{path} has no rows")
+    footers = [read_footer(path, SourceError) for path in paths]
+    written = [footer.schema.to_arrow_schema() for footer in footers]
+    for path, own in zip(paths, written, strict=True):
+        if len(set(own.names)) != len(own):
+            raise SourceError(f"{path} has two columns of one name among {_list(own)}; rename one")
+    schema = common_schema(written)
+    total = sum(footer.num_rows for footer in footers)
+    if total == 0:
+        raise SourceError(f"{name} has no rows")
 
     def pieces(start: int) -> Iterator[pa.Table]:
+        for path, footer in zip(paths, footers, strict=True):
+            if start < footer.num_rows:
+                yield from rows_of(path, footer, start)
+            start = max(0, start - footer.num_rows)
+
+    def rows_of(path: Path, footer: pq.FileMetaData, start: int) -> Iterator[pa.Table]:
         group = 0
-        while group < footer.num_row_groups and start >= footer.row_group(group).num_rows:
+        while start >= footer.row_group(group).num_rows:
             start -= footer.row_group(group).num_rows
             group += 1
         groups = range(group, footer.num_row_groups)
         try:
             for batch in pq.ParquetFile(path).iter_batches(_PIECE, row_groups=groups):
                 if start < batch.num_rows:
-                    yield pa.Table.from_batches([batch.slice(start)])
+                    piece = pa.Table.from_batches([batch.slice(start)])
+                    yield piece if len(paths) == 1 else conform(piece, schema)
                 start = max(0, start - batch.num_rows)
         except (pa.ArrowException, OSError) as err:
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
-    if len(schema) != len(written):
-        raise SourceError(f"{path} has two columns of one name among {_list(written)}; rename one")
-    notes: list[str] = []
-    columns = _Columns.of(schema, str(path), notes, head=next(pieces(0), None))
-    signature = _signature_with_pictures(path, columns, pieces)
-    return _rows(str(path), columns, pieces, path.parent, signature, footer.num_rows, notes)
+    said = list(notes)
+    columns = _Columns.of(schema, name, said, head=next(pieces(0), None))
+    signature = _signature_with_pictures(paths, folder, columns, pieces)
+    return _rows(name, columns, pieces, folder, signature, total, said)
 
 
 def _hugging_face(url: str) -> Source:
@@ -647,9 +668,11 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _signature_with_pictures(table: Path, columns: _Columns, pieces: Callable[[int], Iterable[pa.Table]]) -> str:
-    """Changes when the table is replaced, or a picture that it lists by its path."""
-    return _digest([_file_signature([table]), *_picture_states(table.parent, columns.image, pieces)])
+def _signature_with_pictures(
+    tables: Sequence[Path], folder: Path, columns: _Columns, pieces: Callable[[int], Iterable[pa.Table]]
+) -> str:
+    """Changes when a table is replaced, or a picture that it lists by its path."""
+    return _digest([_file_signature(tables), *_picture_states(folder, columns.image, pieces)])
 
 
 def _picture_states(folder: Path, column: str | None, pieces: Callable[[int], Iterable[pa.Table]]) -> Iterator[str]:
