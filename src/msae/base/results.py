@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,23 +18,23 @@ REPR = 200
 """Characters of a result's text in its repr."""
 
 
-class Result:
+class Result(ABC):
     """Base of the results of verbs: a subclass has `to_text`, `to_json` and `records`.
 
     A dataclass of this kind needs `repr=False`; its own repr would be a dump of all fields.
     """
 
+    @abstractmethod
     def to_text(self) -> str:
         """What the command prints."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_json(self) -> Any:
         """What `--json` writes, in values that JSON can hold."""
-        raise NotImplementedError
 
+    @abstractmethod
     def records(self) -> Sequence[Mapping[str, Any]]:
         """One flat record for each row of the result's table."""
-        raise NotImplementedError
 
     def to_pandas(self) -> pd.DataFrame:
         """The result as a table, one row for each of `records`.
