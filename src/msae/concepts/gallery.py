@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from msae.base.errors import ConfigError
 from msae.base.results import Result, shorten
 from msae.concepts.concept import latents_of
 from msae.concepts.names import ConceptNames, names_of
+from msae.concepts.regions import Locator, OneLatent, Region
 from msae.concepts.samples import (
     BINS_PER_OCTAVE,
     N_BINS,
@@ -32,6 +33,7 @@ from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +41,13 @@ class Sample(Row):
     """One sample of a gallery."""
 
     activation: float
+    region: Region | None = None
+    """Of an image: where in it the latent finds what makes it fire, if that was asked for and it can be read."""
+
+    def to_json(self) -> dict[str, Any]:
+        record = super(Sample, replace(self, region=None)).to_json()
+        del record["region"]
+        return record if self.region is None else {**record, "region": self.region.to_json()}
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +125,7 @@ def gallery(
     latent: int | None = None,
     concept: str | None = None,
     n: int = 16,
+    regions: bool = False,
     show: str | Sequence[str] = (),
     inference: Inference = "trained",
     device: str = "auto",
@@ -131,6 +141,8 @@ def gallery(
         concept: A name from the run's names.json, a latent as #12, or several joined by |; the one nearest to its name
             is shown.
         n: How many images and how many texts.
+        regions: Also find where in each image the latent sees what makes it fire. That needs the pictures and the
+            encoder that made the store.
         show: Columns of the metadata to print beside the captions, such as title,colour.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
@@ -139,6 +151,7 @@ def gallery(
     Raises:
         ConfigError: No such latent or concept, n below 1, or not exactly one of `latent` and `concept`.
         StoreError: The store does not fit the SAE.
+        EmbedderError: `regions` without the encoder that made the store.
     """
     if (latent is None) == (concept is None):
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
@@ -153,15 +166,24 @@ def gallery(
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, d_sae)
+    locator = Locator(View(run, store, "image", inference=inference, device=device)) if regions else None
     found = {m: top_samples(run, store, modality=m, n=n, inference=inference, device=device) for m in store.modalities}
+    images = _samples(store, found["image"], latent, n, show) if "image" in found else ()
+    if locator is not None:
+        places = locator.regions([image.row for image in images], OneLatent(latent))
+        images = tuple(replace(image, region=region) for image, region in zip(images, places, strict=True))
+    notes = [note for samples in found.values() for note in _notes(samples)]
+    n_unread = sum(image.region is None for image in images) if regions else 0
+    if n_unread:
+        notes.append(f"{n_unread} of the {len(images)} pictures cannot be read, so they have no regions")
     return Gallery(
         latent=latent,
         name=None if names is None else names.name_of(latent),
         alike=alike,
-        images=_samples(store, found["image"], latent, n, show) if "image" in found else (),
+        images=images,
         texts=_samples(store, found["text"], latent, n, show) if "text" in found else (),
         statistics={modality: describe(samples, latent) for modality, samples in found.items()},
-        notes=tuple(note for samples in found.values() for note in _notes(samples)),
+        notes=tuple(notes),
         roots=store.picture_roots,
         shown=None if names is None else names.shown(latent),
     )
@@ -195,8 +217,9 @@ _WIDTH = 58  # characters for a sample; two stand side by side
 
 
 def _line(sample: Sample) -> str:
-    tail = f" · {sample.note}" if sample.note else ""  # what a person asked to see is never cut
-    words = " ".join(sample.words.removesuffix(tail).split())
+    note = f" · {sample.note}" if sample.note else ""  # what a person asked to see is never cut
+    words = " ".join(sample.words.removesuffix(note).split())
+    tail = f"{note} · {sample.region.words}" if sample.region else note
     line = f"{sample.activation:7.3f}  {sample.id}  {'' if words == sample.id else words}".rstrip()
     return shorten(line, max(_WIDTH - len(tail), _WIDTH // 2)) + tail
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from msae.base.devices import as_device
@@ -26,6 +27,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 DEMO = Path(__file__).parents[1] / "demo" / "clip"
 """The folder of the encoder called `demo`."""
+
+DEPTH, STEPS = 2, 4
+"""Blocks and steps of the integrated gradients of `Embedder.contributions`; docs/gallery.md has what else was tried."""
+ValuesOf: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n c"]]
+"""Values of the embedding of each picture."""
 
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
 _WEIGHTS: Mapping[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
@@ -133,10 +139,94 @@ class Embedder:
 
     def embed_pixels(self, pixels: Mapping[str, Tensor]) -> Float32[np.ndarray, "n d_in"]:
         """Embeddings of what `pixels` returned."""
-        inputs = {name: tensor.to(self.device) for name, tensor in pixels.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         with torch.inference_mode():
-            return _unit_rows(self._model.get_image_features(**inputs))
+            return _unit_rows(self._model.get_image_features(**self._inputs(pixels))).cpu().numpy()
+
+    def contributions(
+        self, pixels: Mapping[str, Tensor], of: Callable[[Float[Tensor, "n d_in"]], ValuesOf]
+    ) -> list[Float32[np.ndarray, "c rows columns"]]:
+        """What each patch of each picture adds to each value of its embedding.
+
+        Integrated gradients at the input of the second last block, where a patch still holds what is in its place: on
+        the way from a picture whose patches are all the mean of its own to the picture itself. Nothing is kept of
+        the blocks before.
+
+        Args:
+            of: Gives, for the embeddings of the pictures, what has the values: a function of embeddings that may
+                differ from picture to picture.
+
+        Source: Sundararajan et al. 2017, arXiv:1703.01365.
+        """
+        blocks = self._model.vision_model.encoder.layers[-DEPTH:]
+        inputs = self._inputs(pixels)
+        entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        thread = threading.get_ident()
+
+        def keep(_: object, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if threading.get_ident() == thread:  # somebody else may embed with the same model
+                entered.append((args, options))
+
+        hook = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                x = _unit_rows(self._model.get_image_features(**inputs))
+        finally:
+            hook.remove()
+        ((whole, *others), options), values = entered[0], of(x)
+        grids, first = self._grids(pixels), 0 if self._is_siglip else 1  # CLIP's class token comes first
+        start = whole.clone()
+        for patches, (rows, columns) in zip(start[:, first:], grids, strict=True):
+            patches[: rows * columns] = patches[: rows * columns].mean(0)
+        added: Tensor | float = 0.0
+        with torch.enable_grad():
+            for step in range(STEPS):
+                state = (start + (step + 0.5) / STEPS * (whole - start)).requires_grad_()
+                hidden = state
+                for block in blocks:
+                    out = block(hidden, *others, **options)
+                    hidden = out if isinstance(out, Tensor) else out[0]
+                sums = values(_unit_rows(self._pooled(hidden, inputs))).sum(0)
+                gradients = (torch.autograd.grad(one, state, retain_graph=True)[0] for one in sums)
+                added = added + torch.stack([((whole - start) * gradient).float().sum(-1) for gradient in gradients], 1)
+        assert isinstance(added, Tensor)
+        return [
+            one[:, first : first + rows * columns].reshape(-1, rows, columns).cpu().numpy() / STEPS
+            for one, (rows, columns) in zip(added, grids, strict=True)
+        ]
+
+    def _pooled(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Image features of what the last block gives."""
+        vision = self._model.vision_model
+        if self._is_siglip:
+            mask = [inputs["pixel_attention_mask"]] if "pixel_attention_mask" in inputs else []
+            features: Tensor = vision.head(vision.post_layernorm(hidden), *mask)
+        else:
+            features = self._model.visual_projection(vision.post_layernorm(hidden[:, 0]))
+        return features
+
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of a picture of this size that the model looks at: left, top, right and bottom, as shares."""
+        processor = self._processor
+        if not getattr(processor, "do_center_crop", False):
+            return (0.0, 0.0, 1.0, 1.0)
+        size: Any = processor.size if processor.do_resize else {"width": width, "height": height}
+        if shortest := size.get("shortest_edge"):
+            size = {"width": width * shortest / min(width, height), "height": height * shortest / min(width, height)}
+        across, down = (processor.crop_size[side] / size[side] for side in ("width", "height"))
+        return ((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2)
+
+    def _inputs(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: tensor.to(self.device) for name, tensor in pixels.items()}
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(self._model.dtype)}
+
+    def _grids(self, pixels: Mapping[str, Tensor]) -> list[list[int]]:
+        """Rows and columns of each picture's patches."""
+        if "spatial_shapes" in pixels:  # SigLIP 2 keeps the sides' proportion, and fills up with empty patches
+            shapes: list[list[int]] = pixels["spatial_shapes"].tolist()
+            return shapes
+        n, _, height, width = pixels["pixel_values"].shape
+        side = int(self._model.config.vision_config.patch_size)
+        return [[height // side, width // side]] * n
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d_in"]:
         """Embeddings of captions; what does not fit into `max_tokens` is cut off.
@@ -159,7 +249,8 @@ class Embedder:
         # SigLIP attends to its padding: the mask must not reach it
         names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
         with torch.inference_mode():
-            return _unit_rows(self._model.get_text_features(**{name: inputs[name].to(self.device) for name in names}))
+            found = self._model.get_text_features(**{name: inputs[name].to(self.device) for name in names})
+            return _unit_rows(found).cpu().numpy()
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the captions do not fit into `max_tokens`."""
@@ -411,10 +502,10 @@ def _is_commit(revision: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def _unit_rows(features: Any) -> Float32[np.ndarray, "n d_in"]:
+def _unit_rows(features: Any) -> Float32[Tensor, "n d_in"]:
     """The features as float32 rows of unit length; transformers 5 returns an object, 4 a tensor."""
     tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
-    return torch.nn.functional.normalize(tensor.float(), dim=-1).cpu().numpy()
+    return torch.nn.functional.normalize(tensor.float(), dim=-1)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Explorer:
         run = self.world.runs.get(asked, self.world.first)
         view = self.pages[address.page].PARTS.get(part)
         body: str
-        with self._slow if part in SLOW else self._quick:
+        with self._slow if part in SLOW or (part and address.one("where")) else self._quick:
             try:
                 if view is None:
                     raise ConfigError(f"this page has no part {part!r}; reload it")

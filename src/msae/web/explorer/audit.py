@@ -12,6 +12,7 @@ from msae.use.audit.subjects import MAX_CLASSES
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.overlay import as_svg
 from msae.web.page import render
 from msae.web.report import figures
 from msae.web.report.audit import section
@@ -30,7 +31,7 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
     found = _audit(world, run, address)
     swept = _sweepable(found)
     first = swept[0].sweep if swept else None
-    values: dict[str, Any] = _sweep(run, found, address) if swept else {}
+    values: dict[str, Any] = _sweep(world, run, found, address) if swept else {}
     return draw(
         "result", world, run, address, audit=found, section=section(found, n_plotted=4, brief=True),
         concepts=[concept.name for concept in swept], concept=address.one("concept") or (swept and swept[0].name),
@@ -40,7 +41,7 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
 
 def sweep(world: World, run: LoadedRun, address: Address) -> Markup:
     """The chosen row with the chosen concept at several strengths."""
-    return draw("sweep", world, run, address, **_sweep(run, _audit(world, run, address), address))
+    return draw("sweep", world, run, address, **_sweep(world, run, _audit(world, run, address), address))
 
 
 def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
@@ -50,12 +51,26 @@ def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
     return run.audit(target)
 
 
-def _sweep(run: LoadedRun, found: Audit, address: Address) -> dict[str, Any]:
+def _sweep(world: World, run: LoadedRun, found: Audit, address: Address) -> dict[str, Any]:
     concepts = _sweepable(found)
     concept = next((c for c in concepts if c.name == address.one("concept")), concepts[0])
     id = address.one("row") or (concept.sweep.id if concept.sweep else "")
     drawn = run.sweeper(str(found.target)).of(concept, id)
-    return {"drawn": None if drawn is None else sweep_drawing(concept, drawn)}
+    return {
+        "drawn": None if drawn is None else sweep_drawing(concept, drawn),
+        "located": None if drawn is None or not world.has_pictures else _located(world, run, concept, drawn),
+    }
+
+
+def _located(world: World, run: LoadedRun, concept: ConceptAudit, found: Sweep) -> dict[str, Any]:
+    """The row's picture and where in it the concept is."""
+    assert world.store is not None
+    row = world.store.ids.row_of(found.id)
+    if not found.own:
+        return {"row": world.rows([row])[0], "region": None, "drawn": None, "why": None}
+    latents = "|".join(f"#{latent}" for latent in concept.latents)
+    regions, why = world.regions(run, [row], run.searcher("image").concepts("image")[latents])
+    return {"row": world.rows([row])[0], "region": regions[0], "drawn": as_svg(regions[0]), "why": why}
 
 
 def _sweepable(found: Audit) -> list[ConceptAudit]:

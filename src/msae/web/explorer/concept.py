@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
+from msae.concepts.regions import OneLatent, Region
 from msae.concepts.tree import Edge
 from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import Slice, draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.overlay import as_svg
 from msae.web.page import number
 from msae.web.report import figures
 
@@ -35,7 +37,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     return draw(
         "concept", world, run, address, latent=latent, facts=_facts(run, latent), figures=drawn,
         strongest=top[0].id if top else None, near=[(word.word, number(word.cosine, 3)) for word in near],
-        sides=[_samples(world, run, address, modality) for modality in run.modalities],
+        sides=[_samples(world, run, address, modality, is_part=False) for modality in run.modalities],
     )  # fmt: skip
 
 
@@ -54,14 +56,23 @@ def _facts(run: LoadedRun, latent: int) -> list[tuple[Modality, int, float, floa
     return facts
 
 
-def _samples(world: World, run: LoadedRun, address: Address, modality: Modality) -> dict[str, Any]:
-    """The strongest samples of one modality, a page of them."""
+def _samples(
+    world: World, run: LoadedRun, address: Address, modality: Modality, *, is_part: bool = True
+) -> dict[str, Any]:
+    """The strongest samples of one modality, a page of them; regions take a while, so only the part has them."""
     assert world.store is not None
-    top = run.samples[modality].top(_latent(run, address))
+    latent = _latent(run, address)
+    top = run.samples[modality].top(latent)
     shown = Slice.of(address, len(top), SHOWN, modality, f"strongest {modality}s", f"from_{modality}")
     samples = top[shown.first : shown.last]
-    rows = world.rows([sample.row for sample in samples])
-    return {"modality": modality, "shown": shown, "samples": list(zip(samples, rows, strict=True))}
+    numbers = [sample.row for sample in samples]
+    is_located = modality == "image" and bool(address.one("where"))
+    regions: list[Region | None] = [None] * len(samples)
+    why: str | None = None
+    if is_located and is_part:
+        regions, why = world.regions(run, numbers, OneLatent(latent))
+    return {"modality": modality, "shown": shown, "is_located": is_located, "why": why,
+            "samples": list(zip(samples, world.rows(numbers), regions, map(as_svg, regions), strict=True))}  # fmt: skip
 
 
 def samples(modality: Modality, world: World, run: LoadedRun, address: Address) -> Markup:

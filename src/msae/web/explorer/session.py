@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.names import ConceptNames, names_of
+from msae.concepts.regions import Concept, Locator, Region, check_pictures
 from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
@@ -28,6 +29,7 @@ from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.audit import Audit, Sweeper, audit
 from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
@@ -40,6 +42,7 @@ KEPT_TEXTS = 256
 KEPT_PICTURES = 4096
 """Thumbnails held in memory, some 10 kB each."""
 
+NO_PICTURES = "none of its pictures is where the store says, so there is nothing to show regions in"
 NO_ENCODER = (
     "Neither the store nor the run says which encoder made the embeddings, so words and pictures cannot be searched "
     "for; rows can. A store made by msae embed says it."
@@ -60,6 +63,7 @@ class LoadedRun:
         self._searchers: dict[Modality, Searcher] = {}
         self._audits: dict[str, Audit] = {}
         self._sweepers: dict[str, Sweeper] = {}
+        self._locator: Locator | None = None
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -120,6 +124,15 @@ class LoadedRun:
                     self.folder, self.store, target, modality=self.modalities[0], device=self.device
                 )
             return self._audits[target]
+
+    def locator(self, embedder: Callable[[], Embedder]) -> Locator:
+        """What finds regions in the store's pictures; raises what `Locator` and `embedder` raise."""
+        assert self.store is not None
+        with self.preparing:
+            if self._locator is None:
+                check_pictures(self.store)
+                self._locator = Locator(View(self.opened, self.store, "image", device=self.device), embedder())
+            return self._locator
 
     def sweeper(self, target: str) -> Sweeper:
         """What sweeps samples under the classifier of that audit."""
@@ -244,6 +257,14 @@ class World:
         picture = thumbnail(self.store.describe_rows([row])[0].path, self.store.picture_roots, side)
         return None if picture is None else as_jpeg(picture)
 
+    def regions(self, run: LoadedRun, rows: Sequence[int], concept: Concept) -> tuple[list[Region | None], str | None]:
+        """Where in the pictures of some rows a concept finds what makes it fire, or why that cannot be shown."""
+        try:
+            found = run.locator(self.embedder).regions(rows, concept)
+        except MsaeError as err:
+            return [None] * len(rows), str(err)
+        return found, None if any(found) or not found else NO_PICTURES
+
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """The embedding of some words; raises what `embedder` raises."""
         found: NDArray[np.float32] = self._embed_text(text)
@@ -290,9 +311,7 @@ class World:
     def _embedder(self) -> Embedder:
         if self.why_no_encoder():
             raise ConfigError(NO_ENCODER)
-        return embedder_for(
-            self.store, self.first.sae.config, need="what is searched for", device=self.first.device, local=True
-        )
+        return embedder_for(self.store, self.first.sae.config, need="this page", device=self.first.device, local=True)
 
 
 def open_world(

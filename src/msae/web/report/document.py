@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msae import __version__
-from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
+from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
+from msae.concepts.regions import Locator
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.store import EmbeddingStore, as_store, names_to_show
 from msae.data.thumbnails import Album
@@ -20,6 +21,7 @@ from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
 from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.audit import Audit
 from msae.web import page
 from msae.web.report import audit as audit_page
@@ -339,6 +341,12 @@ class _Draft:
         if facts.names is not None and len(facts.names):
             latents = [latent for latent in latents if facts.names.concept_of(latent)]
         concept_of = facts.names.concept_of if facts.names is not None else lambda _: None
+        if "image" in self.looked.samples and self.looked.locator is None:
+            try:
+                view = View(facts.run, self.looked.store, "image", device=self.looked.device)
+                self.looked = replace(self.looked, locator=Locator(view, local=True))
+            except MsaeError as err:
+                self._lacks("regions", str(err))
         return [self.looked.concept(latent, concept_of(latent), self.album) for latent in latents[: self.n_concepts]]
 
     def _all_names(self) -> tuple[list[str], int]:

@@ -13,6 +13,7 @@ from msae.base.files import atomic_path
 from msae.concepts.gallery import Gallery, Sample
 from msae.data.thumbnails import thumbnail
 from msae.web import page
+from msae.web.overlay import as_svg, draw_on
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,8 +64,9 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
     pen.text((MARGIN, MARGIN + 26), _subtitle(gallery), fill=PALE, font=font)
     for i, sample in enumerate(gallery.images):
         x, y = MARGIN + i % columns * cell[0], top + i // columns * cell[1]
-        sheet.paste(_thumbnail(gallery, sample), (x, y))
-        lines = [f"{sample.activation:.2f}", *_wrap(sample.words, 20, CAPTION_LINES)]
+        sheet.paste(_thumbnail(gallery, sample, regions=True), (x, y))
+        place = f" · {sample.region.words}" if sample.region else ""
+        lines = [f"{sample.activation:.2f}{place}", *_wrap(sample.words, 20, CAPTION_LINES)]
         for j, line in enumerate(lines):
             pen.text((x, y + SIDE + 2 + j * LINE), line, fill=PALE if j else INK, font=font)
     y = top
@@ -78,7 +80,7 @@ def draw_sheet(gallery: Gallery, *, columns: int = COLUMNS) -> Image.Image:
 
 def as_html(gallery: Gallery) -> str:
     """One page with everything in it; whatever comes from the store is escaped."""
-    images = [(sample, _inline(_thumbnail(gallery, sample))) for sample in gallery.images]
+    images = [(sample, _inline(_thumbnail(gallery, sample)), as_svg(sample.region)) for sample in gallery.images]
     return page.render("report/sheet.html", gallery=gallery, title=_title(gallery), subtitle=_subtitle(gallery),
                        images=images, side=SIDE)  # fmt: skip
 
@@ -89,11 +91,13 @@ def _inline(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
-def _thumbnail(gallery: Gallery, sample: Sample) -> Image.Image:
+def _thumbnail(gallery: Gallery, sample: Sample, *, regions: bool = False) -> Image.Image:
     """The picture on a square; a grey one where there is none to read."""
     from PIL import Image, ImageOps
 
     picture = thumbnail(sample.path, gallery.roots, SIDE)
+    if picture is not None and regions and sample.region is not None:
+        picture = draw_on(picture, sample.region)
     return (
         Image.new("RGB", (SIDE, SIDE), "#d8d8d8")
         if picture is None

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from msae.concepts.gallery import Magnitudes, magnitudes
 from msae.concepts.names import Concept, ConceptNames
+from msae.concepts.regions import Locator, OneLatent, Region
 from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
 from msae.use.search import SearchResult, search
+from msae.web.overlay import as_svg
 from msae.web.report import figures
 from msae.web.report.facts import Facts
 
@@ -41,6 +44,13 @@ class Shown(NamedTuple):
     words: str
     """Its caption, or else its id, and the columns that were asked for."""
     picture: str | None
+    region: Region | None = None
+    """Where in the picture the latent finds what makes it fire."""
+
+    @property
+    def drawn(self) -> Markup | None:
+        """The region over the picture."""
+        return as_svg(self.region)
 
 
 class ConceptView(NamedTuple):
@@ -55,6 +65,11 @@ class ConceptView(NamedTuple):
     @property
     def name(self) -> str:
         return self.concept.shown if self.concept else "unnamed"
+
+    @property
+    def n_regions(self) -> int:
+        """Pictures with a region."""
+        return sum(shown.region is not None for shown in self.images)
 
 
 @dataclass
@@ -84,6 +99,8 @@ class Looked:
     show: tuple[str, ...] = ()
     """Columns to show beside the captions."""
     device: str = "auto"
+    locator: Locator | None = None
+    """Finds regions in pictures, where the encoder is here."""
 
     @classmethod
     def at(cls, facts: Facts, store: EmbeddingStore, device: str) -> Looked:
@@ -105,14 +122,14 @@ class Looked:
 
     def _shown(self, modality: Modality, latent: int, album: Album) -> list[Shown]:
         top = self.samples[modality].top(latent, N_PICTURES if modality == "image" else N_TEXTS)
-        rows = self.store.describe_rows([sample.row for sample in top], show=self.show)
+        numbers = [sample.row for sample in top]
+        rows = self.store.describe_rows(numbers, show=self.show)
+        if modality != "image":
+            return [Shown(sample.activation, row.words, None) for sample, row in zip(top, rows, strict=True)]
+        regions = self.locator.regions(numbers, OneLatent(latent)) if self.locator else [None] * len(rows)
         return [
-            Shown(
-                sample.activation,
-                row.words,
-                album.uri(row.path) if modality == "image" else None,
-            )
-            for sample, row in zip(top, rows, strict=True)
+            Shown(sample.activation, row.words, album.uri(row.path), region)
+            for sample, row, region in zip(top, rows, regions, strict=True)
         ]
 
 

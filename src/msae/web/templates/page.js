@@ -45,10 +45,11 @@ async function change(part, address, history_ = "replace") {
     if (history_ === "push") history.pushState(null, "", address);
     if (history_ === "replace") history.replaceState(null, "", address);
     shown = location.search;
-    const focused = target.contains(document.activeElement) && document.activeElement.textContent;
+    const used = target.contains(document.activeElement) ? document.activeElement : null;
     target.innerHTML = html;
-    // A link that was followed by keyboard is a new one now: stay on it.
-    if (focused) [...target.querySelectorAll("a")].find((a) => a.textContent[0] === focused[0])?.focus();
+    // A link or box that was used by keyboard is a new one now: stay on it.
+    const same = (one) => (used.name ? one.name === used.name : one.textContent[0] === used.textContent[0]);
+    if (used) [...target.querySelectorAll(used.name ? "input" : "a")].find(same)?.focus();
   }
   target.removeAttribute("aria-busy");
   const next = call.next;
