@@ -1,11 +1,11 @@
 """Where in the picture: how often the strongest patch lies in the right object, and what a region costs.
 
-python benchmarks/regions.py hits RUN --on STORE [--first-scene N] [--scenes 500]
+python benchmarks/regions.py hits --out FOLDER [--first-scene N] [--sae-seed N] [--scenes 500] [--covering]
 python benchmarks/regions.py time [--pictures 16] [--concepts 8]
 
 hits: scenes of two unlike objects that nobody has seen, drawn for this. For a value that one of the two has and the
 other has not, the strongest patch of the concept must lie in that object: at most 1.1 radii from its centre or, for
-hats, in a box around the hat. RUN has names; STORE has the scenes' attributes and gives the concepts their proportions.
+hats, in a box around the hat. The SAE is the demo's default, trained and named on other scenes; FOLDER keeps it.
 Beside it: covering each patch in turn, a latent drawn at random for each question, the best of the latents of an
 untrained SAE for each value, and a patch drawn at random.
 
@@ -30,17 +30,24 @@ from PIL import Image
 from msae.base.statistics import aurocs, wilson
 from msae.concepts.concept import ConceptSet
 from msae.concepts.names import names_of
+from msae.concepts.naming import name
 from msae.concepts.regions import BATCH, Concept, OneLatent, Region, regions_in, strengths
+from msae.data.embed import embed
 from msae.data.embedder import Embedder
+from msae.data.store import EmbeddingStore
 from msae.demo import drawing
+from msae.demo.chain import COMMON, N_SCENES, NAMED_RUN, RUNS, write_scenes
 from msae.demo.scenes import ATTRIBUTES, PLACE_STREAM, UNSEEN_SEEDS, VOCABULARY, Draws, Scene, sample_scene
 from msae.measure.evaluate.untrained import untrained_like
 from msae.sae.run import Run
+from msae.sae.train import train
 from msae.sae.view import View
 from results import FIGURES, write_section
 
 ASKED = ("colour", "texture", "shape", "hat")
 FIRST_SCENE = UNSEEN_SEEDS.start + 500_000
+JUDGED = 100_000
+"""Scenes from the first one to those that judge."""
 REACH = 1.1
 """Radii from an object's centre in which its patches lie."""
 BARS = {"colour": 0.97, "texture": 0.90, "shape": 0.75, "hat": 0.90}
@@ -60,9 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="what", required=True)
     hits_ = parsers.add_parser("hits")
-    hits_.add_argument("run", type=Path)
-    hits_.add_argument("--on", required=True, help="a store of the demo's scenes")
-    hits_.add_argument("--first-scene", type=int, default=FIRST_SCENE)
+    hits_.add_argument("--out", type=Path, required=True, help="keeps scenes, stores and the run")
+    hits_.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="7,500 train and name, later ones judge")
+    hits_.add_argument("--sae-seed", type=int, default=0)
     hits_.add_argument("--scenes", type=int, default=500)
     hits_.add_argument("--covering", action="store_true", help="also cover each patch in turn, which takes long")
     time_ = parsers.add_parser("time")
@@ -73,23 +80,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "hits":
         record = hits(arguments)
-        name, title, body = "regions", "Where in the picture", table(record)
+        section, title, body = "regions", "Where in the picture", table(record)
     else:
         record = seconds(arguments.pictures, arguments.concepts)
-        name, title, body = "regions-time", "What a region costs", time_table(record)
+        section, title, body = "regions-time", "What a region costs", time_table(record)
     print(body)
     if not arguments.dry:
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_section(name, title, body)
+        (FIGURES / f"{section}.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_section(section, title, body)
 
 
 def hits(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each way and attribute: questions and the share of them in which the strongest patch was right."""
-    run = Run.open(arguments.run)
-    view, embedder, names = View(run, arguments.on, "image"), Embedder.load("demo", dtype="float32"), names_of(run)
+    run, on = make_run(arguments.out, arguments.first_scene, arguments.sae_seed)
+    view, embedder, names = View(run, on, "image"), Embedder.load("demo", dtype="float32"), names_of(run)
     assert names is not None
-    scenes = unlike_scenes(arguments.first_scene, arguments.scenes)
+    scenes = unlike_scenes(arguments.first_scene + JUDGED, arguments.scenes)
     values = [(a, v) for a in ASKED for v in ATTRIBUTES[a] if v is not False]
     word = {(a, v): VOCABULARY[a][v][0] for a, v in values}
     known = [one for one in values if word[one] in names]
@@ -128,6 +135,23 @@ def hits(arguments: argparse.Namespace) -> dict[str, Any]:
             way: {a: [len(one[a]), float(np.mean(one[a]))] for a in ASKED if one[a]} for way, one in found.items()
         },
     }
+
+
+def make_run(folder: Path, first: int, seed: int) -> tuple[Run, EmbeddingStore]:
+    """The demo's default SAE on scenes of its own, with names that the captions of others confirm; and its scenes."""
+    stores = {}
+    for part, n in N_SCENES.items():
+        write_scenes(folder / part, range(first, first + n))
+        stores[part] = embed(folder / part / "scenes.csv", encoder="demo", out=folder / f"{part}.store", batch_size=256)
+        first += n
+    run = folder / "run"
+    train(stores["scenes"], out=run, resume=True, seed=seed, **COMMON, **RUNS[NAMED_RUN])
+    words = folder / "words.txt"
+    words.write_text(
+        "\n".join(w[0] for v in VOCABULARY.values() for value, w in v.items() if value is not False) + "\n"
+    )
+    name(run, embed(words, encoder="demo", out=folder / "words.store"), on=stores["holdout"])
+    return Run.open(run), stores["scenes"]
 
 
 def unlike_scenes(first: int, n: int) -> list[Scene]:

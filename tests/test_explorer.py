@@ -53,6 +53,74 @@ def show(explorer, part="", **values):
     return explorer.show(urlencode(values, doseq=True), part)
 
 
+# --- Regions
+
+
+def test_a_concept_page_shows_regions_when_its_address_says_so(explorer, world):
+    latent = int(world.first.catalogue.select("", "", "-evidence")[0])
+    plain = show(explorer, "image", page="concept", latent=latent)
+    assert 'class="region"' not in plain and 'name="where"' in plain and "checked" not in plain
+    found = show(explorer, "image", page="concept", latent=latent, where=1)
+    n_pictures = found.count("<img src=")
+    assert n_pictures >= 10 and found.count('<svg class="region"') == n_pictures and "checked" in found
+    assert found.count('aria-label="what makes it fire: ') == n_pictures == found.count('<small class="place">')
+    assert "style=" not in found, "the pages' policy forbids styles in markup"
+    whole = show(explorer, page="concept", latent=latent, where=1)  # shown at once, the regions follow
+    assert 'id="part-image" data-load="image"' in whole and 'class="region"' not in whole
+
+
+def test_regions_that_were_computed_are_kept(explorer, world, monkeypatch):
+    latent = int(world.first.catalogue.select("", "", "-evidence")[0])
+    first = show(explorer, "image", page="concept", latent=latent, where=1)
+    monkeypatch.setattr(type(world.embedder()), "contributions", lambda *_: pytest.fail("computed again"))
+    assert show(explorer, "image", page="concept", latent=latent, where=1) == first
+
+
+@pytest.mark.parametrize("record,why", [({}, "neither the store nor the run says which encoder"),
+                                        ({"encoder": "nobody/nothing-b32", "encoder_revision": "0" * 40},
+                                         "encoder &#39;nobody/nothing-b32&#39; is no folder here")])  # fmt: skip
+def test_a_page_without_the_encoder_says_in_one_line_why_there_are_no_regions(folder, tmp_path, record, why):
+    import pyarrow as pa
+
+    from msae.data.store import EmbeddingStore, StorePart, write_store
+    from msae.sae.model import SAE, SAEConfig
+
+    made = EmbeddingStore(folder / "scenes.store")
+    parts = {"image": made.take(np.arange(20), "image")}
+    pictures = [str(folder / "scenes" / path) for path in made.metadata.column("image_path").to_pylist()[20:40]]
+    table = pa.table({"id": list(map(str, range(20))), "image_path": pictures})
+    store = write_store(tmp_path / "a.store", [StorePart(parts, table)], record=record)
+    trained = SAE.load(folder / "runs/named")
+    sae = SAE(SAEConfig(d_in=128, d_sae=4, levels=(4,)), trained.standardizer)
+    sae.save(tmp_path / "run")
+    explorer = Explorer(open_world([tmp_path / "run"], store))
+    found = show(explorer, "image", page="concept", latent=0, where=1)
+    (line,) = [line for line in found.splitlines() if "Regions cannot be shown" in line]
+    assert why in line and 'class="region"' not in found and found.count("<img src=") >= 4
+
+
+def test_real_pictures_without_weights_say_why_they_have_no_regions(real_vectors, tmp_path):
+    """Skips where the real vectors are not."""
+    from msae.sae.model import SAE, SAEConfig
+    from msae.sae.standardize import Standardizer, Statistics
+
+    fashion = real_vectors.parent / "fashion-b32" / "image.npy"
+    if not fashion.exists():
+        pytest.skip(f"the pictures of clothes are not at {fashion}")
+    import torch
+
+    sae = SAE(SAEConfig(d_in=512, d_sae=8, levels=(8,)), Standardizer({"image": Statistics(torch.zeros(512), 20.0)}))
+    sae.save(tmp_path / "run")
+    explorer = Explorer(open_world([tmp_path / "run"], fashion))
+    found = show(explorer, "image", page="concept", latent=0, where=1)
+    assert found.count("Regions cannot be shown: neither the store nor the run says which encoder") == 1
+
+
+def test_the_row_of_an_audit_shows_where_its_concept_is(explorer, world):
+    found = show(explorer, "result", page="audit", target="background")
+    assert 'class="row"' in found and ('<svg class="region"' in found or "is not in this picture" in found)
+
+
 # --- Addresses
 
 

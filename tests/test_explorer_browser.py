@@ -250,6 +250,51 @@ def test_a_picture_outside_the_store_is_not_shown(person, folder):
     assert page.locator(".query .nopicture").count() == 1 and page.locator(".query img").count() == 0
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_regions_lie_over_their_pictures_and_can_be_switched_off(chromium, base, width):
+    found = Person(chromium, base, viewport={"width": width, "height": 900})
+    page = found.open("?page=concept&run=named")
+    page.wait_for_selector("#part-relations table")
+    box = page.get_by_label("show what in each picture makes it fire")
+    box.focus()
+    page.keyboard.press("Space")
+    page.wait_for_selector("#part-image svg.region")
+    found.settle()
+    assert page.evaluate("document.activeElement.name") == "where", "the keyboard stays on the box"
+    place = "one => (({x, y, width, height}) => [x, y, width, height].map(Math.round))(one.getBoundingClientRect())"
+    overlap = f"[...document.querySelectorAll('#part-image .looked')].map(one => [...one.children].map({place}))"
+    boxes = page.evaluate(overlap)
+    assert len(boxes) >= 10 and all(picture == region for picture, region in boxes)
+    dimmed = page.locator("#part-image svg.region .dimmed").first
+    assert dimmed.evaluate("one => getComputedStyle(one).fillOpacity") == "0.58", "the style reaches the drawing"
+    label = page.locator("#part-image svg.region").first.get_attribute("aria-label")
+    assert label.removeprefix("what makes it fire: ") in page.locator("#part-image figcaption").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and "where=1" in page.url
+    page.reload()  # the link has it
+    page.wait_for_selector("#part-image svg.region")
+    page.get_by_label("show what in each picture makes it fire").uncheck()
+    until(page, "!document.querySelector('#part-image svg.region')")
+    assert "where=" not in page.url
+    found.context.close()
+    assert found.wrong == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_row_of_an_audit_has_a_region_that_a_box_switches_off(chromium, base, width):
+    found = Person(chromium, base, viewport={"width": width, "height": 900})
+    page = found.open("?page=audit&run=named&target=background")
+    page.wait_for_selector("#part-sweep .row img")
+    if page.locator("#part-sweep svg.region").count():
+        assert page.locator("#part-sweep svg.region").is_visible()
+        page.locator("#part-sweep .switch input").uncheck()
+        assert not page.locator("#part-sweep svg.region").is_visible()
+    else:
+        assert "is not in this picture" in page.inner_text("#part-sweep")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    found.context.close()
+    assert found.wrong == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
 def test_every_page_fits_a_phone_in_both_themes(chromium, base, page, scheme):

@@ -42,6 +42,7 @@ KEPT_TEXTS = 256
 KEPT_PICTURES = 4096
 """Thumbnails held in memory, some 10 kB each."""
 
+UNKNOWN_ENCODER = "neither the store nor the run says which encoder made the embeddings; a store of msae embed does"
 NO_PICTURES = "none of its pictures is where the store says, so there is nothing to show regions in"
 NO_ENCODER = (
     "Neither the store nor the run says which encoder made the embeddings, so words and pictures cannot be searched "
@@ -259,6 +260,8 @@ class World:
 
     def regions(self, run: LoadedRun, rows: Sequence[int], concept: Concept) -> tuple[list[Region | None], str | None]:
         """Where in the pictures of some rows a concept finds what makes it fire, or why that cannot be shown."""
+        if self.why_no_encoder():
+            return [None] * len(rows), UNKNOWN_ENCODER
         try:
             found = run.locator(self.embedder).regions(rows, concept)
         except MsaeError as err:
