@@ -28,12 +28,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--encoder", default="demo")
     parser.add_argument("--concepts", nargs="+", default=["red", "night", "brick"])
+    parser.add_argument("--n", type=int, default=12)
+    parser.add_argument("--regions", action="store_true", help="draw what in each picture makes the concept fire")
     parser.add_argument("--out", type=Path, default=Path("docs/gallery.png"))
     options = parser.parse_args()
     run = prepare(options.work, options.encoder)
     sheets = []
     for concept in options.concepts:
-        found = gallery(run, options.work / "holdout.store", concept=concept, n=12)
+        found = gallery(run, options.work / "holdout.store", concept=concept, n=options.n, regions=options.regions)
         sys.stdout.write(found.to_text() + "\n\n")
         sheets.append(draw_sheet(found, columns=6))
     picture = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
