@@ -75,5 +75,5 @@ def served(runs, on, folder: Path):
             time.sleep(0.05)
         yield json.loads(told.read_text())["url"].rstrip("/")
         process.send_signal(signal.SIGINT)
-        assert process.wait(300) == 0, said.read_text()
+        assert process.wait(30) == 0, said.read_text()
     assert "Traceback" not in said.read_text(), said.read_text()

@@ -281,6 +281,15 @@ def test_a_gallery_says_where(red, tmp_path):
     assert np.asarray(Image.open(tmp_path / "a.png")).mean() < np.asarray(Image.open(tmp_path / "b.png")).mean()
 
 
+def test_a_report_shows_regions_that_a_box_switches_off_without_a_script(red):
+    folder, store, _ = red
+    made = msae.report(folder / "run", store)
+    page = made.path.read_text()
+    assert page.count('<svg class="region"') == page.count('<small class="place">') > 0 and "<script" not in page
+    assert page.count('<label class="switch"><input type="checkbox" checked>') == 1
+    assert "regions" not in {missing.section for missing in made.missing}
+
+
 def test_a_picture_that_is_gone_is_counted(red, tmp_path):
     folder, _, _ = red
     other = shutil.copytree(folder, tmp_path / "moved")

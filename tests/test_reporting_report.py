@@ -110,7 +110,9 @@ class Tags(HTMLParser):
 
 def test_every_section_is_there_and_nothing_is_missing(full):
     made_report, page = full
-    assert made_report.missing == ()
+    (missing,) = made_report.missing  # this store does not say its encoder
+    assert missing.section == "regions" and "says which encoder made the embeddings" in missing.why
+    assert page.count("Not in this report: neither ") == 1 and 'class="region"' not in page
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
     assert headings == links[: len(headings)] and len(headings) == 9
@@ -188,7 +190,7 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
         with pytest.raises(SystemExit) as left:
             main(missing[section].replace("STORE", str(world / "pairs.store")).split()[1:])
         assert left.value.code == 0, capsys.readouterr().err
-    assert {one.section for one in report(world / "bare").missing} == {"names", "audit"}
+    assert {one.section for one in report(world / "bare").missing} == {"names", "audit", "regions"}
 
 
 def test_an_unnamed_run_shows_its_strongest_latents(world):
@@ -320,7 +322,7 @@ def test_the_command_says_where_and_its_json_what(world, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("run/report.html: ")
     data = json.loads(Path("made.json").read_text())
     assert data["report"] == "run/report.html" and data["card"] == "run/README.md"
-    assert [missing["section"] for missing in data["missing"]] == ["audit"]
+    assert [missing["section"] for missing in data["missing"]] == ["regions", "audit"]
 
 
 def test_too_many_runs_are_refused(world):

@@ -135,7 +135,9 @@ def gallery(
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")
     if tree or magnitudes:
-        ignored = [f"--{key}" for key in given if key not in common] + ["--sheet"] * (sheet is not None)
+        ignored = [f"--{key}" for key, value in given.items() if key not in common and value is not False] + [
+            "--sheet"
+        ] * (sheet is not None)
         if tree and magnitudes:
             ignored.append("--magnitudes")
         if ignored:
