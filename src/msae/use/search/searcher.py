@@ -102,7 +102,8 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, run = as_store(on, modality), Run.open(sae)
+        run = Run.open(sae)
+        store = as_store(on, modality, unnamed=run.modality)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
         return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
