@@ -35,11 +35,13 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(first * 2**i for i in range((last // first).bit_length()))
 
 
-MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
+MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka", "weighting": "uniform", "level_scales": False}
+WEIGHTED: dict[str, Any] = {"kind": "matryoshka", "level_scales": False}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "faithful": {"recipe": "faithful"},
     "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
+    "poster-uniform": {**MATRYOSHKA, "recipe": "poster"},
     "first-default": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse", "lr": 5e-4, "warmup": 0.05},
     "8-64": {**MATRYOSHKA, "levels": doubling(8, 64), "lr": 2e-3},
     "8-128": {**MATRYOSHKA, "levels": doubling(8, 128), "lr": 2e-3},
@@ -49,30 +51,30 @@ RECIPES: dict[str, dict[str, Any]] = {
     "8-512-decay": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "decay": 1.0},
     "8-512-revived": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "auxiliary": 1 / 32, "dead_after": 20_000},
     "16-512-rising": {
-        **MATRYOSHKA, "levels": doubling(16, 512), "weights": (1.0, 1.25, 1.5, 1.75, 2.0, 2.25), "lr": 2e-3,
+        **WEIGHTED, "levels": doubling(16, 512), "weights": (1.0, 1.25, 1.5, 1.75, 2.0, 2.25), "lr": 2e-3,
     },
     "8-512-rising-decay": {
-        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 2e-3,
+        **WEIGHTED, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 2e-3,
         "decay": 1.0,
     },
     "8-512-fast": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 4e-3},
     "8-512-rising-fast": {
-        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 4e-3,
+        **WEIGHTED, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 4e-3,
     },
     "8-1024-rising-fast": {
-        **MATRYOSHKA, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
+        **WEIGHTED, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
     },
     "8-4096-root": {
-        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2 ** (i / 2) for i in range(10)), "lr": 1e-3,
+        **WEIGHTED, "levels": doubling(8, 4096), "weights": tuple(2 ** (i / 2) for i in range(10)), "lr": 1e-3,
     },
     "8-4096-linear": {
-        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2.0**i for i in range(10)), "lr": 1e-3,
+        **WEIGHTED, "levels": doubling(8, 4096), "weights": tuple(2.0**i for i in range(10)), "lr": 1e-3,
     },
     "8-4096": {**MATRYOSHKA, "levels": doubling(8, 4096), "lr": 2e-3},
     "8-4096-last": {**MATRYOSHKA, "levels": (*doubling(8, 512), 4096), "lr": 2e-3},
     **{
         f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr}
-        for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 4e-3)
+        for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
     },
 }  # fmt: skip
 

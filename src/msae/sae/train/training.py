@@ -69,6 +69,7 @@ class Training:
             k=settings.k,
             levels=settings.levels,
             widths=settings.widths,
+            level_scales=settings.level_scales,
             soft_cap=settings.soft_cap,
             encoder=store.encoder,
             encoder_revision=store.encoder_revision,
@@ -349,7 +350,7 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )
-    before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
+    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False}
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
         if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):
