@@ -35,13 +35,13 @@ from msae.concepts.regions import BATCH, Concept, OneLatent, Region, regions_in,
 from msae.data.embed import embed
 from msae.data.embedder import Embedder
 from msae.data.store import EmbeddingStore
-from msae.demo import drawing
-from msae.demo.chain import COMMON, N_SCENES, NAMED_RUN, RUNS, write_scenes
-from msae.demo.scenes import ATTRIBUTES, PLACE_STREAM, UNSEEN_SEEDS, VOCABULARY, Draws, Scene, sample_scene
 from msae.measure.evaluate.untrained import untrained_like
 from msae.sae.run import Run
 from msae.sae.train import train
 from msae.sae.view import View
+from msae.world import drawing
+from msae.world.chain import COMMON, N_SCENES, NAMED_RUN, RUNS, write_scenes
+from msae.world.scenes import ATTRIBUTES, PLACE_STREAM, UNSEEN_SEEDS, VOCABULARY, Draws, Scene, sample_scene
 from results import FIGURES, write_section
 
 ASKED = ("colour", "texture", "shape", "hat")

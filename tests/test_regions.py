@@ -15,12 +15,12 @@ from msae.concepts.regions import Locator, OneLatent, Region, regions_in, streng
 from msae.data import embedder as embedders
 from msae.data.embedder import Embedder
 from msae.data.store import StorePart, write_store
-from msae.demo import drawing
-from msae.demo.scenes import PLACE_STREAM, UNSEEN_SEEDS, Draws, sample_scene
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
 from msae.sae.view import View
 from msae.web.overlay import as_svg, draw_on, outline_of
+from msae.world import drawing
+from msae.world.scenes import PLACE_STREAM, UNSEEN_SEEDS, Draws, sample_scene
 from tests.oracles import regions as oracle
 from tests.tiny_clip import make_encoder
 
