@@ -19,6 +19,7 @@ from torch import Tensor
 
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError, EmbedderError, MissingDependencyError, StoreError, first_line, nearest_beside
+from msae.data.open_clip import is_open_clip, load_open_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,7 +76,7 @@ class Embedder:
         """The model in a folder or on the Hugging Face hub; nothing is unpickled and no foreign code is run.
 
         Args:
-            id: A folder in the format of transformers, a hub id, or `demo` for the small CLIP inside msae.
+            id: A folder in the format of transformers or open_clip, a hub id, or `demo` for the small CLIP inside msae.
             device: `auto` is the first of cuda, mps and cpu that is there.
             dtype: What the model computes in; `auto` is bfloat16 on a CUDA device and on a CPU with AMX, else
                 float32. docs/store-format.md says what bfloat16 gains and costs.
@@ -95,26 +96,14 @@ class Embedder:
         device = as_device(device, allow_mps=True)
         chosen = choose_dtype(dtype, device)
         with _silent_transformers():
-            config = _load(id, transformers.AutoConfig, folder)
-            if config.model_type not in _MODEL_TYPES:
-                raise EmbedderError(
-                    f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers"
-                )
-            if is_folder(id) or any(folder.glob("*.safetensors")):
-                model = _load_model(id, folder, **_WEIGHTS)
-            elif find_folder(str(id), local=local) == folder:
-                # transformers knows where the hub keeps a safetensors conversion of old repositories, of `main` alone
-                model = _load_model(id, str(id), local_files_only=local, **_WEIGHTS)
+            if is_open_clip(folder):
+                model, processor = load_open_clip(id, folder)
             else:
-                raise EmbedderError(
-                    f"encoder {id} has no safetensors weights at {folder.name}; wanted model.safetensors"
-                )
+                model, processor = _load_transformers(id, folder, local=local)
+            config = model.config
             if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
                 raise EmbedderError(f"encoder {id} has no tokenizer; wanted one of {', '.join(_TOKENIZER_FILES)}")
-            tokenizer = _load(id, transformers.AutoTokenizer, folder)
-            is_v5 = int(transformers.__version__.split(".")[0]) >= 5
-            pillow = {"backend": "pil"} if is_v5 else {"use_fast": False}
-            processor = _load(id, transformers.AutoImageProcessor, folder, **pillow)
+            tokenizer = _load(id, transformers.AutoTokenizer, folder, config=config)
         is_clip = config.model_type == "clip"
         return cls(
             id=full_name(id),
@@ -395,8 +384,10 @@ def find_folder(id: str, revision: str | None = None, *, local: bool = False) ->
     """
     path = _place(id)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise EmbedderError(f"{path} holds no config.json; wanted a model folder in the format of transformers")
+        if not (path / "config.json").is_file() and not is_open_clip(path):
+            raise EmbedderError(
+                f"{path} holds no config.json; wanted a model folder in the format of transformers or of open_clip"
+            )
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id) or id.startswith(".") or id == "demo":
         raise EmbedderError(f"encoder {path} does not exist{nearest_beside(path)}; wanted a folder or hub id")
@@ -430,6 +421,27 @@ def choose_dtype(dtype: Precision, device: str) -> Literal["float32", "bfloat16"
     # Private, so feature-tested: torch has no public name for it in all the versions that msae takes.
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return "bfloat16" if device == "cpu" and has_amx else "float32"
+
+
+def _load_transformers(id: str | Path, folder: Path, *, local: bool) -> tuple[Any, Any]:
+    """The model and the image processor in a folder of transformers."""
+    import transformers
+
+    config = _load(id, transformers.AutoConfig, folder)
+    if config.model_type not in _MODEL_TYPES:
+        raise EmbedderError(
+            f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers, or CLIP of open_clip"
+        )
+    if is_folder(id) or any(folder.glob("*.safetensors")):
+        model = _load_model(id, folder, **_WEIGHTS)
+    elif find_folder(str(id), local=local) == folder:
+        # transformers knows where the hub keeps a safetensors conversion of old repositories, of `main` alone
+        model = _load_model(id, str(id), local_files_only=local, **_WEIGHTS)
+    else:
+        raise EmbedderError(f"encoder {id} has no safetensors weights at {folder.name}; wanted model.safetensors")
+    is_v5 = int(transformers.__version__.split(".")[0]) >= 5
+    pillow = {"backend": "pil"} if is_v5 else {"use_fast": False}
+    return model, _load(id, transformers.AutoImageProcessor, folder, **pillow)
 
 
 def _load_model(id: str | Path, source: Path | str, **options: Any) -> Any:
