@@ -430,7 +430,7 @@ def _load_transformers(id: str | Path, folder: Path, *, local: bool) -> tuple[An
     config = _load(id, transformers.AutoConfig, folder)
     if config.model_type not in _MODEL_TYPES:
         raise EmbedderError(
-            f"{id} is a {config.model_type!r} model; wanted CLIP, SigLIP or SigLIP 2 of transformers, or CLIP of open_clip"
+            f"{id} is a {config.model_type!r} model; wanted CLIP (also of open_clip), SigLIP or SigLIP 2"
         )
     if is_folder(id) or any(folder.glob("*.safetensors")):
         model = _load_model(id, folder, **_WEIGHTS)
