@@ -28,7 +28,8 @@ from msae.base.errors import MissingDependencyError, StoreError
 from msae.base.files import atomic_path, cache_folders, read_json, user_cache, writable_cache, write_json
 from msae.base.progress import progress
 from msae.data.arrays import unit_rows
-from msae.data.store import EmbeddingStore, Modality
+from msae.data.layout import Modality
+from msae.data.store import EmbeddingStore
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4

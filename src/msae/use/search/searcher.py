@@ -17,7 +17,8 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet, Natural, natural_of
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality

@@ -23,7 +23,8 @@ from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture, names_to_show
+from msae.data.rows import PATH_COLUMNS, Row, find_picture, names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run

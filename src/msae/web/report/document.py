@@ -14,7 +14,8 @@ from msae.base.errors import ConfigError, MissingDependencyError, RunError, Stor
 from msae.base.files import is_writable
 from msae.base.results import Result
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
