@@ -191,6 +191,12 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
     assert {one.section for one in report(world / "bare").missing} == {"names", "audit"}
 
 
+def test_the_glossary_is_in_the_page_with_every_word_once(full):
+    page = full[1]
+    words = re.findall(r'<p id="(word-[^"]+)"><strong>', page)
+    assert len(words) == len(set(words)) > 40 and "word-latent" in words and 'href="#glossary"' in page
+
+
 def test_an_unnamed_run_shows_its_strongest_latents(world):
     report(world / "bare", world / "pairs.store")
     page = (world / "bare/report.html").read_text(encoding="utf-8")

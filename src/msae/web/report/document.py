@@ -23,6 +23,7 @@ from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
 from msae.web import page
+from msae.web.glossary import glossary
 from msae.web.report import audit as audit_page
 from msae.web.report import figures
 from msae.web.report import search as search_page
@@ -235,6 +236,7 @@ class _Draft:
             "report/report.html",
             facts=facts,
             version=__version__,
+            glossary=glossary("h3"),
             store=self.looked and self.looked.store,
             tables=tables,
             meanings=legend(tables[0].terms) if tables else {},
