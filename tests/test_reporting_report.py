@@ -113,7 +113,7 @@ def test_every_section_is_there_and_nothing_is_missing(full):
     assert made_report.missing == ()
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
-    assert headings == links[: len(headings)] and len(headings) == 9
+    assert headings == links[: len(headings)] and len(headings) == 10
     assert page.count("<caption") == 2 and page.count("data:image/jpeg") > 8
     assert "beside" in page and 'class="best"' in page and 'class="tree"' in page
 

@@ -59,6 +59,8 @@ class EmbeddingStore:
     files: StoreFiles = field(repr=False)
     rows: Embeddings = field(repr=False)
     _metadata: Metadata = field(repr=False)
+    record: Mapping[str, Any] = field(repr=False)
+    """What store.json says; empty for files that msae did not make."""
 
     @classmethod
     def open(
@@ -85,16 +87,11 @@ class EmbeddingStore:
         files = files_of(path)
         arrays, table = open_arrays(files.arrays, StoreError), Metadata.open(files.tables, StoreError)
         rows, metadata = contents_of(path, files, arrays, table, modality=modality, unnamed=unnamed)
-        return cls(path, files, rows, metadata)
+        return cls(path, files, rows, metadata, files.record)
 
     @property
     def kind(self) -> Kind:
         return self.files.kind
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """What store.json says; empty for files that msae did not make."""
-        return self.files.record
 
     @property
     def d_in(self) -> int:
