@@ -15,7 +15,8 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.progress import progress
-from msae.data.store import EmbeddingStore, as_store, labelled_rows
+from msae.data.rows import labelled_rows
+from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
 from msae.measure.probe import Probe, fit_probe, hold_out
