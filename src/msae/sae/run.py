@@ -187,7 +187,7 @@ class Run:
         return found == wanted if metadata else found[0] == wanted[0]
 
     def training_store(self) -> EmbeddingStore:
-        """The store that it was trained on.
+        """The store that it was trained on; of several, the first.
 
         Raises:
             NoTrainingStoreError: It is not known, not there, or no longer the same.
@@ -196,7 +196,8 @@ class Run:
         if path is None:
             raise NoTrainingStoreError(f"{self.name} does not say what it was trained on")
         try:
-            store = as_store(path, self.settings.get("modality"))
+            modality = self.settings.get("modality")
+            store = as_store(path, None if modality == "both" else modality)
             found = store.fingerprint
         except StoreError as err:
             raise NoTrainingStoreError(f"the training store cannot be opened ({err})") from err

@@ -315,7 +315,8 @@ def dead_in_training(
     view: View, on: EmbeddingStore, given: StoreLike | None, dead: int, options: Options
 ) -> tuple[int | None, str | None]:
     """Dead latents on the training store, or why that is unknown."""
-    modality: Modality = view.run.settings.get("modality", options.modality)
+    trained_on = view.run.settings.get("modality", options.modality)
+    modality: Modality = options.modality if trained_on == "both" else trained_on
     try:
         store = view.run.training_store() if given is None else as_store(given, modality)
     except NoTrainingStoreError as err:
