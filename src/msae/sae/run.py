@@ -13,6 +13,7 @@ from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
+from msae.sae.standardize import Modality
 
 SETTINGS_SCHEMA_VERSION = 1
 """Of config.json, which training writes."""
@@ -186,13 +187,18 @@ class Run:
         wanted = (origin.fingerprint, origin.metadata)
         return found == wanted if metadata else found[0] == wanted[0]
 
-    def training_store(self) -> EmbeddingStore:
-        """The store that it was trained on; of several, the first.
+    def training_store(self, modality: Modality | None = None) -> EmbeddingStore:
+        """The store that it was trained on; of several, the first that has `modality`, else the first.
 
         Raises:
             NoTrainingStoreError: It is not known, not there, or no longer the same.
         """
-        path, promised = self.settings.get("store"), self.settings.get("store_fingerprint")
+        known = self.settings.get("stores") or [self.settings]
+        stores = [self._as_it_was(one.get("store"), one.get("store_fingerprint")) for one in known]
+        return next((store for store in stores if modality in store.modalities), stores[0])
+
+    def _as_it_was(self, path: str | None, promised: str | None) -> EmbeddingStore:
+        """A store that it was trained on; raises as `training_store` does."""
         if path is None:
             raise NoTrainingStoreError(f"{self.name} does not say what it was trained on")
         try:

@@ -140,7 +140,7 @@ class Probes:
             return self._store
         wanted = f"--labels {self._column} needs original embeddings to train the probe on"
         try:
-            store = view.run.training_store()
+            store = view.run.training_store(self._options.modality)
         except NoTrainingStoreError as err:
             raise ConfigError(f"{wanted}, but {err}; give --probe-train STORE") from err
         if self._column not in store.columns or self._options.modality not in store.modalities:
@@ -318,7 +318,7 @@ def dead_in_training(
     trained_on = view.run.settings.get("modality", options.modality)
     modality: Modality = options.modality if trained_on == "both" else trained_on
     try:
-        store = view.run.training_store() if given is None else as_store(given, modality)
+        store = view.run.training_store(modality) if given is None else as_store(given, modality)
     except NoTrainingStoreError as err:
         return None, f"dead latents are not counted on training rows: {err}"
     if (store.fingerprint, modality) == (on.fingerprint, options.modality):
