@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--section", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[30, 31, 32])
+    parser.add_argument("--every", type=int, default=1, help="take only every so many of IMAGES")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=10, help="of images")
     parser.add_argument("--batch-size", type=int, default=256, help="of one modality")
@@ -38,6 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.every > 1:
+        options.others[0] = thinned(options.others[0], options.every, options.work)
     halves = [split(store, options.work) for store in options.pairs]
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in options.seeds:
@@ -48,6 +51,14 @@ def main() -> None:
     body = table(rows, options)
     print(body)
     write_section(options.section, f"Trained on images, on texts and on both: {options.section}", body)
+
+
+def thinned(images: Path, every: int, work: Path) -> Path:
+    """A file in `work` of some of the images, evenly over the store."""
+    store = msae.EmbeddingStore.open(images, modality="image")
+    file = work / "image_thinned.npy"
+    np.save(file, store.take(np.arange(0, len(store), every), "image").astype(np.float16))
+    return file
 
 
 def split(path: Path, work: Path) -> tuple[Path, Path]:
