@@ -279,6 +279,13 @@ def test_evaluate_measures_the_pairs_of_a_store_with_images_and_texts(files, tmp
     assert sum(map(len, served)) == n_firing and found.share_both == len(both.pairs.both) / n_firing
 
 
+def test_dead_latents_are_counted_on_the_rows_of_all_training_stores(files, tmp_path):
+    stores = [files / "texts.npy", files / "pairs.npz", files / "images_rest.npy"]
+    sae = train(stores, out=tmp_path / "run", modality="both", **SMALL)
+    found = evaluate(tmp_path / "run", files / "pairs.npz").dead_train
+    assert found == int((~(torch.from_numpy(sae.encode(files / "images.npy")) > 0).any(0)).sum())
+
+
 def test_the_command_trains_on_two_stores_and_prints_the_pairs(files, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--d-sae", "64", "--levels", "4", "16", "--epochs", "2", "--device", "cpu", "--modality", "both"]

@@ -193,9 +193,13 @@ class Run:
         Raises:
             NoTrainingStoreError: It is not known, not there, or no longer the same.
         """
-        known = self.settings.get("stores") or [self.settings]
-        stores = [self._as_it_was(one.get("store"), one.get("store_fingerprint")) for one in known]
+        stores = self.training_stores()
         return next((store for store in stores if modality in store.modalities), stores[0])
+
+    def training_stores(self) -> list[EmbeddingStore]:
+        """All stores that it was trained on; raises as `training_store` does."""
+        known = self.settings.get("stores") or [self.settings]
+        return [self._as_it_was(one.get("store"), one.get("store_fingerprint")) for one in known]
 
     def _as_it_was(self, path: str | None, promised: str | None) -> EmbeddingStore:
         """A store that it was trained on; raises as `training_store` does."""

@@ -318,12 +318,14 @@ def dead_in_training(
     trained_on = view.run.settings.get("modality", options.modality)
     modality: Modality = options.modality if trained_on == "both" else trained_on
     try:
-        store = view.run.training_store(modality) if given is None else as_store(given, modality)
+        stores = view.run.training_stores() if given is None else [as_store(given, modality)]
     except NoTrainingStoreError as err:
         return None, f"dead latents are not counted on training rows: {err}"
-    if (store.fingerprint, modality) == (on.fingerprint, options.modality):
+    stores = [store for store in stores if modality in store.modalities]
+    if [(store.fingerprint, modality) for store in stores] == [(on.fingerprint, options.modality)]:
         return dead, None
     use = metrics.LatentUse(view.sae.d_sae)
-    for z in view.on(store, modality).activations(title=f"dead latents of {view.run.name} in training"):
-        use.update(z)
+    for store in stores:
+        for z in view.on(store, modality).activations(title=f"dead latents of {view.run.name} in training"):
+            use.update(z)
     return use.dead(), None
