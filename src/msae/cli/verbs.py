@@ -49,15 +49,7 @@ def load(place: str) -> Any:
 def demo(call: Call, *, json: str | None) -> Shown:
     tell: Callable[[str], object] = say if json == "-" else functools.partial(print, flush=True)
     result = call(say=tell)
-    tell("writing the report, with an audit of a classifier of hats")
-    from msae.use.audit import audit
-    from msae.web.report import report as make_report
-
-    run, holdout = result.named_run, result.holdout
-    hats = audit(run, holdout, "hat") if len(result.names) else None
-    page = make_report(run, holdout, beside=result.runs, audit=hats).path
-    closing = f"{result.to_text()}\n\nall of it, to look at  {page}"
-    return closing, {**result.to_json(), "report": str(page)}
+    return result.to_text(), result.to_json()
 
 
 def embed(call: Call) -> Shown:
@@ -217,7 +209,7 @@ RUN, RUNS, STORES = "RUN", "RUN...", "STORE..."
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "the whole chain on a small world of drawn pictures that comes with the package, offline",
-        "msae.demo.chain:demo",
+        "msae.world.chain:demo",
         ("", ""),
         demo,
     ),

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, Union
 from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import MODALITIES, EmbeddingStore, Modality, as_store
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
 from msae.sae.standardize import Modality
 
@@ -102,6 +102,12 @@ class Run:
         if file is None or not file.exists():
             return {}
         return read_json(file, schema_version=SETTINGS_SCHEMA_VERSION, error=RunError)
+
+    @property
+    def modality(self) -> Modality | None:
+        """What it was trained on, where that is one modality and known."""
+        found = self.settings.get("modality")
+        return found if found in MODALITIES else None
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
