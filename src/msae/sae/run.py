@@ -13,7 +13,6 @@ from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.store import MODALITIES, EmbeddingStore, Modality, as_store
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
-from msae.sae.standardize import Modality
 
 SETTINGS_SCHEMA_VERSION = 1
 """Of config.json, which training writes."""
