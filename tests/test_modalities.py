@@ -209,6 +209,16 @@ def test_texts_get_thresholds_later_and_those_of_images_stay(files, tmp_path):
     assert torch.equal(SAE.load(tmp_path / "b").thresholds, again.thresholds)
 
 
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_an_sae_of_images_alone_learns_how_to_read_texts(as_rows, files, tmp_path):
+    sae = train(files / "images.npy", out=tmp_path, **SMALL)
+    texts = np.load(files / "texts.npy").astype(np.float32)
+    again = sae.with_l0(5, texts if as_rows else files / "texts.npy", "text")
+    assert np.allclose(again.standardizer.statistics["text"].mean, texts.mean(0), atol=1e-5)
+    assert (again.encode(texts, "text") > 0).sum() == 5 * N_TEXTS
+    assert again.config.threshold_modalities == ("image", "text") and "text" not in sae.standardizer
+
+
 def test_a_file_that_does_not_say_of_which_rows_its_thresholds_are_loads(files, tmp_path):
     """As the version before wrote it: one set of thresholds, for all rows, and no word about it."""
     sae = train(files / "pairs.npz", out=tmp_path, inference_l0=5, **SMALL)

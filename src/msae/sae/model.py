@@ -25,7 +25,7 @@ from msae.base.records import read_record, write_record
 from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
-from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
+from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics, fit_statistics
 from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, rows_at_once
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
@@ -221,7 +221,8 @@ class SAE(nn.Module):
         """A copy whose thresholds let `l0` latents fire in a row, on average over the rows that they are fitted on.
 
         Without `on` they come from the table fitted after training, and nothing is computed. With it, those of one
-        modality are fitted; those of another, where there are any, come from their table.
+        modality are fitted, and its mean and scale too where the SAE has none; those of another, where there are any,
+        come from their table.
 
         Args:
             on: Fit the thresholds anew on these rows of raw embeddings, or on those of this store: at most 65,536 of
@@ -234,6 +235,8 @@ class SAE(nn.Module):
         """
         if not 1 <= l0 <= self.d_sae:
             raise ConfigError(f"{l0} active latents a row is not between 1 and d_sae {self.d_sae}; give another number")
+        if on is not None and modality not in self.standardizer:
+            return self._with_statistics(on, modality).with_l0(l0, on, modality)
         tables = self._threshold_tables()
         if on is None:
             self.check_inference("threshold")
@@ -249,6 +252,19 @@ class SAE(nn.Module):
         sae = self.with_thresholds(tables, float(l0))
         if on is None:  # whatever rows they were fitted on
             sae.config = dataclasses.replace(sae.config, threshold_modalities=self.config.threshold_modalities)
+        return sae
+
+    def _with_statistics(self, on: Tensor | NDArray[Any] | EmbeddingStore | str | Path, modality: Modality) -> SAE:
+        """A copy that standardises `modality` by the mean and scale of these rows."""
+        if isinstance(on, EmbeddingStore | str | Path):
+            store = as_store(on, modality)
+            check_fit(self, store)
+            statistics = fit_statistics(lambda: map(torch.from_numpy, store.batches(modality, 8192)))
+        else:
+            x = self._checked_rows(on if isinstance(on, Tensor) else _as_tensor(on))
+            statistics = fit_statistics(lambda: [x])
+        sae = copy.deepcopy(self)
+        sae.standardizer = self.standardizer.with_statistics(modality, statistics)
         return sae
 
     def _suffixes(self) -> list[str]:
@@ -352,11 +368,15 @@ class SAE(nn.Module):
 
     def _standardized(self, x: Tensor, modality: Modality) -> Tensor:
         """Rows of raw embeddings, or one, as this SAE reads them; raises `ConfigError` for another shape."""
+        return self.standardizer.apply(self._checked_rows(x).to(self.b_dec.device), modality)
+
+    def _checked_rows(self, x: Tensor) -> Tensor:
+        """Raw embeddings, or one, as rows; raises `ConfigError` for another shape."""
         if x.ndim not in (1, 2):
             raise ConfigError(f"embeddings of shape {tuple(x.shape)}; give rows, (n, {self.d_in}), or one vector")
         if x.shape[-1] != self.d_in:
             raise ConfigError(f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others")
-        return self.standardizer.apply(x.float().reshape(-1, self.d_in).to(self.b_dec.device), modality)
+        return x.float().reshape(-1, self.d_in)
 
     @overload
     def decode(self, z: Tensor, modality: Modality = ...) -> Tensor: ...
