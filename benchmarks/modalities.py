@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--section", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[30, 31, 32])
+    parser.add_argument("--aligned-seeds", type=int, nargs="+", help="of aligned, where it is trained with fewer")
     parser.add_argument("--every", type=int, default=1, help="take only every so many of IMAGES")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=10, help="of images")
@@ -44,9 +45,10 @@ def main() -> None:
     halves = [split(store, options.work) for store in options.pairs]
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in options.seeds:
-        runs = {how: trained(how, seed, [fit for fit, _ in halves], options) for how in TRAINED}
+        wanted = TRAINED if seed in (options.aligned_seeds or options.seeds) else TRAINED[:-1]
+        runs = {how: trained(how, seed, [fit for fit, _ in halves], options) for how in wanted}
         for _, judged in halves:
-            for how, found in zip(TRAINED, msae.evaluate(list(runs.values()), judged, seed=seed), strict=True):
+            for how, found in zip(wanted, msae.evaluate(list(runs.values()), judged, seed=seed), strict=True):
                 rows.setdefault((judged.stem, how), []).append(figures(found))
     body = table(rows, options)
     print(body)
@@ -122,7 +124,8 @@ def table(rows: dict[tuple[str, str], list[dict[str, Any]]], options: argparse.N
     )  # fmt: skip
     lines += ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
     for (judged, how), seeds in rows.items():
-        cells = [f"{judged}, {seeds[0]['n']}", how]
+        fewer = "" if len(seeds) == len(options.seeds) else f" ({len(seeds)} of {len(options.seeds)} seeds)"
+        cells = [f"{judged}, {seeds[0]['n']}", how + fewer]
         for one in ("image", "text"):
             cells += [
                 shown(seeds, f"{one} l0", "{:.0f}"),
