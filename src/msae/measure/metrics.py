@@ -288,6 +288,41 @@ class Recovery:
 
 
 @torch.no_grad()
+def pair_ranks(queries: Float[Tensor, "n d"], keys: Float[Tensor, "n d"], *, block: int = 1024) -> Int[Tensor, " n"]:
+    """How many other keys are at least as near to each query as its own, the one of the same row; 0 is best.
+
+    Keys that are equally near count against the query: rows that are all alike find nothing.
+    """
+    ranks = []
+    for first in range(0, len(queries), block):
+        near = queries[first : first + block] @ keys.T
+        rows = torch.arange(len(near), device=near.device)
+        own = near[rows, first + rows]
+        ranks.append((near >= own[:, None]).sum(1) - 1)
+    return torch.cat(ranks)
+
+
+def jaccard_of_pairs(
+    a: Float[Tensor, "n d_sae"], b: Float[Tensor, "n d_sae"], *, block: int = 1024
+) -> tuple[float, float]:
+    """Active latents that two rows have in common, over those of either: mean over pairs, and over all other pairs.
+
+    Row i of `a` and of `b` are a pair. Two rows without active latents have nothing in common.
+    """
+    fires_a, fires_b = (a != 0).to(a.dtype), (b != 0).to(b.dtype)
+    own, everything = 0.0, 0.0
+    for first in range(0, len(a), block):
+        rows = fires_a[first : first + block]
+        common = rows @ fires_b.T
+        either = rows.sum(1)[:, None] + fires_b.sum(1)[None, :] - common
+        share = (common / either.clamp_min(1)).double()
+        numbers = torch.arange(len(rows), device=a.device)
+        own += float(share[numbers, first + numbers].sum())
+        everything += float(share.sum())
+    n = len(a)
+    return own / n, (everything - own) / (n * (n - 1)) if n > 1 else math.nan
+
+
 def decoder_orthogonality(W_dec: Float[Tensor, "d_sae d_in"]) -> float:
     """Mean over all d_sae^2 pairs of the squared cosine of two different decoder rows; the diagonal counts as 0.
 

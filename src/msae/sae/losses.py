@@ -9,11 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from msae.base.errors import ConfigError
 from msae.sae import activations
 
 Weighting = Literal["uniform", "reverse", "rising", "steep"]
+ALIGNMENT_TEMPERATURE = 0.1
+"""Cosines of activations are divided by it; they lie between 0 and 1."""
 
 
 def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
@@ -211,6 +214,22 @@ def auxiliary_loss(
     error: Tensor = reconstruction_loss(residual, z @ W_dead)
     variance = (residual - residual.mean(0)).square().mean()
     return torch.nan_to_num(error / variance)
+
+
+def alignment_loss(images: Float[Tensor, "n d_sae"], texts: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
+    """How badly images and their texts find each other by their activations, from 0; chance is `log(n)`.
+
+    The cross-entropy of telling the own text of an image from the others of the batch, and the reverse, by the cosine
+    of the activations: it rewards latents that both of a pair have and others have not.
+
+    Args:
+        texts: Row i belongs to row i of `images`.
+
+    Source: Radford et al. 2021, arXiv:2103.00020, on activations instead of embeddings.
+    """
+    logits = functional.normalize(images) @ functional.normalize(texts).T / ALIGNMENT_TEMPERATURE
+    own = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
 
 
 def check_levels(levels: Sequence[int], weights: Sequence[float], *, noun: str = "levels") -> None:

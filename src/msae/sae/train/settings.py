@@ -14,8 +14,8 @@ from msae.sae import losses
 from msae.sae.kernels import Kernel
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
-from msae.sae.standardize import Modality
 from msae.sae.train.recipes import RECIPES, RecipeName
+from msae.sae.train.rows import TrainedOn, TrainingRows
 
 Arithmetic = Literal["float32", "bfloat16"]
 DEFAULT_K = 64
@@ -62,8 +62,12 @@ class TrainSettings:
     1e-3 for matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
     seed: int = 0
     """Random seed of the initial weights and of the order of the rows."""
-    modality: Modality = "image"
-    """Which embeddings of the store to train on."""
+    modality: TrainedOn = "image"
+    """Which embeddings of the stores to train on. both: images and texts, each standardised by its own mean and scale;
+    half of every batch are images, half are texts."""
+    align: float = 0.0
+    """With both: weight of the loss that gives an image and its text the same latents, from the pairs in the stores; 1
+    is strong, 0 is off."""
     recipe: RecipeName = "default"
     """Where the defaults come from. default: few latents that say what a concept is. faithful: a small error at every
     number of latents kept. poster: the paper's recipe to the letter."""
@@ -103,7 +107,14 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
-        for name in ("l1", "auxiliary"):
+        if self.modality == "both" and (self.batch_size or 2) % 2:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is odd; with --modality both half of a batch are "
+                "images: give an even number"
+            )
+        if self.align and self.modality != "both":
+            raise ConfigError(f"--align {self.align:g} needs images and texts; add --modality both")
+        for name in ("l1", "auxiliary", "align"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} is negative; give 0 to turn it off")
         for name in ("decay", "warmup"):
@@ -117,13 +128,17 @@ class TrainSettings:
         if self.weights is not None and self.levels is None and self.widths is None:
             raise ConfigError("--weights without --levels; give one weight for each of the levels or widths you name")
 
-    def resolve(self, store: EmbeddingStore) -> TrainSettings:
+    def resolve(self, store: EmbeddingStore | TrainingRows) -> TrainSettings:
         """A copy with everything filled in for this store.
 
         Raises:
-            ConfigError: A setting is given that this kind does not use.
+            ConfigError: A setting is given that this kind does not use, or pairs are needed and there are none.
         """
         self._check_kind()
+        if self.align and (not isinstance(store, TrainingRows) or store.pairs is None):
+            raise ConfigError(
+                f"--align {self.align:g} needs rows with an image and a text, and no store has both; leave it out"
+            )
         recipe = RECIPES[self.recipe]
         d_sae = self.d_sae or round(self.expansion * store.d_in)
         is_nested, counts = self.kind == "matryoshka", self.counts_latents
@@ -195,7 +210,8 @@ class TrainOptions(TypedDict, total=False):
     batch_size: int | None
     lr: float | None
     seed: int
-    modality: Modality
+    modality: TrainedOn
+    align: float
     recipe: RecipeName
     inference_l0: int | None
     warmup: float | None
