@@ -8,7 +8,7 @@ number of pairs, so that a permutation of hundreds of columns is one matrix prod
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -153,15 +153,34 @@ class Ranked:
             self._rows.append(rows)
             self._is_larger.append(np.diff(column[rows], prepend=-np.inf) > 0)
 
-    def net_wins(self, strata: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n c"]:
-        """For each entry, the entries of its column and stratum that are smaller less those that are larger."""
+    @property
+    def varying(self) -> Int64[np.ndarray, " v"]:
+        """The columns with two different values."""
+        return np.flatnonzero([len(rows) > 0 for rows in self._rows])
+
+    def net_wins(
+        self,
+        strata: Int[np.ndarray, " n"],
+        columns: Int64[np.ndarray, " k"] | None = None,
+        order: Int64[np.ndarray, " n"] | None = None,
+    ) -> Float32[np.ndarray, "n k"]:
+        """For each entry, the entries of its column and stratum that are smaller less those that are larger.
+
+        Args:
+            columns: None takes all.
+            order: Of the rows of the result; without it as they came.
+        """
         strata, sizes = _numbered(strata)
-        wins = np.empty(self.shape, np.float32)
-        for column in range(self.shape[1]):
+        place = np.arange(len(strata))
+        if order is not None:
+            place[order] = np.arange(len(strata))
+        columns = np.arange(self.shape[1]) if columns is None else columns
+        wins = np.empty((len(columns), len(strata)), np.float32)  # a column at a time is written
+        for own, column in zip(wins, columns.tolist(), strict=True):
             rows, net, lowest = self.wins_of(column, strata, sizes)
-            wins[:, column] = lowest[strata]
-            wins[rows, column] = net
-        return wins
+            own[place] = lowest[strata]
+            own[place[rows]] = net
+        return wins.T
 
     def wins_of(
         self, column: int, strata: Int[np.ndarray, " n"], sizes: Int64[np.ndarray, " s"]
@@ -210,10 +229,10 @@ def cliffs_delta(
     Source: Cliff 1993, Psychological Bulletin 114(3).
     """
     pairs = n_pairs(is_positive, strata)
-    return None if pairs == 0 else _sum_over(wins, is_positive) / pairs
+    return None if pairs == 0 else sum_over(wins, is_positive) / pairs
 
 
-def _sum_over(wins: Float32[np.ndarray, "n c"], chosen: np.ndarray) -> Float[np.ndarray, " c"]:
+def sum_over(wins: Float32[np.ndarray, "n c"], chosen: np.ndarray) -> Float[np.ndarray, " c"]:
     """The sums of the chosen rows, in float64 and without a copy of them all."""
     total = np.zeros(wins.shape[1])
     for first in range(0, len(wins), SUMMED_ROWS):
@@ -241,6 +260,16 @@ def cliffs_delta_interval(
     Source: Newcombe 2006, doi:10.1002/sim.2324; DeLong et al. 1988, doi:10.2307/2531595; Feng & Cliff 2004,
     Journal of Modern Applied Statistical Methods 3(2); for the sum, Zou & Donner 2008, doi:10.1002/sim.3095.
     """
+    return cliffs_delta_estimate(values, is_positive, strata, columns)[1]
+
+
+def cliffs_delta_estimate(
+    values: Float[np.ndarray, "n c"] | Ranked,
+    is_positive: np.ndarray,
+    strata: Int[np.ndarray, " n"],
+    columns: Sequence[int] | Int[np.ndarray, " k"] | None = None,
+) -> tuple[Float[np.ndarray, " k"], Interval]:
+    """Cliff's delta and its interval (`cliffs_delta_interval`)."""
     ranked = values if isinstance(values, Ranked) else Ranked(values)
     strata, sizes = _numbered(strata)
     sides = 2 * strata.astype(np.int64) + np.asarray(is_positive, bool)
@@ -284,7 +313,7 @@ def cliffs_delta_interval(
         delta += weight * here
         below += np.square(weight * 2 * (value - low))
         above += np.square(weight * 2 * (high - value))
-    return Interval((delta - np.sqrt(below)).clip(-1), (delta + np.sqrt(above)).clip(max=1))
+    return delta, Interval((delta - np.sqrt(below)).clip(-1), (delta + np.sqrt(above)).clip(max=1))
 
 
 def difference_interval(
@@ -341,15 +370,52 @@ def permutation_p(
     classes = classes[1:] if focus is None and len(classes) == 2 else classes  # the two are mirror images
     edges = np.flatnonzero(np.r_[True, strata[1:] != strata[:-1], True])
     spread = np.stack([_permutation_sd(wins, labels == k, edges) for k in classes])
-    observed = _largest_z([_sum_over(wins, labels == k) for k in classes], spread)
+    observed = _largest_z([sum_over(wins, labels == k) for k in classes], spread)
+    return _sequential_p(wins, observed, spread, relabelled(labels, classes, edges, n_permutations, rng))
+
+
+def correlation_p(
+    wins: Float32[np.ndarray, "n c"],
+    scores: Float[np.ndarray, " n"],
+    *,
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Spearman's correlation of each column with the scores, and its two-sided p-value by shuffling the scores.
+
+    Args:
+        wins: Net wins of one stratum.
+
+    Source: Besag & Clifford 1991, Biometrika 78(2), for the stopping.
+    """
+    own = net_wins(scores[:, None], np.zeros(len(scores), np.int64))[:, 0]
+    squares = np.einsum("nc,nc->c", wins, wins, dtype=np.float64) * np.square(own, dtype=np.float64).sum()
+    products = own.astype(np.float64) @ wins
+    rho = np.divide(products, np.sqrt(squares), out=np.zeros(wins.shape[1]), where=squares > 0)
+    spread = np.sqrt(squares / (len(scores) - 1))[None]
+    step = max(1, min(1024, CHUNK_ENTRIES // len(scores)))
+    shuffled = (
+        [rng.permuted(np.tile(own, (min(step, n_permutations - first), 1)), axis=1)]
+        for first in range(0, n_permutations, step)
+    )
+    return rho, _sequential_p(wins, _largest_z([products], spread), spread, shuffled)
+
+
+def _sequential_p(
+    wins: Float32[np.ndarray, "n c"],
+    observed: Float[np.ndarray, " c"],
+    spread: Float[np.ndarray, "k c"],
+    blocks: Iterable[list[Float32[np.ndarray, "p n"]]],
+) -> Float[np.ndarray, " c"]:
+    """p-values of `observed`, the largest |z| over some sums of rows: products with `wins` of shuffled weights."""
     p = np.ones(wins.shape[1])
     table, columns = wins, np.arange(wins.shape[1])
     is_open = spread.max(0, initial=0.0) > 0
     defeats = np.zeros(len(columns), np.int64)
     n_drawn = 0
-    for shuffled in relabelled(labels, classes, edges, n_permutations, rng):
+    for shuffled in blocks:
         if is_open.sum() < KEPT * len(columns) or not is_open.any():
-            table, columns, defeats = table[:, is_open], columns[is_open], defeats[is_open]
+            table, columns, defeats = table.T[is_open].T, columns[is_open], defeats[is_open]
             is_open = is_open[is_open]
         if not len(columns):
             break

@@ -98,14 +98,14 @@ def audit(
     )  # fmt: skip
     groups, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(groups))
-    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed), keep_rare=bool(concept))
     concepts, sample = auditor.run()
     return Audit(
         target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
+            "n_controls": N_CONTROLS, "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
         concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
     )  # fmt: skip

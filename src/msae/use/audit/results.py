@@ -16,6 +16,8 @@ from msae.base.results import Result, shorten, text_table
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
+LEVEL = 0.05
+"""The false discovery rate up to which a concept is reported."""
 TESTS = {
     "train_shift": "goes with the class in the training rows more than in the audited rows",
     "given_true": "goes with the predictions among rows of one true class",
@@ -69,7 +71,6 @@ class Control:
     remove: float | None
     """Mean size of their change of the class's probability."""
     set_p50: float | None
-    set_p99: float | None
     largest: float | None
     """The largest causal effect among them."""
     beaten: float
@@ -157,6 +158,24 @@ class ConceptAudit(Result):
     def latent(self) -> int:
         """The first of its latents."""
         return self.latents[0]
+
+    @property
+    def effect_low(self) -> float:
+        """Lower end of the 95 % interval of `effect`."""
+        edits = [edit for edit in (self.remove, self.set_p50) if edit is not None]
+        ends = [max(0.0, edit.low if edit.change > 0 else -edit.high) for edit in edits]
+        return sum(ends) / len(ends) if ends else 0.0
+
+    @property
+    def is_beyond_controls(self) -> bool:
+        """Its effect, at the lower end of its interval, is larger than that of every random latent like it."""
+        largest = None if self.control is None else self.control.largest
+        return largest is not None and self.effect_low > largest
+
+    @property
+    def stands_out(self) -> bool:
+        """It goes with the classes (q < .05 by the audit's one test) and its effect is beyond its controls'."""
+        return self.main is not None and self.main.q < LEVEL and self.is_beyond_controls
 
     @property
     def main(self) -> Association | None:

@@ -6,12 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from msae.base.errors import ConfigError
@@ -20,7 +21,7 @@ from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.view import View
-from msae.use.classifier import LinearClassifier
+from msae.use.classifier import LinearClassifier, Readout
 from msae.use.interventions import Concepts, make_concepts
 
 MAX_CLASSES = 50
@@ -59,6 +60,13 @@ class Subject:
     """Which rows were held out."""
     positive: int | None = None
     """The class whose probability is watched; None watches all of them."""
+    numbers: Float64[np.ndarray, " n"] | None = None
+    """Of a model of one number, what it should say."""
+
+    @cached_property
+    def readout(self) -> Readout:
+        """How the classifier is read."""
+        return self.classifier.readout(self.watched)
 
     @property
     def watched(self) -> list[int]:
@@ -73,7 +81,7 @@ class Subject:
         """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
         view, classifier = self.view, self.classifier
         to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
-        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, classifier.weight)
+        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, self.readout.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
