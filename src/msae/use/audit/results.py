@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int64
 from msae.base import records
 from msae.base.errors import ConfigError, nearest
 from msae.base.results import Result, shorten, text_table
+from msae.use.audit.fix import Fix
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
@@ -268,6 +269,8 @@ class Audit(Result):
     settings: dict[str, Any]
     concepts: tuple[ConceptAudit, ...]
     notes: tuple[str, ...] = ()
+    fix: Fix | None = None
+    """How one concept is best taken out of the classifier; where that was asked for."""
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str | int) -> ConceptAudit:
@@ -285,16 +288,13 @@ class Audit(Result):
             raise ConfigError(f"no concept {name!r} was audited{hint}")
         return found
 
-    def reported(self, level: float = 0.05) -> list[ConceptAudit]:
-        """The concepts whose q-value is below `level`, by the audit's one test (`settings["test"]`).
-
-        Among them the share that is false is at most `level`, on average over audits.
-        """
-        return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
+    def reported(self) -> list[ConceptAudit]:
+        """The concepts that stand out: they go with the classes, and do more than every random latent like them."""
+        return [concept for concept in self.concepts if concept.stands_out]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
-        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes")
+        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes", "fix")
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
         return record | {"concepts": [concept.to_json() for concept in self.concepts]}
 

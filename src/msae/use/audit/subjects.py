@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
@@ -22,6 +23,7 @@ from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.view import View
 from msae.use.classifier import LinearClassifier, Readout
+from msae.use.filters import Filter
 from msae.use.interventions import Concepts, make_concepts
 
 MAX_CLASSES = 50
@@ -147,6 +149,7 @@ def make_subject(
     train_store: EmbeddingStore | str | Path | None,
     seed: int,
     positive: str | None = None,
+    where: str | None = None,
     device: str = "auto",
 ) -> Subject:
     """The rows and the classifier that the options of `audit` name.
@@ -158,6 +161,9 @@ def make_subject(
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
         raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
     given = None
+    kept = np.ones(len(store), bool) if where is None else Filter.parse(where).mask(store.metadata)
+    if not kept.any():
+        raise ConfigError(f"no row of {store.path} fits {where!r}; give another --where")
     labels = None if target is None else labels_of(store, target)
     if classifier is not None:
         known = tuple(sorted({label for label in labels or () if label is not None}))
@@ -171,7 +177,7 @@ def make_subject(
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store, device)
     if given is not None:
-        return _with_given(view, labels, given, positive)
+        return _with_given(view, labels, given, positive, rows=np.flatnonzero(kept))
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
     other = (
@@ -181,11 +187,17 @@ def make_subject(
     )
     theirs = labels if other is view else labels_of(other.store, target)
     held = hold_out(
-        other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed
+        other.store,
+        store,
+        modality,
+        train_rows=_kept(labelled_rows(theirs), kept) if other is view else labelled_rows(theirs),
+        on_rows=_kept(labelled_rows(labels), kept),
+        seed=seed,
     )
     source = f"half of {store.path}" if train_store is None else str(other.store.path)
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
-    subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train))
+    n_missing = sum(label is None for label, keep in zip(labels, kept, strict=True) if keep)
+    subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train), n_missing=n_missing)
     if train_store is None:
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
@@ -211,15 +223,15 @@ def _with_given(
     classifier: LinearClassifier,
     positive: str | None,
     *,
-    rows: Int64[np.ndarray, " n"] | None = None,
+    rows: Int64[np.ndarray, " n"],
     n_train: int | None = None,
+    n_missing: int = 0,
 ) -> Subject:
     watched = _positive(classifier, positive)
     if labels is None:
-        return Subject(view, np.arange(len(view)), None, 0, classifier, None, positive=watched)
+        return Subject(view, rows, None, 0, classifier, None, positive=watched)
     number_of = {name: number for number, name in enumerate(classifier.classes)}
-    candidates = np.arange(len(view)) if rows is None else rows
-    truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
+    truth = np.array([number_of.get(labels[row] or "", -1) for row in rows], dtype=np.int64)
     kept = truth >= 0
     if not kept.any():
         theirs = sorted({label for label in labels if label is not None})[:4]
@@ -227,8 +239,12 @@ def _with_given(
             f"the classifier's classes {', '.join(classifier.classes[:4])} are none of the column's "
             f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
         )
-    n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
-    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train, positive=watched)
+    n_missing += len(rows) - int(kept.sum())
+    return Subject(view, rows[kept], truth[kept], n_missing, classifier, n_train, positive=watched)
+
+
+def _kept(rows: Int64[np.ndarray, " n"], kept: NDArray[np.bool_]) -> Int64[np.ndarray, " m"]:
+    return rows[kept[rows]]
 
 
 def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
