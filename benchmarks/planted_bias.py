@@ -439,11 +439,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the trials are written; without it, trials.json in the folder")
     parser.add_argument("--section", default="planted", help="of RESULTS.md")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
-    parser.add_argument("--from-json", type=Path, help="trials of an earlier run: make the tables alone")
+    parser.add_argument("--from-json", type=Path, nargs="+", help="trials of earlier runs: make the tables alone")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    trials = json.loads(arguments.from_json.read_text()) if arguments.from_json else measured(arguments)
+    if arguments.from_json:
+        trials = [one for file in arguments.from_json for one in json.loads(file.read_text())]
+    else:
+        trials = measured(arguments)
     text = f"{tell(trials)}\n\n{bars(trials)}"
     print(text)
     if arguments.write:
@@ -455,8 +458,8 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     first = arguments.first_scene
     make_scenes(folder / "general.store", arguments.encoder, range(first, first + N_WORLD), None, workers)
-    for number, accessory in enumerate(arguments.accessories):
-        start = first + N_WORLD + number * N_POOL
+    for accessory in arguments.accessories:
+        start = first + N_WORLD + ACCESSORIES.index(accessory) * N_POOL
         make_scenes(
             folder / f"pool-{accessory}.store", arguments.encoder, range(start, start + N_POOL), accessory, workers
         )

@@ -295,11 +295,11 @@ def test_a_concept_is_found_by_its_name_in_any_case_and_an_unknown_one_is_one_li
         found[7777]
 
 
-def test_the_table_has_six_columns_and_says_what_each_means(found):
+def test_the_table_has_what_stands_out_in_six_columns_and_says_what_each_means(found):
     text = found.to_text()
     head = next(line for line in text.splitlines() if line.startswith("concept"))
     assert [one.strip() for one in head.split("  ") if one.strip()] == [
-        "concept", "pushes", "by", "q", "rows", "worst group",
+        "concept", "pushes", "by", "q", "rows", "what helps",
     ]  # fmt: skip
     line = next(line for line in text.splitlines() if line.startswith("planted"))
     planted = found["planted"]
@@ -307,6 +307,28 @@ def test_the_table_has_six_columns_and_says_what_each_means(found):
     assert f"{planted.debiasing.worst:.3f} > {planted.debiasing.worst_levelled:.3f} levelled" in line
     assert f"{round(planted.firing_rate * N)}" in line and f"{planted.train_shift.q:.2g}" in line
     assert "(test train_shift)" in text and "random latents" in text
+    assert not any(line.startswith("rest") for line in text.splitlines())  # no more than random latents do
+    accuracy = found.classifier["accuracy"]
+    assert found.verdict == (
+        f"The classifier is right in {accuracy:.1%} of 600 rows of 2 classes; {len(found.reported())} of 5 concepts "
+        f"stand out beyond their controls, where chance would have {found.n_by_chance:.1f}."
+    )
+    assert text.startswith(found.verdict)
+
+
+def test_where_nothing_stands_out_that_is_said_and_nothing_is_ranked(sae, folder):
+    twin = make_store(folder / "calm.store", *world(1500, seed=7))
+    on = make_store(folder / "calm-on.store", *world(600, seed=1))
+    result = audit(sae, on, "y", train_store=twin, names=NAMES, n_permutations=400)
+    assert "Nothing stands out: 0 of 5 concepts" in result.verdict and result.ranked == []
+    assert "pushes" not in result.to_text()
+    # chance is judged by the number that pass the test: one of 21 has the largest effect
+    q = dataclasses.replace(result["planted"].main, q=0.01)
+    many = dataclasses.replace(
+        result,
+        concepts=tuple(dataclasses.replace(result["planted"], **{result.settings["test"]: q}) for _ in range(42)),
+    )
+    assert many.n_by_chance == 2
 
 
 def test_a_result_is_a_table_for_pandas_and_reads_well_in_a_notebook(found):
@@ -417,7 +439,7 @@ CASES = {
     "no such column": ("StoreError", {"target": "yy"}, "has no column 'yy'; did you mean 'y'"),
     "constant": ("ConfigError", {"target": "same"}, "has only 'x' in 600 labelled rows; an audit needs two classes"),
     "empty": ("ConfigError", {"target": "nothing"}, "has no labels; an audit needs two classes"),
-    "numbers": ("ConfigError", {"target": "age"}, "has 600 different values"),
+    "many texts": ("ConfigError", {"target": "code"}, "has 600 different values"),
     "unknown concept": ("ConfigError", {"concept": ["plantd"]}, "no latent is named 'plantd'; did you mean 'planted'"),
     "unknown latent": ("ConfigError", {"concept": ["#99"]}, "there is no latent #99; this SAE has #0 to #23"),
     "unknown class": ("ConfigError", {"positive": "z"}, "there is no class 'z'; the classes are a, b"),
@@ -437,7 +459,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def bad_store(folder):
     x, labels = world(seed=1)
-    columns = {"same": ["x"] * N, "nothing": pa.nulls(N, pa.string()), "age": list(range(N))}
+    columns = {"same": ["x"] * N, "nothing": pa.nulls(N, pa.string()), "code": [f"c{i}" for i in range(N)]}
     return make_store(folder / "bad.store", x, labels, **columns)
 
 
@@ -534,9 +556,9 @@ def test_rows_that_judge_a_fix_neither_fit_nor_choose_it():
 
 
 def test_after_leace_no_linear_classifier_reads_the_concept_within_a_class(sae, store):
+    from msae.sae.view import View
     from msae.use.audit import fix as fixes
     from msae.use.audit.subjects import make_subject
-    from msae.sae.view import View
 
     subject = make_subject(
         View(sae, store, "image"), target="y", classifier=coefficients(2), class_texts=None, train_store=None, seed=0
@@ -551,8 +573,8 @@ def test_after_leace_no_linear_classifier_reads_the_concept_within_a_class(sae, 
 
 
 def test_otsus_border_divides_two_hills(sae, store):
-    from msae.use.audit.fix import clearly_present
     from msae.sae.view import View
+    from msae.use.audit.fix import clearly_present
 
     rng = np.random.default_rng(0)
     z = np.concatenate([rng.uniform(0, 0.3, 700), rng.uniform(1.5, 2, 300)]).astype(np.float32)[:, None]
@@ -582,5 +604,46 @@ def test_where_audits_only_the_rows_that_fit(sae, folder, biased):
     assert found.n == len(chosen) and found.n_left_out == 0
     wanted = audit(sae, alone, "y", **common)
     assert found["planted"].remove == wanted["planted"].remove
-    with pytest.raises(ConfigError, match="no row of .* fits"):
+    with pytest.raises(ConfigError, match=r"no row of .* fits"):
         audit(sae, both, "y", where="part == 'middle'", **common)
+
+
+# --- A model of one number
+
+
+def scorer(weight, bias=0.5):
+    nothing = torch.zeros(D_IN)
+    weight, bias = torch.from_numpy(weight[None]).float(), torch.tensor([bias])
+    return LinearClassifier(("score",), weight, bias, nothing, nothing + 1, False, "test")
+
+
+def test_removing_a_concept_takes_its_part_from_a_score(sae, store, folder):
+    direction = sae.W_dec.detach().numpy()[1] - 0.5 * sae.W_dec.detach().numpy()[4]
+    file = folder / "score.npz"
+    np.savez(file, weight=direction, bias=0.5)  # one output and no classes
+    found = audit(sae, store, classifier=file, names=NAMES, n_permutations=50)
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    z = sae.encode(x)[:, 1].numpy()
+    unit = sae.W_dec.detach().numpy()[1] / sae.standardizer.statistics["image"].scale
+    planted = found["planted"]
+    assert planted.remove.change == pytest.approx(-(z[z > 0].mean() * unit @ direction), rel=1e-4)
+    assert planted.towards == "up" and planted.debiasing is None and planted.remove.flip_rate == 0
+    scores = scorer(direction).logits(x)[:, 0].numpy()
+    assert planted.main.effect_size == pytest.approx(scipy.stats.spearmanr(z, scores).statistic, abs=1e-6)
+    assert planted.test == "by_predicted" and found.classifier["is_score"]
+    assert found.classifier["mean"] == pytest.approx(scores.mean(), rel=1e-5)
+    assert found.verdict.startswith(f"The score of 600 rows is {scores.mean():.3g} on average")
+    json.dumps(found.to_json(), allow_nan=False)
+    assert Audit.from_json(json.dumps(found.to_json()), where="a.json").verdict == found.verdict
+
+
+def test_a_column_of_numbers_is_predicted_by_ridge_regression_on_half_of_the_rows(sae, folder):
+    x, labels = world(seed=1)
+    z = sae.encode(torch.from_numpy(x))[:, 1].numpy()
+    ages = [None if i % 50 == 0 else float(age) for i, age in enumerate(20 + 5 * z)]
+    on = make_store(folder / "ages.store", x, labels, age=ages)
+    found = audit(sae, on, "age", names=NAMES, n_permutations=200)
+    assert found.n + found.classifier["n_train"] == N - 12 and found.classifier["correlation"] > 0.7
+    assert found.concepts[0].name == "planted" and found.concepts[0].towards == "up"
+    with pytest.raises(ConfigError, match="a fix needs true classes"):
+        audit(sae, on, "age", names=NAMES, n_permutations=20, concept=["planted"], fix=folder / "f.npz")

@@ -118,11 +118,18 @@ class Auditor:
     def describe_classifier(self) -> dict[str, Any]:
         """What the JSON says of the classifier."""
         classifier, truth = self.subject.classifier, self.subject.truth
+        record: dict[str, Any] = {"source": classifier.source, "n_train": self.subject.n_train, "is_score": False}
+        if classifier.is_score:
+            numbers, scores = self.subject.numbers, self._scores
+            record |= {"is_score": True, "mean": float(scores.mean()), "sd": float(scores.std())}
+            if numbers is not None:
+                from scipy.stats import spearmanr
+
+                record["correlation"] = float(spearmanr(scores, numbers).statistic)
+            return record | {"classes": [], "accuracy": None, "predicted": {}}
         counts = np.bincount(self.predicted, minlength=len(classifier.classes))
-        return {
-            "source": classifier.source,
+        return record | {
             "classes": list(classifier.classes),
-            "n_train": self.subject.n_train,
             "accuracy": None if truth is None else float((self.predicted == truth).mean()),
             "predicted": dict(zip(classifier.classes, counts.tolist(), strict=True)),
         }
@@ -182,7 +189,7 @@ class Auditor:
         found = dict.fromkeys(ASSOCIATIONS, nothing)
         ranked = statistics.Ranked(strengths)
         if self.subject.classifier.is_score:
-            found["by_predicted"] = self.tests.correlate(ranked, self._scores())
+            found["by_predicted"] = self.tests.correlate(ranked, self._scores)
             if self.subject.numbers is not None:
                 found["by_true"] = self.tests.correlate(ranked, self.subject.numbers)
             return found
@@ -194,6 +201,7 @@ class Auditor:
             found["given_true"] = self.tests.associate(ranked, predicted, truth)
         return found
 
+    @cached_property
     def _scores(self) -> Float32[np.ndarray, " n"]:
         """What a model of one number says of the audited rows."""
         subject, size = self.subject, 8192

@@ -17,8 +17,8 @@ from msae.use.audit.subjects import Subject
 from msae.use.classifier import Readout
 from msae.use.interventions import Concepts, Push, edited_logits
 
-ENOUGH = 3
-"""Other latents, as a multiple of the controls of one concept, from which on they alone are controls."""
+ENOUGH = 10
+"""Live latents of no audited concept from which on they alone are controls."""
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
 EDIT_ENTRIES = 1 << 20
 """Edited logits held at once: small enough to stay in a CPU's cache from one operation to the next."""
@@ -220,7 +220,7 @@ def control_sizes(
     """
     profile = profile_of(z)
     audited = sorted({latent for group in groups for latent in group})
-    if np.count_nonzero(np.delete(profile.n_fires, audited)) >= ENOUGH * n_controls:
+    if np.count_nonzero(np.delete(profile.n_fires, audited)) >= ENOUGH:
         profile = Profile(
             np.where(np.isin(np.arange(z.shape[1]), audited), -profile.n_fires, profile.n_fires), profile.place
         )

@@ -22,7 +22,7 @@ from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.view import View
-from msae.use.classifier import LinearClassifier, Readout
+from msae.use.classifier import SCORE, LinearClassifier, Readout
 from msae.use.filters import Filter
 from msae.use.interventions import Concepts, make_concepts
 
@@ -164,7 +164,8 @@ def make_subject(
     kept = np.ones(len(store), bool) if where is None else Filter.parse(where).mask(store.metadata)
     if not kept.any():
         raise ConfigError(f"no row of {store.path} fits {where!r}; give another --where")
-    labels = None if target is None else labels_of(store, target)
+    numbers = None if target is None else numbers_of(store, target)
+    labels = None if target is None or numbers is not None else labels_of(store, target)
     if classifier is not None:
         known = tuple(sorted({label for label in labels or () if label is not None}))
         given = (
@@ -176,8 +177,14 @@ def make_subject(
             raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store, device)
+    if given is not None and given.is_score:
+        return _scored(view, given, numbers, np.flatnonzero(kept))
+    if given is not None and numbers is not None:
+        raise ConfigError(f"column {target!r} holds numbers and the classifier has classes; give a column of classes")
     if given is not None:
         return _with_given(view, labels, given, positive, rows=np.flatnonzero(kept))
+    if numbers is not None:
+        return _fitted_score(view, numbers, str(target), train_store, kept, seed)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
     other = (
@@ -202,6 +209,73 @@ def make_subject(
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
     return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
+
+
+def numbers_of(store: EmbeddingStore, column: str) -> Float64[np.ndarray, " n"] | None:
+    """The numbers in a column, NaN where one is missing; None where it holds classes: no numbers, or few different."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    labels = store.labels(column, option="--target")  # says what is missing
+    values = store.metadata.column(column)
+    if len(set(labels) - {None}) <= MAX_CLASSES:
+        return None
+    try:
+        if pa.types.is_string(values.type):
+            values = pc.if_else(pc.equal(values, ""), None, values)
+        return np.asarray(values.cast(pa.float64()).to_numpy(), np.float64)
+    except pa.ArrowException:
+        return None
+
+
+def _scored(
+    view: View,
+    classifier: LinearClassifier,
+    numbers: Float64[np.ndarray, " n"] | None,
+    rows: Int64[np.ndarray, " m"],
+    n_train: int | None = None,
+) -> Subject:
+    """Rows audited by a model of one number."""
+    n = len(rows)
+    if numbers is not None:
+        rows = rows[np.isfinite(numbers[rows])]
+        if not len(rows):
+            raise ConfigError("the column has a number in none of the audited rows; name another with --target")
+    known = None if numbers is None else numbers[rows]
+    return Subject(view, rows, None, n - len(rows), classifier, n_train, positive=0, numbers=known)
+
+
+def _fitted_score(
+    view: View,
+    numbers: Float64[np.ndarray, " n"],
+    column: str,
+    train_store: EmbeddingStore | str | Path | None,
+    kept: NDArray[np.bool_],
+    seed: int,
+) -> Subject:
+    """Ridge regression on a training store, or on a random half of the rows."""
+    from sklearn.linear_model import RidgeCV
+
+    other = view if train_store is None else View(view.run, train_store, view.modality, device=str(view.device))
+    theirs = numbers if other is view else numbers_of(other.store, column)
+    if theirs is None:
+        raise ConfigError(f"column {column!r} of {other.store.path} holds classes, {view.store.path} has numbers there")
+    allowed = kept if other is view else np.ones(len(theirs), bool)
+    held = hold_out(
+        other.store, view.store, view.modality, seed=seed, train_rows=np.flatnonzero(np.isfinite(theirs) & allowed),
+        on_rows=np.flatnonzero(np.isfinite(numbers) & kept),
+    )  # fmt: skip
+    known = view.standardizer.statistics[view.modality]
+    scale = torch.full_like(known.mean, known.scale)
+    nothing = torch.zeros(1, view.store.d_in)
+    source = f"ridge regression on {f'half of {view.store.path}' if other is view else other.store.path}"
+    blank = LinearClassifier((SCORE,), nothing, torch.zeros(1), known.mean, scale, True, source)
+    x = torch.from_numpy(other.store.take(held.train, view.modality))
+    u = torch.nn.functional.normalize(blank.features(x), dim=1).double().numpy()
+    model = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(u, theirs[held.train])
+    weight, bias = (torch.from_numpy(np.atleast_1d(part)).float() for part in (model.coef_, model.intercept_))
+    fitted = dataclasses.replace(blank, weight=weight[None], bias=bias)
+    return _scored(view, fitted, numbers, held.on, len(held.train))
 
 
 def _training(
