@@ -250,8 +250,8 @@ def test_more_latents_than_memory_take_more_passes_and_change_nothing(sae, store
 
 def test_a_concept_that_never_fires_is_left_out_and_counted_unless_it_is_asked_for(sae, found, store, biased):
     assert "silent" not in [one.name for one in found.concepts] and found.settings["n_rare"] == 1
-    assert "concepts left out because they fire in fewer than 10 rows: 1 (silent)" in found.notes
-    with pytest.raises(ConfigError, match="none of the 1 concepts fires in 10 of the 600 audited rows"):
+    assert "concepts left out because they fire in fewer than 6 rows: 1 (silent)" in found.notes
+    with pytest.raises(ConfigError, match="none of the 1 concepts fires in 6 of the 600 audited rows"):
         audit(sae, store, "y", train_store=biased, names={"silent": [5]}, n_permutations=20)
     asked = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["silent"], n_permutations=20)
     silent = asked["silent"]

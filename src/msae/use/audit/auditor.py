@@ -34,7 +34,7 @@ SAMPLE_ROWS = 2048
 ACTIVATION_ENTRIES = 1 << 28
 """Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
 FEWEST_ROWS = 10
-"""A concept that fires in fewer is left out, and the accuracy of a group of fewer says nothing."""
+"""The accuracy of a group of fewer says nothing. A concept that fires in fewer is left out; of few rows, in 1 %."""
 RANKED_BY = ("remove", "set_p50")
 ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "train_shift")
 
@@ -72,7 +72,7 @@ class Auditor:
         self.groups = groups
         self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
         self.rng = rng
-        self.fewest = 0 if keep_rare else FEWEST_ROWS
+        self.fewest = 0 if keep_rare else min(FEWEST_ROWS, max(1, len(subject.rows) // 100))
         self.sweep_row = None if sweep_id is None else self.view.store.ids.row_of(sweep_id)
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)

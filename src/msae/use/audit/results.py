@@ -188,7 +188,7 @@ class ConceptAudit(Result):
 
     @property
     def towards(self) -> str | None:
-        """Where more of the concept moves the prediction: `towards CLASS`, `away from CLASS`; `up` or `down` a score."""
+        """Where more of the concept moves the model: `towards CLASS`, `away from CLASS`; a score `up` or `down`."""
         change = self.set_p50.change if self.set_p50 else -self.remove.change if self.remove else 0.0
         if change == 0 or self.class_ is None:
             return None
@@ -433,11 +433,11 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
         f"{concept.effect:.3f}{largest}" if concept.remove or concept.set_p50 else "-",
         "-" if main is None else f"{main.q:.2g}",
         f"{round(concept.firing_rate * n):,}",
-        _help(concept.debiasing),
+        what_helps(concept.debiasing),
     ]
 
 
-def _help(groups: Debiasing | None) -> str:
+def what_helps(groups: Debiasing | None) -> str:
     """The worst group's accuracy, and by which of the two ways it rises."""
     if groups is None or groups.worst is None:
         return "-"
