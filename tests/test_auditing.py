@@ -647,3 +647,47 @@ def test_a_column_of_numbers_is_predicted_by_ridge_regression_on_half_of_the_row
     assert found.concepts[0].name == "planted" and found.concepts[0].towards == "up"
     with pytest.raises(ConfigError, match="a fix needs true classes"):
         audit(sae, on, "age", names=NAMES, n_permutations=20, concept=["planted"], fix=folder / "f.npz")
+
+
+# --- Slices of errors
+
+
+def test_a_slice_of_errors_is_found_within_its_class_and_its_rows_are_counted(sae, folder):
+    x, labels = world(3000, seed=21)
+    z = sae.encode(torch.from_numpy(x)).numpy()
+    wrong_side = torch.zeros(2, D_IN)
+    mean, scale = sae.standardizer.statistics["image"].mean, sae.standardizer.statistics["image"].scale
+    # says "b" by the class's own latent, and "a" where latent 4 is strong
+    directions = sae.W_dec.detach()
+    wrong_side[1] = 3 * directions[0] - 6 * directions[4]
+    bias = torch.tensor([0.0, -1.5])
+    biased_model = LinearClassifier(("a", "b"), wrong_side, bias, mean, torch.full((D_IN,), scale), False, "test")
+    on = make_store(folder / "slices.store", x, labels)
+    found = audit(sae, on, "y", classifier=biased_model, names=NAMES, n_permutations=2000, errors=True)
+    first = next(one for one in found.slices if one.class_ == "b")
+    assert first.name == "other" and first.q < 0.05 and first.effect_size > 0.2
+    truth, wrong = (
+        np.array(labels),
+        biased_model.logits(torch.from_numpy(x)).argmax(1).numpy() != (np.array(labels) == "b"),
+    )
+    rows = np.array([int(id.split()[1]) for id in first.ids])
+    assert (truth[rows] == "b").all() and z[rows, 4].min() > 0
+    assert (first.n, first.n_wrong) == (len(rows), wrong[rows].sum())
+    assert first.error == pytest.approx(wrong[rows].mean()) and first.error > 2 * first.error_elsewhere
+    assert "wrong elsewhere" in found.to_text()
+    again = Audit.from_json(json.dumps(found.to_json()), where="a.json")
+    assert again.slices == found.slices
+
+
+def test_where_errors_are_chance_no_slice_is_named():
+    from msae.use.audit.slices import compare_errors
+
+    rng = np.random.default_rng(0)
+    strengths = (rng.gamma(2, 1, (800, 300)) * (rng.random((800, 300)) < 0.3)).astype(np.float32)
+    tested = compare_errors(strengths, rng.integers(0, 2, 800), rng.random(800) < 0.2, n_permutations=500, rng=rng)
+    assert len(tested.p) == 600 and scipy.stats.kstest(tested.p, "uniform").pvalue > 0.01
+
+
+def test_errors_without_true_classes_are_one_line(sae, store):
+    with pytest.raises(ConfigError, match="errors need true classes"):
+        audit(sae, store, classifier=coefficients(), names=NAMES, errors=True)

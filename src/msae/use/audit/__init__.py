@@ -21,6 +21,7 @@ from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
 from msae.use.audit.fix import Fix, Way, fix_classifier
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
+from msae.use.audit.slices import Slice
 from msae.use.audit.subjects import make_subject, parse_class_texts
 from msae.use.classifier import LinearClassifier
 
@@ -33,6 +34,7 @@ __all__ = [
     "Effect",
     "Fix",
     "Group",
+    "Slice",
     "Sweep",
     "Sweeper",
     "Way",
@@ -56,6 +58,7 @@ def audit(
     where: str | None = None,
     fix: str | Path | None = None,
     groups: str | None = None,
+    errors: bool = False,
     modality: Modality = "image",
     inference: Inference = "trained",
     n_permutations: int | None = None,
@@ -88,6 +91,8 @@ def audit(
             without the strongest that stands out. Ways to do so are compared on rows used for neither fitting nor
             choosing.
         groups: With `fix`: the column of two values that says which rows have the concept. Without it, its firing does.
+        errors: Also look for slices of errors: concepts that the wrong predictions of a class have more of than the
+            right ones.
         modality: Which embeddings of the store.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
@@ -111,9 +116,19 @@ def audit(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
         train_store=train_store, seed=seed, positive=positive, where=where, device=device,
     )  # fmt: skip
+    if errors and subject.truth is None:
+        raise ConfigError("errors need true classes; give --target COLUMN with classes")
     known, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(known))
-    auditor = Auditor(subject, known, n_permutations, sweep_id, np.random.default_rng(seed), keep_rare=bool(concept))
+    auditor = Auditor(
+        subject,
+        known,
+        n_permutations,
+        sweep_id,
+        np.random.default_rng(seed),
+        keep_rare=bool(concept),
+        errors=errors,
+    )
     concepts, sample = auditor.run()
     fixed = None
     if fix is not None:
@@ -126,7 +141,8 @@ def audit(
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
             "n_controls": N_CONTROLS, "where": where, "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), fix=fixed, sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), fix=fixed,
+        slices=tuple(auditor.slices) if errors else None, sample=sample,
     )  # fmt: skip
 
 

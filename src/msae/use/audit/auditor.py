@@ -25,6 +25,7 @@ from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, quantiles
 from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.slices import Slice, chosen_slices, compare_errors, slice_of
 from msae.use.audit.subjects import Subject, make_subject
 from msae.use.interventions import Concepts
 
@@ -49,6 +50,7 @@ class _Part(NamedTuple):
     associations: dict[str, list[Association | None]]
     sweeps: list[Sweep | None]
     sample: Float32[np.ndarray, "m c"]
+    slices: list[Slice]
 
 
 class Auditor:
@@ -56,6 +58,7 @@ class Auditor:
 
     Args:
         keep_rare: Audit concepts that hardly ever fire too.
+        errors: Look for slices of errors.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Auditor:
         rng: np.random.Generator,
         *,
         keep_rare: bool = False,
+        errors: bool = False,
     ) -> None:
         self.subject, self.view = subject, subject.view
         self.groups = groups
@@ -77,6 +81,9 @@ class Auditor:
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
         )
+        self.errors = errors
+        self.slices: list[Slice] = []
+        """Candidate slices, those with most of the class's errors first."""
         self.notes: list[str] = []
         self.rare: list[str] = []
         """Names of the concepts that were left out because they fire in too few rows."""
@@ -103,6 +110,7 @@ class Auditor:
         )
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
+        self.slices = chosen_slices([one for part in parts for one in part.slices])
         self.test = next((name for name in TESTS if any(associations[name])), None)
         audits: list[ConceptAudit] = []
         for part in parts:
@@ -161,7 +169,7 @@ class Auditor:
         if not groups:
             nothing: dict[str, list[Association | None]] = {name: [] for name in ASSOCIATIONS}
             empty = Measured({}, *[torch.zeros(0, 2, 0)] * 4, predicted=self.predicted)
-            return _Part([], [], empty, {}, nothing, [], np.empty((len(self.sample_places), 0), np.float32))
+            return _Part([], [], empty, {}, nothing, [], np.empty((len(self.sample_places), 0), np.float32), [])
         latents = [latent for group in groups for latent in group]
         mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
@@ -182,7 +190,24 @@ class Auditor:
             associations["train_shift"] = self.tests.train_shift(
                 np.concatenate([their_strengths, strengths]), is_training, np.concatenate([training.truth, truth])
             )
-        return _Part(names, groups, measured, amounts, associations, sweeps, sample)
+        slices = self._candidates(strengths, names, groups) if self.errors else []
+        return _Part(names, groups, measured, amounts, associations, sweeps, sample, slices)
+
+    def _candidates(
+        self, strengths: Float32[np.ndarray, "n c"], names: Sequence[str], groups: Sequence[tuple[int, ...]]
+    ) -> list[Slice]:
+        """The slices of the concepts that wrong predictions of a class have more of; q-values are not filled in."""
+        truth = self.subject.truth
+        assert truth is not None
+        is_wrong = self.predicted != truth
+        tested = compare_errors(strengths, truth, is_wrong, n_permutations=self.tests.n_permutations, rng=self.rng)
+        ids = [str(self.view.store.ids[int(row)]) for row in self.subject.rows]
+        classes = self.subject.classifier.classes
+        return [
+            slice_of(strengths[:, concept], truth == k, is_wrong, ids,
+                     (classes[k], names[concept], groups[concept], float(size), float(p), 1.0))
+            for k, concept, size, p in zip(*tested, strict=True)
+        ]  # fmt: skip
 
     def _associations(self, strengths: Float32[np.ndarray, "n c"]) -> dict[str, list[Association | None]]:
         nothing: list[Association | None] = [None] * strengths.shape[1]

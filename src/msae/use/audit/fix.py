@@ -20,6 +20,7 @@ from msae.base.errors import ConfigError
 from msae.concepts.concept import FEWEST
 from msae.measure.probe import C
 from msae.sae.view import View
+from msae.use.audit.slices import otsu_border
 from msae.use.audit.subjects import Subject
 from msae.use.classifier import LinearClassifier
 
@@ -177,22 +178,11 @@ def _rows(subject: Subject, latents: tuple[int, ...], groups: str | None) -> _Ro
 
 
 def clearly_present(view: View, latents: tuple[int, ...], z: Float32[np.ndarray, "n l"]) -> Bool[np.ndarray, " n"]:
-    """Where the concept is clearly present: above the strength that best divides weak from strong rows.
-
-    The border is Otsu's: it leaves the least variance within the two sides.
-
-    Source: Otsu 1979, doi:10.1109/TSMC.1979.4310076.
-    """
+    """Where the concept is clearly present: above the strength that best divides weak from strong rows."""
     W_dec = view.sae.W_dec.detach().cpu()[list(latents)]
     common = torch.from_numpy(z.mean(0)) @ W_dec
     strength = (torch.from_numpy(z) @ (W_dec @ (common / common.norm().clamp_min(1e-12)))).double().numpy()
-    ordered = np.sort(strength)
-    below = np.arange(1, len(ordered))
-    sums = np.cumsum(ordered)[:-1]
-    means = sums / below, (ordered.sum() - sums) / (len(ordered) - below)
-    between = below * (len(ordered) - below) * np.square(means[1] - means[0])
-    place = int(between.argmax())
-    present: Bool[np.ndarray, " n"] = strength > (ordered[place] + ordered[place + 1]) / 2
+    present: Bool[np.ndarray, " n"] = strength > otsu_border(strength)
     return present
 
 

@@ -15,6 +15,7 @@ from msae.base import records
 from msae.base.errors import ConfigError, nearest
 from msae.base.results import Result, shorten, text_table
 from msae.use.audit.fix import Fix
+from msae.use.audit.slices import Slice
 from msae.use.classifier import SCORE
 
 MAX_JSON = 50_000_000
@@ -275,6 +276,8 @@ class Audit(Result):
     notes: tuple[str, ...] = ()
     fix: Fix | None = None
     """How one concept is best taken out of the classifier; where that was asked for."""
+    slices: tuple[Slice, ...] | None = None
+    """Candidate slices of errors, class by class; where they were asked for."""
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str | int) -> ConceptAudit:
@@ -298,7 +301,7 @@ class Audit(Result):
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
-        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes", "fix")
+        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes", "fix", "slices")
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
         return record | {"verdict": self.verdict, "concepts": [concept.to_json() for concept in self.concepts]}
 
@@ -380,6 +383,7 @@ class Audit(Result):
             lines += [f"{len(ranked) - n} more; --json FILE writes all"] if len(ranked) > n else []
             lines += ["", *self._legend(ranked)]
         lines += ["", *self._fix_lines()] if self.fix else []
+        lines += ["", *_slice_lines(self.slices)] if self.slices is not None else []
         return "\n".join([*lines, "", *(f"note: {note}" for note in self.notes)]).rstrip()
 
     def _legend(self, ranked: Sequence[ConceptAudit]) -> list[str]:
@@ -422,6 +426,19 @@ class Audit(Result):
             f"the smallest has {fix.n_smallest} rows",
             closing,
         ]
+
+
+def _slice_lines(slices: Sequence[Slice]) -> list[str]:
+    if not slices:
+        return ["no concept is more common among the wrong predictions of a class than among the right ones (q < .05)"]
+    rows = [
+        (one.class_, shorten(one.name), f"{one.n:,}", f"{one.error:.1%}", f"{one.error_elsewhere:.1%}", f"{one.q:.2g}")
+        for one in slices
+    ]
+    return [
+        *text_table(("class", "concept", "rows", "wrong", "wrong elsewhere", "q"), rows, right=(2, 3, 4, 5)),
+        "rows of the class in which the concept is clearly present, and how many of them, and of the others, are wrong",
+    ]
 
 
 def _cells(concept: ConceptAudit, n: int) -> list[str]:

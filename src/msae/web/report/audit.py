@@ -98,6 +98,7 @@ def section(
             for concept in drawn
         ],
         fix=audit.fix,
+        slices=audit.slices or (),
     )
 
 
