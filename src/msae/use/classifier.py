@@ -120,7 +120,9 @@ class LinearClassifier:
                 f"{path} has weights of width {weight.shape[1]}, the embeddings have {d_in}; fit it on embeddings of "
                 f"the same encoder"
             )
-        if len(weight) == 1 and (classes or "classes" in arrays):  # as scikit-learn keeps two: the logit of the second
+        if len(weight) == 1 and (
+            classes or np.size(arrays.get("classes", ()))
+        ):  # as scikit-learn keeps two: the logit of the second
             weight, bias = np.concatenate([0 * weight, weight]), np.r_[0.0, bias]
         names = tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array(classes)))) or (
             (SCORE,) if len(weight) == 1 else tuple(str(number) for number in range(len(weight)))
@@ -150,9 +152,11 @@ class LinearClassifier:
                 words = {"unit_norm": json.dumps(self.unit_norm)} | ({"classes": json.dumps(names)} if names else {})
                 save_file(arrays, temporary, words)
             else:
-                more = {"classes": np.array(names)} if names else {}
                 with temporary.open("wb") as file:
-                    np.savez(file, **arrays, **more, unit_norm=np.array(self.unit_norm))
+                    np.savez(
+                        file, weight=arrays["weight"], bias=arrays["bias"], mean=arrays["mean"], scale=arrays["scale"],
+                        classes=np.array(names, str), unit_norm=np.array(self.unit_norm),
+                    )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

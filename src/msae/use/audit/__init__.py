@@ -5,6 +5,7 @@ What is tested and how to read it is in docs/audit.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -130,30 +131,31 @@ def audit(
         errors=errors,
     )
     concepts, sample = auditor.run()
-    fixed = None
-    if fix is not None:
-        this = _to_fix(concepts, bool(concept))
-        fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
-    return Audit(
+    found = Audit(
         target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
             "n_controls": N_CONTROLS, "where": where, "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), fix=fixed,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes),
         slices=tuple(auditor.slices) if errors else None, sample=sample,
     )  # fmt: skip
+    if fix is None:
+        return found
+    this = _to_fix(found, bool(concept))
+    fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
+    return dataclasses.replace(found, fix=fixed)
 
 
-def _to_fix(concepts: Sequence[ConceptAudit], is_asked: bool) -> ConceptAudit:
+def _to_fix(found: Audit, is_asked: bool) -> ConceptAudit:
     """The concept to take out of the classifier."""
-    if is_asked and len(concepts) > 1:
-        raise ConfigError(f"--fix takes one concept out, {len(concepts)} were given; keep one --concept")
-    found = next((one for one in concepts if is_asked or (one.stands_out and not one.is_target)), None)
-    if found is None:
+    if is_asked and len(found.concepts) > 1:
+        raise ConfigError(f"--fix takes one concept out, {len(found.concepts)} were given; keep one --concept")
+    candidates = found.concepts if is_asked else [one for one in found.ranked if not one.is_target]
+    if not candidates:
         raise ConfigError("no concept stands out, so there is nothing to fix; name one with --concept")
-    return found
+    return candidates[0]
 
 
 def _groups(

@@ -343,12 +343,13 @@ class Audit(Result):
 
     @property
     def ranked(self) -> list[ConceptAudit]:
-        """The concepts to look at, the strongest first; none where no more stand out than chance would have.
+        """The concepts to look at, the strongest first; none where hardly more stand out than chance would have, that
+        is, not even one standard deviation more.
 
         Those that bear the name of a class come last: a classifier of squares should react to squares.
         """
         found = self.reported()
-        return found if len(found) > self.n_by_chance else []
+        return found if len(found) > self.n_by_chance + self.n_by_chance**0.5 else []
 
     @property
     def verdict(self) -> str:
