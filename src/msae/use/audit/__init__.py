@@ -60,7 +60,7 @@ def audit(
     fix: str | Path | None = None,
     groups: str | None = None,
     errors: bool = False,
-    modality: Modality = "image",
+    modality: Modality | None = None,
     inference: Inference = "trained",
     n_permutations: int | None = None,
     sweep_id: str | None = None,
@@ -94,7 +94,7 @@ def audit(
         groups: With `fix`: the column of two values that says which rows have the concept. Without it, its firing does.
         errors: Also look for slices of errors: concepts that the wrong predictions of a class have more of than the
             right ones.
-        modality: Which embeddings of the store.
+        modality: Which embeddings of the store. Without it, images where the store has them.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
@@ -135,7 +135,7 @@ def audit(
         target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
-            "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
+            "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
             "n_controls": N_CONTROLS, "where": where, "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
         concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes),

@@ -105,7 +105,7 @@ def section(
 def sentence(audit: Audit, concept: ConceptAudit) -> str:
     """What was found about a concept, in words."""
     what = "the score" if audit.is_score else f"the probability of {concept.class_}"
-    parts = [f"fires in {round(concept.firing_rate * audit.n):,} of {audit.n:,} rows"]
+    parts = [f"Fires in {round(concept.firing_rate * audit.n):,} of {audit.n:,} rows"]
     if concept.remove is not None:
         way = "raises" if concept.remove.change > 0 else "lowers"
         parts.append(f"removing it {way} {what} by {abs(concept.remove.change):.3f} on average")
