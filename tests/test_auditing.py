@@ -235,6 +235,8 @@ def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_am
     assert again.to_json() == found.to_json()
     alone = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["Planted"], n_permutations=400)
     assert [one.name for one in alone.concepts] == ["planted"]
+    own = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["rest", "silent"], n_permutations=20)
+    assert "0 of the 2 concepts asked for stand out" in own.verdict and "\nrest " in own.to_text()  # asked for: shown
     assert alone["planted"].remove.change == pytest.approx(found["planted"].remove.change, abs=1e-6)
 
 
@@ -706,3 +708,23 @@ def test_where_errors_are_chance_no_slice_is_named():
 def test_errors_without_true_classes_are_one_line(sae, store):
     with pytest.raises(ConfigError, match="errors need true classes"):
         audit(sae, store, classifier=coefficients(), names=NAMES, errors=True)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_score_in_a_file_stays_a_score_and_with_a_column_of_classes_is_a_logit(sae, store, tmp_path, suffix):
+    model = scorer(np.random.default_rng(0).normal(size=D_IN))
+    model.save(tmp_path / f"s{suffix}")
+    again = LinearClassifier.load(tmp_path / f"s{suffix}", d_in=D_IN)
+    assert again.is_score and torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+    found = audit(sae, store, "y", classifier=tmp_path / f"s{suffix}", names=NAMES, n_permutations=20)
+    assert found.classes == ("a", "b") and not found.is_score
+
+
+def test_nothing_stands_out_unless_more_do_than_chance_would_have(found):
+    planted = dataclasses.replace(found["planted"], is_target=False)
+    weak = dataclasses.replace(found["rest"], **{found["rest"].test: dataclasses.replace(found["rest"].main, q=0.01)})
+    assert planted.stands_out and not weak.stands_out
+    few = dataclasses.replace(found, concepts=(planted, *[weak] * 6))  # 7 pass the test: 1/3 by chance, deviation .58
+    assert few.ranked == [planted] and "1 of 7 concepts stand out" in few.verdict
+    many = dataclasses.replace(found, concepts=(planted, *[weak] * 20))  # 21 pass the test: 1 by chance
+    assert many.ranked == [] and "Nothing stands out: 1 of 21 concepts" in many.verdict

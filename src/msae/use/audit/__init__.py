@@ -136,7 +136,8 @@ def audit(
         classifier=auditor.describe_classifier(),
         settings={
             "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "where": where, "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
+            "n_controls": N_CONTROLS, "where": where, "asked": bool(concept),
+            "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
         concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes),
         slices=tuple(auditor.slices) if errors else None, sample=sample,

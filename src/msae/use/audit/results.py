@@ -352,6 +352,11 @@ class Audit(Result):
         return found if len(found) > self.n_by_chance + self.n_by_chance**0.5 else []
 
     @property
+    def shown(self) -> list[ConceptAudit]:
+        """What the table and the page begin with: the concepts that were asked for, or else those that are ranked."""
+        return list(self.concepts) if self.settings.get("asked") else self.ranked
+
+    @property
     def verdict(self) -> str:
         """What the audit found, in one sentence or two."""
         n_out, chance = len(self.reported()), self.n_by_chance
@@ -366,6 +371,9 @@ class Audit(Result):
                 f"The classifier is right in {accuracy:.1%} of" if accuracy is not None else "The classifier has seen"
             )
             head += f" {self.n:,} rows of {len(self.classes)} classes"
+        if self.settings.get("asked"):
+            which = f"{n_out} of the {len(self.concepts):,} concepts asked for"
+            return f"{head}; {which} {'stands' if n_out == 1 else 'stand'} out beyond their controls."
         of = f"of {len(self.concepts):,} concepts"
         if not self.ranked:
             few = f"{n_out} {of} do more than every one of {self.settings.get('n_controls')} random latents like them"
@@ -377,7 +385,7 @@ class Audit(Result):
         facts = [str(self.classifier.get("source", "")), self.on]
         facts += [f"{self.n_left_out:,} rows without a known label left out"] if self.n_left_out else []
         lines = [self.verdict, "; ".join(fact for fact in facts if fact)]
-        ranked = self.ranked
+        ranked = self.shown
         if ranked:
             head = ("concept", "pushes", "by", "q", "rows", "what helps")
             lines += ["", *text_table(head, [_cells(concept, self.n) for concept in ranked[:n]], right=(2, 3, 4))]
@@ -406,6 +414,8 @@ class Audit(Result):
                 "--fix FILE writes a better classifier"
             )
         n_others = len(self.concepts) - len(ranked)
+        if not n_others:
+            return lines
         return [*lines, f"{n_others:,} concepts do no more than random latents and are not ranked; --json has them"]
 
     def _fix_lines(self) -> list[str]:

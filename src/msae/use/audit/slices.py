@@ -113,7 +113,7 @@ def slice_of(
     class_, name, latents, size, p, q = candidate
     has = own & (strength > otsu_border(strength[own].astype(np.float64)))
     errors = [float(is_wrong[rows].mean()) if rows.any() else 0.0 for rows in (has, own & ~has)]
-    where = tuple(ids[row] for row in np.flatnonzero(has))
+    where = tuple(ids[row] for row in np.flatnonzero(has).tolist())
     return Slice(
         class_,
         name,

@@ -77,7 +77,7 @@ def section(
         n_plotted: Concepts that are drawn.
         brief: Leave out the table of all concepts.
     """
-    ranked = audit.ranked
+    ranked = audit.shown
     drawn = ranked[:n_plotted] if audit.sample is not None else []
     album = None if store is None else Album(store.picture_roots, SIDE)
     rest = [concept for concept in audit.concepts if concept not in ranked]
