@@ -235,7 +235,8 @@ def red(tmp_path_factory):
     names = [f"images/{i}.png" for i in range(len(scenes))]
     for name, picture in zip(names, shown, strict=True):
         picture.save(folder / name)
-    table = pa.table({"id": [str(scene.seed) for scene in scenes], "image_path": names})
+    labels = ["red" if one else "other" for one in is_red]
+    table = pa.table({"id": [str(scene.seed) for scene in scenes], "image_path": names, "label": labels})
     record = {"encoder": "demo", "encoder_revision": embedder.revision}
     store = write_store(folder / "scenes.store", [StorePart({"image": x}, table)], record=record)
     known = fit_statistics(lambda: [torch.from_numpy(x)])
@@ -288,6 +289,27 @@ def test_a_report_shows_regions_that_a_box_switches_off_without_a_script(red):
     assert page.count('<svg class="region"') == page.count('<small class="place">') > 0 and "<script" not in page
     assert page.count('<label class="switch"><input type="checkbox" checked>') == 1
     assert "regions" not in {missing.section for missing in made.missing}
+
+
+def test_the_strongest_cases_of_an_audit_have_regions(red, tmp_path):
+    from msae.data.thumbnails import Album
+    from msae.web.report.audit import cases, section, write_html
+
+    folder, store, _ = red
+    audited = msae.audit(folder / "run", store, "label", names={"red": [0]}, n_permutations=50)
+    locator = Locator(View(folder / "run", store, "image"))
+    shown = [
+        one
+        for _, side in cases(audited, audited["red"], store, Album(store.picture_roots, 64), locator)
+        for one in side
+    ]
+    assert shown and all(region.patches.shape == (8, 8) for _, _, region in shown)
+    write_html(audited, tmp_path / "a.html", folder / "run")
+    page = (tmp_path / "a.html").read_text()
+    n = page.count('<svg class="region"')
+    assert n == page.count('<small class="place">') and (n > 0) == ('class="cases"' in page) == bool(audited.shown)
+    if audited.shown:
+        assert "Regions of the pictures cannot be shown: gone." in section(audited, store=store, why="gone")
 
 
 def test_a_picture_that_is_gone_is_counted(red, tmp_path):

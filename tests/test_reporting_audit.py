@@ -75,7 +75,7 @@ def test_the_strongest_cases_are_shown_as_pictures_by_what_is_predicted(folder, 
     (first, of_class), (second, of_others) = cases(audited, own, on, Album(on.picture_roots, 32))
     assert first == f"most of it, predicted {own.class_}" and second == "most of it, predicted otherwise"
     assert 0 < len(of_class) <= 6 and 0 < len(of_others) <= 6
-    assert all(uri.startswith("data:image/jpeg;base64,") for uri, _ in of_class)
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri, *_ in of_class)
     assert "data:image/jpeg" in section(audited, store=on) or not audited.ranked
 
 

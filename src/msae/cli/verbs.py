@@ -159,7 +159,10 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page with plots to this file; it opens offline.
     """
-    return _with_page(call(), html, "msae.web.report.audit:write_html")
+    found = call()
+    if html is not None:
+        load("msae.web.report.audit:write_html")(found, html, call.keywords["sae"])
+    return found.to_text(), found.to_json()
 
 
 def search(call: Call, *, html: Path | None = None) -> Shown:

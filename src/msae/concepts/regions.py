@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError, SourceError
+from msae.concepts.concept import ConceptSet
 from msae.data.embedder import Embedder, ValuesOf, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, find_picture
+from msae.data.rows import PATH_COLUMNS, Row, find_picture
+from msae.data.store import EmbeddingStore
 from msae.sae.view import View
 
 if TYPE_CHECKING:
@@ -159,6 +161,12 @@ class Locator:
             for first in range(0, len(unknown), BATCH):
                 self._find(unknown[first : first + BATCH], concept)
             return [self._known[row, concept.latents] for row in rows]
+
+    def concept(self, latents: Sequence[int]) -> Concept:
+        """Some latents as one concept, in the proportions that they have in the store."""
+        if len(latents) == 1:
+            return OneLatent(latents[0])
+        return ConceptSet(self.view, None)["|".join(f"#{latent}" for latent in latents)]
 
     def _find(self, rows: Sequence[int], concept: Concept) -> None:
         store = self.view.store

@@ -32,8 +32,10 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
     swept = _sweepable(found)
     first = swept[0].sweep if swept else None
     values: dict[str, Any] = _sweep(world, run, found, address) if swept else {}
+    locator, why = world.locator(run) if world.has_pictures else (None, None)
     return draw(
-        "result", world, run, address, audit=found, section=section(found, store=run.store, n_plotted=4),
+        "result", world, run, address, audit=found,
+        section=section(found, store=run.store, locator=locator, why=why, n_plotted=4),
         concepts=[concept.name for concept in swept], concept=address.one("concept") or (swept and swept[0].name),
         row=address.one("row") or (first and first.id), **values,
     )  # fmt: skip
@@ -68,8 +70,7 @@ def _located(world: World, run: LoadedRun, concept: ConceptAudit, found: Sweep) 
     row = world.store.ids.row_of(found.id)
     if not found.own:
         return {"row": world.rows([row])[0], "region": None, "drawn": None, "why": None}
-    latents = "|".join(f"#{latent}" for latent in concept.latents)
-    regions, why = world.regions(run, [row], run.searcher("image").concepts("image")[latents])
+    regions, why = world.regions(run, [row], concept.latents)
     return {"row": world.rows([row])[0], "region": regions[0], "drawn": as_svg(regions[0]), "why": why}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from msae.concepts.regions import OneLatent, Region
+from msae.concepts.regions import Region
 from msae.concepts.tree import Edge
 from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
@@ -70,7 +70,7 @@ def _samples(
     regions: list[Region | None] = [None] * len(samples)
     why: str | None = None
     if is_located and is_part:
-        regions, why = world.regions(run, numbers, OneLatent(latent))
+        regions, why = world.regions(run, numbers, [latent])
     return {"modality": modality, "shown": shown, "is_located": is_located, "why": why,
             "samples": list(zip(samples, world.rows(numbers), regions, map(as_svg, regions), strict=True))}  # fmt: skip
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.names import ConceptNames, names_of
-from msae.concepts.regions import Concept, Locator, Region, check_pictures
+from msae.concepts.regions import Locator, Region, check_pictures
 from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
@@ -256,14 +256,23 @@ class World:
         picture = thumbnail(self.store.describe_rows([row])[0].path, self.store.picture_roots, side)
         return None if picture is None else as_jpeg(picture)
 
-    def regions(self, run: LoadedRun, rows: Sequence[int], concept: Concept) -> tuple[list[Region | None], str | None]:
-        """Where in the pictures of some rows a concept finds what makes it fire, or why that cannot be shown."""
+    def locator(self, run: LoadedRun) -> tuple[Locator | None, str | None]:
+        """What finds regions in the store's pictures, or why nothing does."""
         if self.why_no_encoder():
-            return [None] * len(rows), UNKNOWN_ENCODER
+            return None, UNKNOWN_ENCODER
         try:
-            found = run.locator(self.embedder).regions(rows, concept)
+            return run.locator(self.embedder), None
         except MsaeError as err:
-            return [None] * len(rows), str(err)
+            return None, str(err)
+
+    def regions(
+        self, run: LoadedRun, rows: Sequence[int], latents: Sequence[int]
+    ) -> tuple[list[Region | None], str | None]:
+        """Where in the pictures of some rows a concept finds what makes it fire, or why that cannot be shown."""
+        locator, why = self.locator(run)
+        if locator is None:
+            return [None] * len(rows), why
+        found = locator.regions(rows, locator.concept(latents))
         return found, None if any(found) or not found else NO_PICTURES
 
     def embed_text(self, text: str) -> NDArray[np.float32]:

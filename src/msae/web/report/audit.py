@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from msae.base.errors import MsaeError
+from msae.concepts.regions import Locator, Region
 from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
+from msae.sae.run import RunLike
+from msae.sae.view import View
 from msae.use.audit import Audit, ConceptAudit
 from msae.use.audit.results import what_helps
 from msae.web import page
+from msae.web.overlay import as_svg as overlay
 from msae.web.report.figures import COLOURS, as_svg, draw_sweep, legend, new_figure, plain
 
 N_PLOTTED = 8
@@ -61,19 +66,38 @@ MAX_CLASSES = len(COLOURS)
 """More classes than these are left out of the plots; the table and the JSON have them."""
 
 
-def write_html(audit: Audit, path: str | Path) -> None:
-    """Write the audit as one page without scripts or links to anywhere; pictures are inlined where the store is."""
+def write_html(audit: Audit, path: str | Path, run: RunLike | None = None) -> None:
+    """Write the audit as one page without scripts or links to anywhere; pictures are inlined where the store is.
+
+    Args:
+        run: The SAE that was used, for the regions of the pictures; they need the encoder on this machine.
+    """
     store = EmbeddingStore.open(audit.on) if Path(audit.on).exists() else None
-    page.write_page(page.render("report/audit.html", audit=audit, section=section(audit, store=store)), Path(path))
+    locator, why = None, None
+    if store is not None and run is not None and "image" in store.modalities:
+        try:
+            locator = Locator(View(run, store, "image"), local=True)
+        except MsaeError as err:
+            why = str(err)
+    body = section(audit, store=store, locator=locator, why=why)
+    page.write_page(page.render("report/audit.html", audit=audit, section=body), Path(path))
 
 
 def section(
-    audit: Audit, *, store: EmbeddingStore | None = None, n_plotted: int = N_PLOTTED, brief: bool = False
+    audit: Audit,
+    *,
+    store: EmbeddingStore | None = None,
+    locator: Locator | None = None,
+    why: str | None = None,
+    n_plotted: int = N_PLOTTED,
+    brief: bool = False,
 ) -> Markup:
     """The audit as a piece of HTML: the verdict, then what stands out, then all the rest.
 
     Args:
         store: Where pictures of the strongest cases are found.
+        locator: Finds where in them the concepts are.
+        why: The reason for having none.
         n_plotted: Concepts that are drawn.
         brief: Leave out the table of all concepts.
     """
@@ -83,6 +107,7 @@ def section(
     rest = [concept for concept in audit.concepts if concept not in ranked]
     return page.render(
         "report/audit_section.html",
+        overlay=overlay,
         verdict=audit.verdict,
         facts=_facts(audit),
         notes=audit.notes,
@@ -94,9 +119,15 @@ def section(
         rest=[] if brief and ranked else [_cells(concept, audit.n) for concept in rest],
         n_rest=len(rest),
         drawn=[
-            (concept, sentence(audit, concept), cases(audit, concept, store, album), concept_svgs(audit, concept))
+            (
+                concept,
+                sentence(audit, concept),
+                cases(audit, concept, store, album, locator),
+                concept_svgs(audit, concept),
+            )
             for concept in drawn
         ],
+        why=why,
         fix=audit.fix,
         slices=audit.slices or (),
     )
@@ -120,8 +151,12 @@ def sentence(audit: Audit, concept: ConceptAudit) -> str:
 
 
 def cases(
-    audit: Audit, concept: ConceptAudit, store: EmbeddingStore | None, album: Album | None
-) -> list[tuple[str, list[tuple[str, str]]]]:
+    audit: Audit,
+    concept: ConceptAudit,
+    store: EmbeddingStore | None,
+    album: Album | None,
+    locator: Locator | None = None,
+) -> list[tuple[str, list[tuple[str, str, Region | None]]]]:
     """The rows that have most of a concept, on two sides by what the model says of them: titles and pictures."""
     if store is None or album is None or audit.sample is None:
         return []
@@ -138,9 +173,13 @@ def cases(
         ]
     found = []
     for title, places in sides:
-        rows = store.describe_rows(audit.sample.rows[places[:N_CASES]])
-        # A map of where the concept lies in each picture belongs over these thumbnails.
-        pictures = [(uri, row.words) for row in rows if (uri := album.uri(row.path)) is not None]
+        chosen = places[:N_CASES]
+        rows = store.describe_rows(audit.sample.rows[chosen])
+        regions: list[Region | None] = [None] * len(rows)
+        if locator is not None and len(chosen) and strengths[chosen[0]] > 0:
+            regions = locator.regions([row.row for row in rows], locator.concept(concept.latents))
+        known = zip(rows, regions, strict=True)
+        pictures = [(uri, row.words, region) for row, region in known if (uri := album.uri(row.path)) is not None]
         found += [(title, pictures)] if pictures else []
     return found
 
