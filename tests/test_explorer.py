@@ -85,7 +85,7 @@ def test_a_page_without_the_encoder_says_in_one_line_why_there_are_no_regions(fo
     from msae.data.store import EmbeddingStore, StorePart, write_store
     from msae.sae.model import SAE, SAEConfig
 
-    made = EmbeddingStore(folder / "scenes.store")
+    made = EmbeddingStore.open(folder / "scenes.store")
     parts = {"image": made.take(np.arange(20), "image")}
     pictures = [str(folder / "scenes" / path) for path in made.metadata.column("image_path").to_pylist()[20:40]]
     table = pa.table({"id": list(map(str, range(20))), "image_path": pictures})
