@@ -328,7 +328,8 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     """The store that the first run was trained on, if all runs can be shown on it, or why not."""
     try:
         trained = LoadedRun(folders[0], "", None).config
-        store = as_store(trained["store"], trained.get("modality") if Path(trained["store"]).is_file() else None)
+        modality = trained.get("modality") if Path(trained["store"]).is_file() else None
+        store = as_store(trained["store"], None if modality == "both" else modality)
     except KeyError:
         return None, "The run does not say what it was trained on."
     except RunError:
