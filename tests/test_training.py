@@ -340,17 +340,18 @@ def sized(d_in, n_rows=50_000):
     return Rows()
 
 
-def test_default_levels_double_up_to_half_of_the_dimensions():
+def test_default_levels_double_up_to_the_dimensions():
     wide = TrainSettings().resolve(sized(512))
-    assert wide.levels == (8, 16, 32, 64, 128, 256) and wide.weights == (1,) * 6
-    assert (wide.lr, wide.inference_l0, wide.d_sae, wide.batch_size) == (2e-3, 64, 4096, 128)
+    assert wide.levels == (8, 16, 32, 64, 128, 256, 512) and wide.level_scales is True
+    assert wide.weights == pytest.approx([(k / 8) ** 0.25 for k in wide.levels])
+    assert (wide.lr, wide.inference_l0, wide.d_sae, wide.batch_size) == (3e-3, 64, 4096, 256)
     demo = TrainSettings().resolve(sized(128))
-    assert demo.levels == (2, 4, 8, 16, 32, 64) and demo.inference_l0 == 16
-    assert TrainSettings().resolve(sized(768)).levels == (12, 24, 48, 96, 192, 384)
+    assert demo.levels == (2, 4, 8, 16, 32, 64, 128) and demo.inference_l0 == 16
+    assert TrainSettings().resolve(sized(768)).levels == (12, 24, 48, 96, 192, 384, 768)
     assert TrainSettings(d_sae=40).resolve(sized(128)).levels == (2, 4, 8, 16, 32, 40)
     assert TrainSettings(d_sae=1).resolve(sized(7)).levels == (1,)
     reverse = TrainSettings(weighting="reverse").resolve(sized(512))
-    assert reverse.levels == wide.levels and reverse.weights == tuple(range(6, 0, -1))
+    assert reverse.levels == wide.levels and reverse.weights == tuple(range(7, 0, -1))
 
 
 def test_the_faithful_recipe_has_levels_up_to_all_latents():

@@ -157,12 +157,7 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page with plots to this file; it opens offline.
     """
-    found = call()
-    if html is not None:
-        from msae.web.report.audit import write_html
-
-        write_html(found, html)
-    return found.to_text(), found.to_json()
+    return _with_page(call(), html, "msae.web.report.audit:write_html")
 
 
 def search(call: Call, *, html: Path | None = None) -> Shown:
@@ -170,11 +165,12 @@ def search(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page of what was found before and after the edits; it opens offline.
     """
-    result = call()
-    if html is not None:
-        from msae.web.report.search import write_page
+    return _with_page(call(), html, "msae.web.report.search:write_page")
 
-        write_page(result, html)
+
+def _with_page(result: Any, html: Path | None, write: str) -> Shown:
+    if html is not None:
+        load(write)(result, html)
     return result.to_text(), result.to_json()
 
 

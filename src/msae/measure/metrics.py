@@ -235,10 +235,19 @@ class Recovery:
     NARROW = 64
     """Bands up to this many ranks gather decoder rows; wider ones are a product with a mostly zero matrix."""
 
-    def __init__(self, ks: Sequence[int], W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]) -> None:
+    def __init__(
+        self,
+        ks: Sequence[int],
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        """`scales`: for each k what the activations are multiplied by where no more are kept; 1 if left out."""
         if any(a >= b for a, b in itertools.pairwise(ks)) or not ks or not 1 <= ks[0] <= ks[-1] <= len(W_dec):
             raise ConfigError(f"recovery at k {list(ks)}; give increasing values from 1 to d_sae {len(W_dec)}")
         self.ks = tuple(ks)
+        self._scales = (1.0,) * len(self.ks) if scales is None else tuple(scales)
         self._W_dec, self._b_dec = W_dec, b_dec
         self._scores = {k: ReconstructionScore() for k in ks}
         self._best_rank = torch.full((len(W_dec),), len(W_dec), dtype=torch.int64, device=W_dec.device)
@@ -247,12 +256,12 @@ class Recovery:
     def update(self, x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> None:
         values, latents = z.sort(dim=1, descending=True, stable=True)
         n_active = int((values > 0).sum(1).max()) if len(z) else 0
-        x, x_hat = x.double(), self._b_dec.expand(len(x), -1).clone()
-        for low, k in zip((0, *self.ks), self.ks, strict=False):
+        x, decoded = x.double(), torch.zeros_like(x)
+        for low, k, scale in zip((0, *self.ks), self.ks, self._scales, strict=False):
             high = min(k, n_active)
             if low < high:
-                x_hat += self._decode_band(z.shape, values[:, low:high], latents[:, low:high])
-            self._scores[k].update(x, x_hat)
+                decoded += self._decode_band(z.shape, values[:, low:high], latents[:, low:high])
+            self._scores[k].update(x, self._b_dec + scale * decoded)
         self._note_ranks(values[:, :n_active], latents[:, :n_active])
 
     def score(self, k: int) -> ReconstructionScore:

@@ -31,7 +31,7 @@ from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, ro
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
 Inference = Literal["relu", "trained", "topk", "threshold"]
 SCHEMA_VERSION = 3
-"""Of sae.json. 2 adds `inference_l0`; files of version 1 are SAEs without thresholds. 3 adds `threshold_modalities`."""
+"""Of sae.json. 2 adds `inference_l0`, 3 `level_scales` and `threshold_modalities`; older files are SAEs without."""
 THRESHOLD_BUFFERS = ("thresholds", "threshold_table", "threshold_table_l0")
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "sae.json"
@@ -50,6 +50,8 @@ class SAEConfig:
     """Sparsity levels of `matryoshka`; None for the others."""
     widths: tuple[int, ...] | None = None
     """Nested prefixes of the dictionary, instead of levels: the other Matryoshka SAE, by BatchTopK."""
+    level_scales: bool = False
+    """Whether each of the levels has a factor of its own for the activations."""
     soft_cap: float | None = None
     """Largest activation, by `c * tanh(z / c)`."""
     inference_l0: float | None = None
@@ -80,6 +82,8 @@ class SAEConfig:
                 f"widths {list(self.widths)} do not fit kind {self.kind}, d_sae {self.d_sae} and levels {self.levels}; "
                 "give them to matryoshka, without levels and none above d_sae"
             )
+        if self.level_scales and not self.levels:
+            raise ConfigError("level scales without levels; give kind matryoshka with levels, or no level scales")
         if len(set(self.threshold_modalities)) < len(self.threshold_modalities):
             raise ConfigError(f"thresholds of {' and '.join(self.threshold_modalities)}; wanted each modality once")
         if self.soft_cap is not None and self.soft_cap <= 0:
@@ -101,6 +105,8 @@ class SAE(nn.Module):
     b_dec: Float[Tensor, " d_in"]
     log_threshold: Float[Tensor, " d_sae"] | None
     """JumpReLU's learnt thresholds."""
+    log_level_scales: Float[Tensor, " n_levels"] | None
+    """Logarithm of what the activations are multiplied by at each level: fewer latents have to be stronger."""
     threshold: Float[Tensor, ""] | None
     """Running threshold of BatchTopK and of widths: makes inference independent of the batch; 0 before training."""
     thresholds: Float[Tensor, " d_sae"] | None
@@ -127,6 +133,9 @@ class SAE(nn.Module):
         self.log_threshold = None
         if config.kind == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
+        self.log_level_scales = None
+        if config.level_scales:
+            self.log_level_scales = nn.Parameter(torch.zeros(len(config.levels or ()), dtype=torch.float32))
         has_threshold = config.kind == "batchtopk" or config.widths
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if has_threshold else None)
         for name in THRESHOLD_BUFFERS:
@@ -170,7 +179,29 @@ class SAE(nn.Module):
         """
         self.check_inference(inference)
         z = self._uncapped(h, inference, k, modality)
-        return z if self.config.soft_cap is None else activations.soft_cap(z, self.config.soft_cap)
+        if self.config.soft_cap is not None:
+            z = activations.soft_cap(z, self.config.soft_cap)
+        return z if self.log_level_scales is None else z * self.scale_at(self.active_latents(inference, k))
+
+    def scale_at(self, n_active: float) -> float:
+        """What activations are multiplied by where `n_active` latents take part: 1 without level scales.
+
+        Between two levels its logarithm is linear in that of the number; below the first and above the last it is
+        theirs.
+        """
+        if self.log_level_scales is None:
+            return 1.0
+        assert self.config.levels is not None
+        known = self.log_level_scales.detach().double().cpu().numpy()
+        return float(np.exp(np.interp(np.log(n_active), np.log(self.config.levels), known)))
+
+    def active_latents(self, inference: Inference, k: int | None = None) -> float:
+        """How many latents an inference lets take part in a row: exactly, on average, or at most."""
+        if inference == "topk" and k is not None:
+            return float(k)
+        if inference == "relu" or self.config.inference_l0 is None:
+            return float(self.d_sae)
+        return float(self.config.inference_l0)
 
     def _uncapped(self, h: Tensor, inference: Inference, k: int | None, modality: Modality | None) -> Tensor:
         if inference == "topk":

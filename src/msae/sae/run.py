@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, Union
 from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import MODALITIES, EmbeddingStore, Modality, as_store
+from msae.data.layout import MODALITIES, Modality
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.progress import progress
-from msae.data.store import EmbeddingStore, as_store, labelled_rows
+from msae.data.rows import labelled_rows
+from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
 from msae.measure.probe import Probe, fit_probe, hold_out
@@ -169,7 +170,9 @@ class Scores:
         self._fvu_authors = metrics.RunningMean()
         self.use = metrics.LatentUse(sae.d_sae)
         ks = metrics.recovery_ks(sae.d_sae)
-        self._recovery = metrics.Recovery(ks, sae.W_dec, sae.b_dec) if options.recovery else None
+        own = sae.scale_at(sae.active_latents(view.inference, view.k))
+        scales = [sae.scale_at(float(k)) / own for k in ks]
+        self._recovery = metrics.Recovery(ks, sae.W_dec, sae.b_dec, scales=scales) if options.recovery else None
         self._kl, self._agreement, self._before, self._after = (metrics.RunningMean() for _ in range(4))
         self._left_out = 0
 

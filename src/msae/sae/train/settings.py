@@ -31,15 +31,19 @@ class TrainSettings:
     jumprelu: a threshold for each latent, learnt. relu: every positive latent, kept sparse by an L1 penalty."""
     weighting: Weighting | None = None
     """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most. rising:
-    each weighs 1.41 times the one before it. Default: uniform; recipe faithful: rising."""
+    each weighs 1.19 times the one before it, steep: 1.41 times. Default: rising; recipe faithful: steep; poster:
+    uniform."""
     levels: tuple[int, ...] | None = None
     """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
-    to half of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
+    to all of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
     widths: tuple[int, ...] | None = None
     """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
     row keeps k on average. The last must be all latents. Default: off."""
     weights: tuple[float, ...] | None = None
     """A weight for each of the levels or widths, instead of a weighting. Default: as the weighting says."""
+    level_scales: bool = True
+    """Learn for each level a factor of the activations: a row that keeps few latents needs stronger ones. The poster's
+    recipe does not."""
     k: int | None = None
     """Active latents a row: exactly for topk, on average for batchtopk, jumprelu and widths. Default there: 64."""
     l1: float | None = None
@@ -54,8 +58,8 @@ class TrainSettings:
     """Rows in a step. Default: a power of two from 64 to 4096 that gives about 200 steps an epoch; the poster's recipe:
     4096."""
     lr: float | None = None
-    """Learning rate. Default: 2e-3 for matryoshka, topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for
-    matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
+    """Learning rate. Default: 3e-3 for matryoshka, 2e-3 for topk and batchtopk, 5e-4 for the others; recipe faithful:
+    1e-3 for matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
     seed: int = 0
     """Random seed of the initial weights and of the order of the rows."""
     modality: TrainedOn = "image"
@@ -138,8 +142,9 @@ class TrainSettings:
         recipe = RECIPES[self.recipe]
         d_sae = self.d_sae or round(self.expansion * store.d_in)
         is_nested, counts = self.kind == "matryoshka", self.counts_latents
+        has_levels = is_nested and not self.widths
         levels = self.levels or recipe.levels(store.d_in, d_sae)
-        weighting = self.weighting or recipe.weighting
+        weighting = self.weighting or (recipe.weighting if has_levels else "uniform")
         weights = self.weights or losses.level_weights(weighting, len(self.widths or levels))
         k = (self.k or DEFAULT_K) if counts else None
         if self.widths and self.widths[-1] != d_sae:
@@ -149,9 +154,10 @@ class TrainSettings:
         return dataclasses.replace(
             self,
             d_sae=d_sae,
-            levels=levels if is_nested and not self.widths else None,
+            levels=levels if has_levels else None,
             weights=weights if is_nested else None,
             weighting="uniform" if self.weights and not self.weighting else weighting,
+            level_scales=has_levels and recipe.level_scales and self.level_scales,
             k=k,
             l1=(DEFAULT_L1 if self.l1 is None else self.l1) if self.kind == "relu" else None,
             epochs=self.epochs or recipe.epochs(self.expansion),
@@ -195,6 +201,7 @@ class TrainOptions(TypedDict, total=False):
     levels: tuple[int, ...] | None
     widths: tuple[int, ...] | None
     weights: tuple[float, ...] | None
+    level_scales: bool
     k: int | None
     l1: float | None
     expansion: float

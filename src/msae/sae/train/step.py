@@ -55,9 +55,11 @@ def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_i
 
     def objective(sae: SAE, x: Tensor) -> SAELoss:
         threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
+        scales = None if sae.log_level_scales is None else sae.log_level_scales.exp()
         return sae_loss(
             x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, selection=selection, weights=weights, l1=l1, l0=l0,
-            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, kernel=settings.kernel,
+            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, level_scales=scales,
+            kernel=settings.kernel,
         )  # fmt: skip
 
     return objective

@@ -70,6 +70,7 @@ class Training:
             k=settings.k,
             levels=settings.levels,
             widths=settings.widths,
+            level_scales=settings.level_scales,
             soft_cap=settings.soft_cap,
             encoder=encoder,
             encoder_revision=revision,
@@ -374,7 +375,7 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
             f"{folder} was trained on other stores beside {theirs.get('store')}; give those, in the same order, or "
             f"another --out"
         )
-    before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
+    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False}
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
         if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):
