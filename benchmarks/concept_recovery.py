@@ -26,6 +26,7 @@ from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, StorePart, write_store
+from msae.demo.chain import NAMED_RUN, RUNS
 from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
 from msae.sae.train import train
@@ -35,11 +36,10 @@ SCENES = {"train": 12_000, "captions": 3_000, "judge": 3_000}
 FIRST_SCENE = UNSEEN_SEEDS.start + 1_000_000  # not the scenes of `msae demo`
 SEEDS = (0, 1, 2)
 WIDTHS = (256, 1024)
-STRICT = (8, 16, 32)
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "MSAE uniform": {"kind": "matryoshka"},
     "MSAE reverse": {"kind": "matryoshka", "weighting": "reverse"},
-    "MSAE strict": {"kind": "matryoshka", "levels": STRICT},
+    "MSAE demo": RUNS[NAMED_RUN],
     "TopK 16": {"kind": "topk", "k": 16},
     "BatchTopK 16": {"kind": "batchtopk", "k": 16},
     "ReLU .003": {"kind": "relu", "l1": 0.003},

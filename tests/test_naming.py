@@ -578,7 +578,7 @@ def test_unfit_vocabularies_are_one_line(world, tmp_path):
         "12-dim embeddings, but this SAE reads 48-dim": (world.word_rows[:, :12], {"text": WORDS}),
         "row 1 of the vocabulary .* has no word": (world.word_rows[:2], {"text": ["bob", " "]}),
         "has 1 word; a name needs at least two": (world.word_rows[:2], {"text": ["bob", "Bob"]}),
-        "none of the columns text": (world.word_rows[:2], {"id": ["a", "b"]}),
+        "none of the columns word": (world.word_rows[:2], {"id": ["a", "b"]}),
         "all 2 rows are the same vector": (np.ones((2, D_IN)), {"text": ["bob", "kab"]}),
     }
     for number, (message, (rows, columns)) in enumerate(cases.items()):

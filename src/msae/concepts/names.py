@@ -248,8 +248,11 @@ class ConceptNames(Result):
         if not lines:
             lines.append(
                 "no name was tested on any rows: each is the word nearest to a decoder row and may be wrong; to test "
-                "them, type: msae name RUN --vocabulary STORE --on STORE"
+                "them, type: msae name RUN --on STORE"
             )
+        if n_unknown := self.record.get("n_unknown_words"):
+            n = self.record["n_words"] + n_unknown
+            lines.append(f"{n_unknown:,} of {n:,} words were left out: the encoder does not know them")
         return lines
 
     def latents_of(self, name: str) -> list[int]:
@@ -348,7 +351,7 @@ class ConceptNames(Result):
         """
         file = _file(path)
         if not file.exists():
-            raise RunError(f"{file} does not exist; to name the latents, type: msae name RUN --vocabulary STORE")
+            raise RunError(f"{file} does not exist; to name the latents, type: msae name RUN")
         data = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
         try:
             concepts = tuple(_concept(entry, where=str(file)) for entry in data.pop("concepts"))
@@ -400,13 +403,12 @@ def names_of(run: RunLike) -> ConceptNames | None:
     names, d_sae = ConceptNames.load(run.names_file), run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
-            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
-            f"type: msae name {run.folder} --vocabulary STORE"
+            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; type: msae name {run.folder}"
         )
     if names.record.get("sae", run.weights) != run.weights:
         raise RunError(
             f"{run.names_file} names the latents of other weights or thresholds than {run.folder} has now; "
-            f"type: msae name {run.folder} --vocabulary STORE"
+            f"type: msae name {run.folder}"
         )
     return names
 
