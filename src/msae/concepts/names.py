@@ -32,6 +32,10 @@ AGREEMENT_SHARE = 1 / MIN_WORDS
 fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
 
 
+HELD_AUROC = 0.6
+"""A name must separate the rows that mention it at least so well: less is a latent of a small part of what it says."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How well a latent's activation separates the rows whose caption or label contains its name."""
@@ -60,7 +64,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Activation and word go together, and hardly any other word goes better with the activation."""
-        return self.is_tested and self.low > 0.5 and self.rank <= AGREEMENT_SHARE * self.n_words
+        return self.is_tested and self.low > HELD_AUROC and self.rank <= AGREEMENT_SHARE * self.n_words
 
 
 @dataclass(frozen=True)

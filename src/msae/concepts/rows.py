@@ -22,9 +22,13 @@ from msae.sae.view import View
 NEAR_SHARE = 0.05
 """A word fits a row when it is among this share of all words by its similarity to the row."""
 HELD_SHARE = 0.5
-"""A name holds where it fits more than this share of the rows in which the latent is clearly active."""
-AGREED_CORRELATION = 0.3
-"""Or where the decoder's direction proposes the same word, and activation and similarity correlate more than this."""
+"""A name holds where it fits more than this share of the rows in which the latent is clearly active,"""
+HELD_LIFT = 0.4
+"""this much more of them than of the other rows, so that no word holds that fits nearly everything,"""
+HELD_CORRELATION = 0.2
+"""and activation and similarity correlate more than this;"""
+AGREED_CORRELATION = 0.4
+"""or where the decoder's direction proposes the same word, and they correlate more than this."""
 MIN_CLEAR = 5
 """Rows in which a latent is clearly active that a half needs."""
 ENTRIES = 1 << 24
@@ -78,12 +82,14 @@ def choose(
     is_agreed = np.array(
         [other >= 0 and groups[other] == groups[own] for other, own in zip(proposed, best, strict=True)]
     )
-    is_held = (n_fit > HELD_SHARE * n_clear) | (is_agreed.astype(bool) & (correlation > AGREED_CORRELATION))
+    inside = n_fit / np.maximum(1, n_clear)
+    elsewhere = (fits.n_near - n_fit) / np.maximum(1, len(second) - n_clear)
+    is_held = (inside > HELD_SHARE) & (inside - elsewhere > HELD_LIFT) & (correlation > HELD_CORRELATION)
+    is_held |= is_agreed.astype(bool) & (correlation > AGREED_CORRELATION)
     is_held &= (
         (n_words >= MIN_WORDS)
         & is_tested
         & (q <= false_names)
-        & (correlation > 0)
         & (rank <= max(1, int(NEAR_SHARE * n_words)))
     )
     found = [
@@ -95,9 +101,9 @@ def choose(
             rank=int(rank[i]),
             n_words=n_words,
             n_clear=int(n_clear[i]),
-            fits=_round(n_fit[i] / max(1, n_clear[i])),
+            fits=_round(inside[i]),
             low=_round(low[i]),
-            fits_elsewhere=_round((fits.n_near[i] - n_fit[i]) / max(1, len(second) - n_clear[i])),
+            fits_elsewhere=_round(elsewhere[i]),
             p=float(p[i]),
             q=float(q[i]),
         )
