@@ -94,6 +94,9 @@ class RowEvidence:
     q: float
     """`p` adjusted for the number of latents that were judged: the share of names, among those with a q at most as
     large, that go with the activation by chance."""
+    contrast: float | None = None
+    """How much more similar to the name those rows are than all rows, in standard deviations; None in files that
+    earlier versions wrote."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from msae.sae.view import View
 
 NEAR_SHARE = 0.05
 """A word fits a row when it is among this share of all words by its similarity to the row."""
-HELD_SHARE = 0.5
+HELD_SHARE = 0.4
 """A name holds where it fits more than this share of the rows in which the latent is clearly active,"""
-HELD_LIFT = 0.4
-"""this much more of them than of the other rows, so that no word holds that fits nearly everything,"""
-HELD_CORRELATION = 0.2
-"""and activation and similarity correlate more than this;"""
+HELD_CORRELATION = 0.35
+"""and activation and similarity correlate more than this, which a latent of few rows cannot reach,"""
+HELD_CONTRAST = 1.75
+"""or those rows are more similar to the word than all rows by more than this many standard deviations;"""
 AGREED_CORRELATION = 0.4
 """or where the decoder's direction proposes the same word, and they correlate more than this."""
 MIN_CLEAR = 5
@@ -84,12 +84,15 @@ def choose(
     )
     inside = n_fit / np.maximum(1, n_clear)
     elsewhere = (fits.n_near - n_fit) / np.maximum(1, len(second) - n_clear)
-    is_held = (inside > HELD_SHARE) & (inside - elsewhere > HELD_LIFT) & (correlation > HELD_CORRELATION)
+    mean, spread = decider.similarity(directions[torch.from_numpy(best).to(view.device)])
+    contrast = (fits.similarity / np.maximum(1, n_clear) - mean) / np.maximum(spread, 1e-12)
+    is_held = (inside > HELD_SHARE) & ((correlation > HELD_CORRELATION) | (contrast > HELD_CONTRAST))
     is_held |= is_agreed.astype(bool) & (correlation > AGREED_CORRELATION)
     is_held &= (
         (n_words >= MIN_WORDS)
         & is_tested
         & (q <= false_names)
+        & (correlation > 0)
         & (rank <= max(1, int(NEAR_SHARE * n_words)))
     )
     found = [
@@ -106,6 +109,7 @@ def choose(
             fits_elsewhere=_round(elsewhere[i]),
             p=float(p[i]),
             q=float(q[i]),
+            contrast=_round(contrast[i]),
         )
         for i in range(len(latents))
     ]
@@ -132,14 +136,20 @@ class _Sums:
 
     def correlations(self, directions: Tensor, which: Tensor | slice) -> Tensor:
         """Of the latents `which` with the similarity of the rows to every word; 0 where either never varies."""
-        mean = self.x / self.n
-        covariance = self.zx[which] / self.n - torch.outer(self.z[which] / self.n, mean)
+        covariance = self.zx[which] / self.n - torch.outer(self.z[which] / self.n, self.x / self.n)
         variance = (self.zz[which] / self.n - (self.z[which] / self.n).square()).clamp_min(0)
-        spread = self.xx / self.n - torch.outer(mean, mean)
+        scale = torch.outer(variance.sqrt(), self._spread(directions.double()))
+        return torch.where(scale > 1e-12, (covariance @ directions.double().T) / scale.clamp_min(1e-12), 0.0)
+
+    def similarity(self, directions: Tensor) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+        """Mean and standard deviation of the similarity of the rows to each word."""
         words = directions.double()
-        of_words = ((words @ spread) * words).sum(1).clamp_min(0)
-        scale = torch.outer(variance.sqrt(), of_words.sqrt())
-        return torch.where(scale > 1e-12, (covariance @ words.T) / scale.clamp_min(1e-12), 0.0)
+        return (words @ (self.x / self.n)).cpu().numpy(), self._spread(words).cpu().numpy()
+
+    def _spread(self, words: Tensor) -> Tensor:
+        mean = self.x / self.n
+        covariance = self.xx / self.n - torch.outer(mean, mean)
+        return ((words @ covariance) * words).sum(1).clamp_min(0).sqrt()
 
 
 def _sums(view: View, rows: Int64[np.ndarray, " n"], latents: Int64[np.ndarray, " c"] | None = None) -> _Sums:
@@ -192,6 +202,8 @@ class _Fits:
     n_clear: Int64[np.ndarray, " c"]
     n_fit: Int64[np.ndarray, " c"]
     n_near: Int64[np.ndarray, " c"]
+    similarity: Float[np.ndarray, " c"]
+    """Sum over the rows in which the latent is clearly active."""
 
     def p_values(self) -> np.ndarray:
         """The chance of so many fits, were the rows that the word fits dealt out at random."""
@@ -210,6 +222,7 @@ def _fits(
     usual: Tensor,
 ) -> _Fits:
     n_clear, n_fit, n_near = (torch.zeros(len(latents), dtype=torch.int64, device=view.device) for _ in range(3))
+    total = torch.zeros(len(latents), dtype=torch.float64, device=view.device)
     words = torch.from_numpy(own).to(view.device)
     n_near_words = max(1, int(NEAR_SHARE * len(directions)))
     size = max(1, ENTRIES // len(directions))
@@ -218,12 +231,14 @@ def _fits(
             x = block[first : first + size]
             similarity = x @ directions.T
             least = similarity.topk(n_near_words, dim=1).values[:, -1:]
-            is_near = similarity[:, words] >= least
+            own_similarity = similarity[:, words]
+            is_near = own_similarity >= least
             clear = view.activate(x)[:, latents] >= usual.float()
             n_clear += clear.sum(0)
             n_fit += (clear & is_near).sum(0)
             n_near += is_near.sum(0)
-    return _Fits(len(rows), *(one.cpu().numpy() for one in (n_clear, n_fit, n_near)))
+            total += torch.where(clear, own_similarity, 0).sum(0, dtype=torch.float64)
+    return _Fits(len(rows), *(one.cpu().numpy() for one in (n_clear, n_fit, n_near, total)))
 
 
 def _round(value: float | np.floating) -> float:
