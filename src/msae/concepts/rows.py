@@ -23,7 +23,7 @@ NEAR_SHARE = 0.05
 """A word fits a row when it is among this share of all words by its similarity to the row."""
 HELD_SHARE = 0.4
 """A name holds where it fits more than this share of the rows in which the latent is clearly active,"""
-HELD_CORRELATION = 0.35
+HELD_CORRELATION = 0.3
 """and activation and similarity correlate more than this, which a latent of few rows cannot reach,"""
 HELD_CONTRAST = 1.75
 """or those rows are more similar to the word than all rows by more than this many standard deviations;"""
