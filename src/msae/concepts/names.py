@@ -17,6 +17,7 @@ from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
 from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
+from msae.data.store import EmbeddingStore
 from msae.sae.run import Run, RunLike
 
 SCHEMA_VERSION = 1
@@ -244,6 +245,11 @@ class ConceptNames(Result):
         """How many names were tested on which rows, and how many held: a sentence for each kind of evidence."""
         on, counts = Path(str(self.record.get("on", ""))).name, self.counts
         lines = []
+        if (shown := self.record.get("shown_on")) is not None:
+            lines.append(
+                f"no name was tested on {Path(shown).name}, so each is only the nearest word here; to test them, type: "
+                f"msae name RUN --on {shown}"
+            )
         if "rows_tested" in counts:
             n, modality = self.record["on_rows"], self.record["on_modality"]
             lines.append(
@@ -261,6 +267,11 @@ class ConceptNames(Result):
             n = self.record["n_words"] + n_unknown
             lines.append(f"{n_unknown:,} of {n:,} words were left out: the encoder does not know them")
         return lines
+
+    def elsewhere(self, store: EmbeddingStore) -> ConceptNames:
+        """The same names for rows that did not test them: each is only the nearest word there."""
+        concepts = tuple(dataclasses.replace(one, rows=None, agreement=None) for one in self.concepts)
+        return dataclasses.replace(self, concepts=concepts, record={**self.record, "shown_on": str(store.path)})
 
     def latents_of(self, name: str) -> list[int]:
         """Every latent that bears the name or a synonym of it, in any letter case; wide SAEs have several.
@@ -396,15 +407,23 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def names_of(run: RunLike) -> ConceptNames | None:
+def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | None:
     """The names in a run folder, if there are any and they belong to the weights that are there now.
 
     A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
+
+    Args:
+        on: The rows that are shown. Names that were tested on them come first, whatever was named since; names that
+            were tested on other rows are only nearest words here.
 
     Raises:
         RunError: The file is damaged, or of another SAE.
     """
     run = Run.open(run)
+    if on is not None and (file := run.names_file_on(on.fingerprint)) and file.exists():
+        names = ConceptNames.load(file)
+        if names.record.get("sae") == run.weights:
+            return names
     if run.names_file is None or not run.names_file.exists():
         return None
     names, d_sae = ConceptNames.load(run.names_file), run.sae.d_sae
@@ -417,7 +436,8 @@ def names_of(run: RunLike) -> ConceptNames | None:
             f"{run.names_file} names the latents of other weights or thresholds than {run.folder} has now; "
             f"type: msae name {run.folder}"
         )
-    return names
+    tested = names.record.get("on_fingerprint")
+    return names if on is None or tested in (None, on.fingerprint) else names.elsewhere(on)
 
 
 def _surety(concept: Concept) -> float:

@@ -160,6 +160,8 @@ def name(
         names = _by_evidence(View(run, store, "text", inference=INFERENCE, device=device), known, on, settings)
     if target is not None:
         names.save(target)
+    if out is None and (tested := names.record.get("on_fingerprint")) and (file := run.names_file_on(tested)):
+        names.save(file)  # names of other rows come and go; what these rows said stays
     return names
 
 

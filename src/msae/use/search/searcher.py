@@ -102,7 +102,7 @@ class Searcher:
             RunError: The run or its names are missing or damaged.
         """
         store, run = as_store(on, modality), Run.open(sae)
-        known = as_names(names) if names is not None else names_of(run)
+        known = as_names(names) if names is not None else names_of(run, store)
         run.check_fit(store)
         return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
 
