@@ -185,6 +185,36 @@ def test_a_caption_contains_whole_words_singular_or_plural(caption, word, is_in)
 # --- What is random stays unnamed
 
 
+@pytest.mark.parametrize(
+    ("language", "caption", "word"),
+    [
+        ("de", "Zwei rote Häuser", "Haus"), ("de", "Ein Hund läuft", "laufen"), ("en", "She dances", "dancing"),
+        ("fr", "des chevaux rouges", "cheval rouge"),
+    ],
+)  # fmt: skip
+def test_inflected_forms_of_a_language_are_the_word(language, caption, word):
+    pytest.importorskip("simplemma", reason="msae[words] is not installed")
+    assert evidence.rows_with_words([caption], [word, "animal"], language) == [[0], []]
+    assert evidence.rows_with_words(["an animation"], ["animal"], language) == [[]]
+    assert evidence.rows_with_words([caption], [word]) == [[]]
+
+
+def test_a_language_without_a_dictionary_is_one_line(world, monkeypatch):
+    pytest.importorskip("simplemma", reason="msae[words] is not installed")
+    with pytest.raises(ConfigError, match=r"--language xx: .*; give a code such as en, de or fr"):
+        name(world.sae, world.vocabulary, on=world.on, language="xx")
+
+
+def test_a_language_needs_its_dictionaries(world, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        MsaeError, match=r"simplemma is not installed but is needed here; type: pip install 'msae\[words\]'"
+    ):
+        name(world.sae, world.vocabulary, on=world.on, language="de")
+
+
 def test_a_random_decoder_stays_unnamed(world):
     for seed in range(100, 103):
         rows = unit(np.random.default_rng(seed).standard_normal((D_SAE, D_IN)))

@@ -68,6 +68,9 @@ class NameSettings:
     column: str | None = None
     """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class and
     title."""
+    language: str | None = None
+    """The language of captions, such as de, whose inflected forms count as the word; needs msae[words]. Without it,
+    words in captions are found as they are and in the English plural."""
     untested: Untested = "unnamed"
     """What becomes of a name that neither pictures nor captions can confirm: captions hardly mention it, or mention
     fewer than 20 words."""
@@ -98,6 +101,7 @@ class NameOptions(TypedDict, total=False):
     candidates: int
     modality: Modality | None
     column: str | None
+    language: str | None
     untested: Untested
     max_rows: int
     seed: int
@@ -368,6 +372,7 @@ def _on_rows(
         "on_modality": view.modality,
         "on_rows": len(rows),
         "untested": settings.untested,
+        "language": settings.language,
     }
     by_rows: list[_Proposal] = []
     if view.modality == "image":
@@ -484,7 +489,7 @@ class _Captions:
     def __init__(self, view: View, words: Words, rows: Int64[np.ndarray, " n"], settings: NameSettings) -> None:
         captions = _text_column(view.store, _CAPTION_COLUMNS, settings.column, option="--column")
         self.view, self.words, self.rows = view, words, rows
-        by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts)
+        by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts, settings.language)
         by_group: list[set[int]] = [set() for _ in range(int(words.groups.max()) + 1)]
         for group, found in zip(words.groups, by_word, strict=True):
             by_group[group].update(found)
