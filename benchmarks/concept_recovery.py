@@ -26,11 +26,11 @@ from msae.concepts.names import ConceptNames
 from msae.concepts.naming import NameSettings, name, read_words
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, StorePart, write_store
-from msae.demo.chain import NAMED_RUN, RUNS
-from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
 from msae.sae.run import Run
 from msae.sae.train import train
+from msae.world.chain import NAMED_RUN, RUNS
+from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from names_on_pictures import null_of
 from results import FIGURES, write_section
 
@@ -108,7 +108,7 @@ def open_world(folder: Path, first_scene: int = FIRST_SCENE) -> World:
 
 def make_world(folder: Path, words: list[str], first: int) -> None:
     from msae.data.embed import embed
-    from msae.demo.chain import write_scenes
+    from msae.world.chain import write_scenes
 
     for key, n in SCENES.items():
         write_scenes(folder / key, range(first, first + n))
