@@ -328,7 +328,7 @@ class _Draft:
         if facts.names is None:
             on = ("--on", self.store_word)
             self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
+                "names", "its latents have not been named", "name", facts.folder, *on
             )
         if self.looked is None:
             self._lacks(
