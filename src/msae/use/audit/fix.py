@@ -61,7 +61,8 @@ class Fix:
     ways: tuple[Way, ...]
     """The recommended one first, then the best."""
     recommended: str | None
-    """The best way that costs at most one point overall and does better than the classifier as it is; None: none."""
+    """Of the ways that cost at most one point overall and raise the worst group, those within a standard error of the
+    best: the one with the highest accuracy overall. None where there is none."""
     file: str | None = None
 
 
@@ -133,11 +134,12 @@ def fix_classifier(
     outputs[LEVELLED] = _levelled(subject, latents, fit)
     worst, overall = choose.accuracies(before.logits(choose.x))
     chosen = {name: choose.accuracies(logits(choose)) for name, logits in outputs.items()}
-    best = max(
-        (name for name in made if chosen[name][0] > worst and chosen[name][1] >= overall - MOST_LOST),
-        key=lambda name: chosen[name],
-        default=None,
-    )
+    good = {name: chosen[name] for name in made if chosen[name][0] > worst and chosen[name][1] >= overall - MOST_LOST}
+    best = None
+    if good:  # of those that the rows cannot tell from the best, the one that is right most often overall
+        highest = max(shares[0] for shares in good.values())
+        error = (highest * (1 - highest) / int(sizes[1][present].min())) ** 0.5
+        best = max(good, key=lambda name: (good[name][0] >= highest - error, good[name][1], good[name][0]))
     fixed = before
     if best is not None:  # chosen, it learns from the rows that chose it too
         made[best] = WAYS[best](subject, latents, rows[np.sort(np.concatenate(parts[:2]))], rng)
