@@ -740,5 +740,5 @@ def test_what_only_follows_a_stronger_concept_does_not_pass_beside_it():
     tests = PermutationTests(("a", "b"), 1, 1000, rng)
     alone = tests.train_shift(leaks, is_training, truth)
     beside = tests.train_shift(leaks, is_training, truth, 2 * truth + has)
-    assert np.mean([one.p < 0.05 for one in alone]) > 0.9
+    assert np.mean([one.p < 0.05 for one in alone]) > 0.8
     assert scipy.stats.kstest([one.p for one in beside], "uniform").pvalue > 0.01

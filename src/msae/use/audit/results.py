@@ -183,8 +183,8 @@ class ConceptAudit(Result):
 
     @property
     def stands_out(self) -> bool:
-        """It goes with the classes (q < .05 by the audit's one test), its effect is beyond its controls', and most of
-        the association is its own: at least three quarters of it are left among rows alike in stronger concepts, with p < .05."""
+        """It goes with the classes (q < .05 by the audit's one test), its effect is beyond its controls', and its
+        association is its own: at least three quarters are left among rows alike in stronger concepts, with p < .05."""
         main, beside = self.main, self.beside_stronger
         if main is None or main.q >= LEVEL or not self.is_beyond_controls:
             return False

@@ -321,7 +321,8 @@ def _with_given(
 
 
 def _kept(rows: Int64[np.ndarray, " n"], kept: NDArray[np.bool_]) -> Int64[np.ndarray, " m"]:
-    return rows[kept[rows]]
+    found: Int64[np.ndarray, " m"] = rows[kept[rows]]
+    return found
 
 
 def _positive(classifier: LinearClassifier, name: str | None) -> int | None:
