@@ -79,7 +79,8 @@ class _Rows:
 
     @property
     def group(self) -> Int64[np.ndarray, " n"]:
-        return 2 * self.truth + self.has
+        found: Int64[np.ndarray, " n"] = 2 * self.truth + self.has
+        return found
 
     def __getitem__(self, rows: Int64[np.ndarray, " m"]) -> _Rows:
         return _Rows(self.x[torch.from_numpy(rows)], self.truth[rows], self.has[rows], self.z[rows])
@@ -127,10 +128,7 @@ def fix_classifier(
         )
     before = subject.classifier
     made = {name: way(subject, latents, fit, rng) for name, way in WAYS.items()}
-    outputs: dict[str, Callable[[_Rows], Tensor]] = {
-        name: lambda rows, made=classifier: made.logits(rows.x)
-        for name, classifier in made.items()  # type: ignore[misc]
-    }
+    outputs = {name: _logits_of(classifier) for name, classifier in made.items()}
     outputs[LEVELLED] = _levelled(subject, latents, fit)
     worst, overall = choose.accuracies(before.logits(choose.x))
     chosen = {name: choose.accuracies(logits(choose)) for name, logits in outputs.items()}
@@ -143,7 +141,7 @@ def fix_classifier(
     fixed = before
     if best is not None:  # chosen, it learns from the rows that chose it too
         made[best] = WAYS[best](subject, latents, rows[np.sort(np.concatenate(parts[:2]))], rng)
-        outputs[best] = lambda rows: made[best].logits(rows.x)
+        outputs[best] = _logits_of(made[best])
         fixed = replace(made[best], source=f"{before.source}, {best} ({concept})")
         if file is not None:
             fixed.save(file)
@@ -157,6 +155,10 @@ def fix_classifier(
         best, str(file) if file is not None and best is not None else None,
     )  # fmt: skip
     return found, fixed
+
+
+def _logits_of(classifier: LinearClassifier) -> Callable[[_Rows], Tensor]:
+    return lambda rows: classifier.logits(rows.x)
 
 
 def _rows(subject: Subject, latents: tuple[int, ...], groups: str | None) -> _Rows:
