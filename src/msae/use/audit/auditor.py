@@ -210,7 +210,8 @@ class Auditor:
         names, groups = list(known), list(known.values())
         if not groups:
             nothing: dict[str, list[Association | None]] = {name: [] for name in ASSOCIATIONS}
-            empty = Measured({}, *[torch.zeros(0, 2, 0)] * 4, predicted=self.predicted)
+            zero = torch.zeros(0, 2, 0)
+            empty = Measured({}, zero, zero, zero, zero, self.predicted)
             return _Part([], [], empty, {}, nothing, [], np.empty((len(self.sample_places), 0), np.float32), [])
         latents = [latent for group in groups for latent in group]
         mean = torch.zeros(self.view.sae.d_sae)
