@@ -83,7 +83,7 @@ def world(made, tmp_path):
 def full(made):
     """The report of everything."""
     store = made / "pairs.store"
-    found = audit(made / "run", store, "label", names={EVIL: [0]}, n_permutations=50)
+    found = audit(made / "run", store, "label", names={EVIL: [0]}, concept=[EVIL], n_permutations=50)
     out = made.parent / "full.html"
     made_report = report(made / "run", store, out=out, beside=[made / "beside", made / "bare"], audit=found)
     return made_report, out.read_text(encoding="utf-8")
