@@ -272,10 +272,11 @@ def summary(found: Audit, planted: str) -> dict[str, Any]:
     own = set(ATTRIBUTES["shape"])
     order = [one.name for one in found.concepts]
     by_effect = [one.name for one in sorted(found.concepts, key=lambda one: -one.effect)]
-    nuisance = [one for one in order if one not in own]
     out = [one.name for one in found.reported()]
+    nuisance = [one for one in out if one not in own]
     return {
         "rank": nuisance.index(planted) + 1 if planted in nuisance else None,
+        "is_first_by_effect": next((one for one in order if one not in own), None) == planted,
         "rank_with_own_words": by_effect.index(planted) + 1 if planted in by_effect else None,
         "out": out,
         "others": [one for one in out if one not in own and one != planted],
@@ -302,14 +303,16 @@ def tell(trials: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{N_TRAIN:,} training, {N_TEST:,} audited rows; the others judge the fixes by their true groups.",
         "",
-        "| planted | expansion, SAE | strength | seeds | first | first, the class's own words counted | stands out | "
+        "| planted | expansion, SAE | strength | seeds | first of what stands out | first by effect alone | "
+        "the same, the class's own words counted | stands out | "
         "others stand out, mean | any stands out, own words too | q < .05 alone, mean | accuracy | worst group |",
-        "|" + "---|" * 12,
+        "|" + "---|" * 13,
     ]
     for (accessory, expansion, seed, strength), group in some.items():
         cells = [
             str(len(group)),
             str(sum(one["rank"] == 1 for one in group)),
+            str(sum(one["is_first_by_effect"] for one in group)),
             str(sum(one["rank_with_own_words"] == 1 for one in group)),
             str(sum(accessory in one["out"] for one in group)),
             f"{np.mean([len(one['others']) for one in group]):.2f}",

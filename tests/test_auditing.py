@@ -662,6 +662,8 @@ def test_a_column_of_numbers_is_predicted_by_ridge_regression_on_half_of_the_row
     found = audit(sae, on, "age", names=NAMES, n_permutations=200)
     assert found.n + found.classifier["n_train"] == N - 12 and found.classifier["correlation"] > 0.7
     assert found.concepts[0].name == "planted" and found.concepts[0].towards == "up"
+    with pytest.raises(ConfigError, match="names a class, and the model gives a number"):
+        audit(sae, on, "age", names=NAMES, positive="a")
     with pytest.raises(ConfigError, match="a fix needs true classes"):
         audit(sae, on, "age", names=NAMES, n_permutations=20, concept=["planted"], fix=folder / "f.npz")
 
@@ -728,3 +730,15 @@ def test_nothing_stands_out_unless_more_do_than_chance_would_have(found):
     assert few.ranked == [planted] and "1 of 7 concepts stand out" in few.verdict
     many = dataclasses.replace(found, concepts=(planted, *[weak] * 20))  # 21 pass the test: 1 by chance
     assert many.ranked == [] and "Nothing stands out: 1 of 21 concepts" in many.verdict
+
+
+def test_what_only_follows_a_stronger_concept_does_not_pass_beside_it():
+    rng = np.random.default_rng(3)
+    truth, is_training = rng.integers(0, 2, 600), np.arange(600) < 300
+    has = np.where(rng.random(600) < np.where(is_training, 0.9, 0.5), truth, 1 - truth)  # planted in training rows
+    leaks = (0.7 * has[:, None] + rng.normal(size=(600, 300))).astype(np.float32)
+    tests = PermutationTests(("a", "b"), 1, 1000, rng)
+    alone = tests.train_shift(leaks, is_training, truth)
+    beside = tests.train_shift(leaks, is_training, truth, 2 * truth + has)
+    assert np.mean([one.p < 0.05 for one in alone]) > 0.8
+    assert scipy.stats.kstest([one.p for one in beside], "uniform").pvalue > 0.01

@@ -109,6 +109,8 @@ class LinearClassifier:
         """
         path = Path(path)
         arrays = _read(path)
+        if not np.size(arrays.get("classes", KEYS)):  # of a score
+            arrays = {key: value for key, value in arrays.items() if key != "classes"}
         unknown = sorted(set(arrays) - set(KEYS))
         if unknown or "weight" not in arrays:
             found = ", ".join(sorted(arrays)) or "nothing"

@@ -25,7 +25,7 @@ from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, quantiles
 from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
-from msae.use.audit.slices import Slice, chosen_slices, compare_errors, slice_of
+from msae.use.audit.slices import Slice, chosen_slices, compare_errors, otsu_border, slice_of
 from msae.use.audit.subjects import Subject, make_subject
 from msae.use.interventions import Concepts
 
@@ -117,11 +117,53 @@ class Auditor:
             for column in range(len(part.names)):
                 theirs = {name: associations[name][len(audits)] for name in ASSOCIATIONS}
                 audits.append(self._concept(part, column, controls[len(audits)], theirs))
+        audits = self._beside_stronger(audits)
         order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
         truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
         sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
         return [audits[i] for i in order], sample
+
+    def _beside_stronger(self, audits: list[ConceptAudit]) -> list[ConceptAudit]:
+        """The audits, those that would stand out tested again among rows alike in the stronger ones that do.
+
+        A latent that fires a little more under hats goes with the classes where hats do: beside hats it does not.
+        """
+        subject, training = self.subject, self.subject.training
+        found = list(audits)
+        strata = np.zeros(len(subject.rows) + (0 if training is None else len(training.rows)), np.int64)
+        if subject.truth is not None:
+            strata += np.concatenate([subject.truth, *([] if training is None else [training.truth])])
+        truth, is_first = strata.copy(), True
+        for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect)):
+            if not audits[i].stands_out or subject.classifier.is_score:
+                continue
+            strength = self._strength(audits[i].latents)
+            if not is_first:
+                again = self._test_again(strength, truth, strata) or _association(0.0, -1.0, 1.0, 1.0, "")
+                found[i] = dataclasses.replace(audits[i], beside_stronger=again)
+            if found[i].stands_out:
+                strata = 2 * strata + (strength > otsu_border(strength.astype(np.float64)))
+                is_first = False
+        return found
+
+    def _strength(self, group: tuple[int, ...]) -> Float32[np.ndarray, " n"]:
+        """Of one concept in the audited rows, then in the training rows."""
+        parts = [(self.view, self.subject.rows)]
+        parts += [] if self.subject.training is None else [(self.subject.training.view, self.subject.training.rows)]
+        z = [view.table(rows, group) for view, rows in parts]
+        mean = torch.zeros(self.view.sae.d_sae)
+        mean[list(group)] = torch.from_numpy(z[0].mean(0))
+        return self.subject.concepts([group], mean).strengths(torch.from_numpy(np.concatenate(z))).numpy()[:, 0]
+
+    def _test_again(
+        self, strength: Float32[np.ndarray, " n"], truth: Int64[np.ndarray, " n"], strata: Int64[np.ndarray, " n"]
+    ) -> Association | None:
+        """The audit's test of one concept within `strata`, parts of the true classes."""
+        n = len(self.subject.rows)
+        if self.test == "train_shift":
+            return self.tests.train_shift(strength[:, None], np.arange(len(strength)) >= n, truth, strata)[0]
+        return self.tests.associate(strength[:n, None], self.predicted, strata[:n])[0]
 
     def describe_classifier(self) -> dict[str, Any]:
         """What the JSON says of the classifier."""
@@ -168,7 +210,8 @@ class Auditor:
         names, groups = list(known), list(known.values())
         if not groups:
             nothing: dict[str, list[Association | None]] = {name: [] for name in ASSOCIATIONS}
-            empty = Measured({}, *[torch.zeros(0, 2, 0)] * 4, predicted=self.predicted)
+            zero = torch.zeros(0, 2, 0)
+            empty = Measured({}, zero, zero, zero, zero, self.predicted)
             return _Part([], [], empty, {}, nothing, [], np.empty((len(self.sample_places), 0), np.float32), [])
         latents = [latent for group in groups for latent in group]
         mean = torch.zeros(self.view.sae.d_sae)
@@ -437,31 +480,39 @@ class PermutationTests:
         return found
 
     def train_shift(
-        self, strengths: Float32[np.ndarray, "n c"], is_training: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]
+        self,
+        strengths: Float32[np.ndarray, "n c"],
+        is_training: Bool[np.ndarray, " n"],
+        truth: Int64[np.ndarray, " n"],
+        strata: Int64[np.ndarray, " n"] | None = None,
     ) -> list[Association | None]:
         """For each column how much more it goes with a class in training rows than in the others.
 
         The effect is half of: Cliff's delta of training against other rows of the class, less the same of the other
         classes. Under the null hypothesis that training and other rows of a class have the column alike, membership
         may be shuffled within classes; whatever else separates the classes, in both sets of rows, does not count.
+
+        Args:
+            strata: Parts of the classes within which rows are compared and shuffled; None takes the classes.
         """
+        strata = truth if strata is None else strata
         ranked = statistics.Ranked(strengths)
         del strengths
         found: list[Association | None] = [None] * ranked.shape[1]
         columns = ranked.varying
-        order = np.argsort(truth, kind="stable")
+        order = np.argsort(strata, kind="stable")
         best: dict[int, tuple[float, float, int]] = {}
         for k in self.watched:
             sides = [truth == k, truth != k]
-            pairs = [statistics.n_pairs(is_training[side], truth[side]) for side in sides]
+            pairs = [statistics.n_pairs(is_training[side], strata[side]) for side in sides]
             if not len(columns) or not all(pairs):
                 continue
-            weighted = ranked.net_wins(truth, columns, order)
+            weighted = ranked.net_wins(strata, columns, order)
             weighted *= np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[order, None]
             member = is_training[order]
             sizes = statistics.sum_over(weighted, member)
             p = statistics.permutation_p(
-                weighted, member.astype(np.int64), truth[order],
+                weighted, member.astype(np.int64), strata[order],
                 n_permutations=self.n_permutations, rng=self.rng, focus=1,
             )  # fmt: skip
             del weighted
@@ -474,7 +525,7 @@ class PermutationTests:
                 continue
             is_class = truth == k
             of_class, of_rest = (
-                statistics.cliffs_delta_estimate(ranked, is_training & side, np.where(side, truth, -1), columns[own])
+                statistics.cliffs_delta_estimate(ranked, is_training & side, np.where(side, strata, -1), columns[own])
                 for side in (is_class, ~is_class)
             )
             ends = statistics.difference_interval(*of_class, *of_rest)

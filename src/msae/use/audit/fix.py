@@ -61,7 +61,8 @@ class Fix:
     ways: tuple[Way, ...]
     """The recommended one first, then the best."""
     recommended: str | None
-    """The best way that costs at most one point overall and does better than the classifier as it is; None: none."""
+    """Of the ways that cost at most one point overall and raise the worst group, those within a standard error of the
+    best: the one with the highest accuracy overall. None where there is none."""
     file: str | None = None
 
 
@@ -78,7 +79,8 @@ class _Rows:
 
     @property
     def group(self) -> Int64[np.ndarray, " n"]:
-        return 2 * self.truth + self.has
+        found: Int64[np.ndarray, " n"] = 2 * self.truth + self.has
+        return found
 
     def __getitem__(self, rows: Int64[np.ndarray, " m"]) -> _Rows:
         return _Rows(self.x[torch.from_numpy(rows)], self.truth[rows], self.has[rows], self.z[rows])
@@ -126,22 +128,20 @@ def fix_classifier(
         )
     before = subject.classifier
     made = {name: way(subject, latents, fit, rng) for name, way in WAYS.items()}
-    outputs: dict[str, Callable[[_Rows], Tensor]] = {
-        name: lambda rows, made=classifier: made.logits(rows.x)
-        for name, classifier in made.items()  # type: ignore[misc]
-    }
+    outputs = {name: _logits_of(classifier) for name, classifier in made.items()}
     outputs[LEVELLED] = _levelled(subject, latents, fit)
     worst, overall = choose.accuracies(before.logits(choose.x))
     chosen = {name: choose.accuracies(logits(choose)) for name, logits in outputs.items()}
-    best = max(
-        (name for name in made if chosen[name][0] > worst and chosen[name][1] >= overall - MOST_LOST),
-        key=lambda name: chosen[name],
-        default=None,
-    )
+    good = {name: chosen[name] for name in made if chosen[name][0] > worst and chosen[name][1] >= overall - MOST_LOST}
+    best = None
+    if good:  # of those that the rows cannot tell from the best, the one that is right most often overall
+        highest = max(shares[0] for shares in good.values())
+        error = (highest * (1 - highest) / int(sizes[1][present].min())) ** 0.5
+        best = max(good, key=lambda name: (good[name][0] >= highest - error, good[name][1], good[name][0]))
     fixed = before
     if best is not None:  # chosen, it learns from the rows that chose it too
         made[best] = WAYS[best](subject, latents, rows[np.sort(np.concatenate(parts[:2]))], rng)
-        outputs[best] = lambda rows: made[best].logits(rows.x)
+        outputs[best] = _logits_of(made[best])
         fixed = replace(made[best], source=f"{before.source}, {best} ({concept})")
         if file is not None:
             fixed.save(file)
@@ -155,6 +155,10 @@ def fix_classifier(
         best, str(file) if file is not None and best is not None else None,
     )  # fmt: skip
     return found, fixed
+
+
+def _logits_of(classifier: LinearClassifier) -> Callable[[_Rows], Tensor]:
+    return lambda rows: classifier.logits(rows.x)
 
 
 def _rows(subject: Subject, latents: tuple[int, ...], groups: str | None) -> _Rows:

@@ -20,6 +20,8 @@ from msae.use.classifier import SCORE
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
+OWN = 0.75
+"""Share of an association that must be left beside stronger concepts: less is leakage that their strata missed."""
 LEVEL = 0.05
 """The false discovery rate up to which a concept is reported."""
 TESTS = {
@@ -156,6 +158,9 @@ class ConceptAudit(Result):
     control: Control | None = None
     debiasing: Debiasing | None = None
     sweep: Sweep | None = None
+    beside_stronger: Association | None = None
+    """By the audit's test, among rows alike in the stronger concepts that stand out; None for the first of them, and
+    for those that would not stand out anyway."""
     note: str | None = None
 
     @property
@@ -178,8 +183,12 @@ class ConceptAudit(Result):
 
     @property
     def stands_out(self) -> bool:
-        """It goes with the classes (q < .05 by the audit's one test) and its effect is beyond its controls'."""
-        return self.main is not None and self.main.q < LEVEL and self.is_beyond_controls
+        """It goes with the classes (q < .05 by the audit's one test), its effect is beyond its controls', and its
+        association is its own: at least three quarters are left among rows alike in stronger concepts, with p < .05."""
+        main, beside = self.main, self.beside_stronger
+        if main is None or main.q >= LEVEL or not self.is_beyond_controls:
+            return False
+        return beside is None or (beside.p < LEVEL and abs(beside.effect_size) >= OWN * abs(main.effect_size))
 
     @property
     def main(self) -> Association | None:

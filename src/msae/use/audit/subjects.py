@@ -178,6 +178,8 @@ def make_subject(
             raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store, device)
+    if positive is not None and (numbers is not None or (given is not None and given.is_score)):
+        raise ConfigError(f"--positive {positive} names a class, and the model gives a number; leave it out")
     if given is not None and given.is_score:
         return _scored(view, given, numbers, np.flatnonzero(kept))
     if given is not None and numbers is not None:
@@ -319,7 +321,8 @@ def _with_given(
 
 
 def _kept(rows: Int64[np.ndarray, " n"], kept: NDArray[np.bool_]) -> Int64[np.ndarray, " m"]:
-    return rows[kept[rows]]
+    found: Int64[np.ndarray, " m"] = rows[kept[rows]]
+    return found
 
 
 def _positive(classifier: LinearClassifier, name: str | None) -> int | None:

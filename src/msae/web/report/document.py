@@ -13,6 +13,7 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
+from msae.concepts.names import names_of
 from msae.concepts.regions import Locator
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.rows import names_to_show
@@ -133,6 +134,7 @@ def report(
     looked = _look(facts, on, device)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+        facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
@@ -327,9 +329,7 @@ class _Draft:
         facts = self.facts
         if facts.names is None:
             on = ("--on", self.store_word)
-            self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
-            )
+            self._lacks("names", "its latents have not been named", "name", facts.folder, *on)
         if self.looked is None:
             self._lacks(
                 "samples",
