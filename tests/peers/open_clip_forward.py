@@ -59,7 +59,9 @@ def write(model: torch.nn.Module, name: str, folder: Path) -> None:
     merges = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(merges.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "vocab.json").write_text(json.dumps(open_clip.tokenizer.SimpleTokenizer().encoder))
+    vocabulary = open_clip.tokenizer.SimpleTokenizer().encoder  # its last two have other names in transformers
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    (folder / "vocab.json").write_text(json.dumps({names.get(word, word): one for word, one in vocabulary.items()}))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
     )
