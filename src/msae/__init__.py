@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from msae.measure import metrics
     from msae.measure.evaluate import Evaluation, Evaluations, evaluate, poster_table
     from msae.sae import kernels, losses
+    from msae.sae.formats import import_sae
     from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
     from msae.use.audit import Audit, audit
+    from msae.use.codes import encode
+    from msae.use.export import export
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.report import Report, report
@@ -41,10 +44,13 @@ _HOME = {
     "Embedder": "data.embed",
     "audit": "use.audit",
     "embed": "data.embed",
+    "encode": "use.codes",
     "Evaluation": "measure.evaluate",
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
+    "export": "use.export",
+    "import_sae": "sae.formats",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
@@ -102,10 +108,13 @@ __all__ = [
     "audit",
     "concept_tree",
     "embed",
+    "encode",
     "errors",
     "evaluate",
     "explore",
+    "export",
     "gallery",
+    "import_sae",
     "info",
     "kernels",
     "losses",

@@ -63,6 +63,8 @@ EXTRAS: Mapping[str, str] = {
     "llvmlite": "fast",
     "faiss": "index",
     "tensorboard": "loggers",
+    "onnx": "formats",
+    "qdrant_client": "formats",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

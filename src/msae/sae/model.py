@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, ro
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
 Inference = Literal["relu", "trained", "topk", "threshold"]
-SCHEMA_VERSION = 2
-"""Of sae.json. 2 adds `inference_l0`; files of version 1 are SAEs without thresholds."""
+SCHEMA_VERSION = 3
+"""Of sae.json. 2 adds `inference_l0`; files of version 1 are SAEs without thresholds. 3 adds `unnormalised`."""
 THRESHOLD_BUFFERS = ("thresholds", "threshold_table", "threshold_table_l0")
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "sae.json"
@@ -56,6 +56,8 @@ class SAEConfig:
     encoder: str | None = None
     """The CLIP-like model that made the embeddings, where the store said so."""
     encoder_revision: str | None = None
+    unnormalised: bool = False
+    """Trained on embeddings as the encoder gives them, not scaled to norm 1 as those of a store mostly are."""
 
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
@@ -78,6 +80,14 @@ class SAEConfig:
             )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
+
+
+class Rule(NamedTuple):
+    """Which latents of a row are active: the k largest, or those above their thresholds; all positive ones without."""
+
+    k: int | None = None
+    threshold: Tensor | None = None
+    """One number, or one for each latent, in the units of the pre-activations."""
 
 
 class SAE(nn.Module):
@@ -153,25 +163,28 @@ class SAE(nn.Module):
         Raises:
             ConfigError: `inference` is `topk` without `k`, or `threshold` where none are stored.
         """
-        self.check_inference(inference)
-        z = self._uncapped(h, inference, k)
+        rule = self.rule(inference, k)
+        if rule.k is not None:
+            z = activations.topk(h, rule.k)
+        else:
+            z = h.relu() if rule.threshold is None else activations.threshold_relu(h, rule.threshold)
         return z if self.config.soft_cap is None else activations.soft_cap(z, self.config.soft_cap)
 
-    def _uncapped(self, h: Tensor, inference: Inference, k: int | None) -> Tensor:
+    def rule(self, inference: Inference = "trained", k: int | None = None) -> Rule:
+        """What `activate` goes by; raises as it does."""
+        self.check_inference(inference)
         if inference == "topk":
             if k is None or k < 1:
                 raise ConfigError(f"inference topk with k {k}; give a positive --k, for example --k 64")
-            return activations.topk(h, k)
+            return Rule(k=k)
         if inference == "trained":
             if self.config.kind == "topk":
-                return activations.topk(h, self.config.k or self.d_sae)
+                return Rule(k=self.config.k or self.d_sae)
             if self.threshold is not None:
-                return activations.threshold_relu(h, self.threshold)
+                return Rule(threshold=self.threshold)
             if self.log_threshold is not None:
-                return activations.threshold_relu(h, self.log_threshold.exp())
-        if inference != "relu" and self.thresholds is not None:
-            return activations.threshold_relu(h, self.thresholds)
-        return h.relu()
+                return Rule(threshold=self.log_threshold.exp())
+        return Rule() if inference == "relu" else Rule(threshold=self.thresholds)
 
     def check_inference(self, inference: Inference) -> None:
         """Refuse an unknown inference, and `threshold` where no thresholds are stored; raises `ConfigError`."""
@@ -207,6 +220,11 @@ class SAE(nn.Module):
         if on is None:
             self.check_inference("threshold")
             assert self.threshold_table is not None and self.threshold_table_l0 is not None
+            if not len(self.threshold_table_l0):
+                raise ConfigError(
+                    "the thresholds of this SAE came with it, without a table of others; "
+                    f"fit them on rows: with_l0({l0}, STORE)"
+                )
             table = ThresholdTable(self.threshold_table_l0, self.threshold_table)
         else:
             table = self.fitted_thresholds(on, modality, l0=l0)
@@ -343,13 +361,17 @@ class SAE(nn.Module):
         broken = first_not_finite(self.state_dict())
         if broken:
             raise RunError(f"{broken} has NaN or infinite values, so this SAE is not saved in {folder}; train it again")
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(self.to_tensors(), temporary)
+        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What `sae.safetensors` holds: the state, and the statistics that standardise."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for modality, known in self.standardizer.statistics.items():
             tensors[f"standardizer.{modality}.mean"] = known.mean.cpu().contiguous()
             tensors[f"standardizer.{modality}.scale"] = torch.tensor(known.scale, dtype=torch.float64)
-        with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary)
-        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> SAE:
@@ -359,19 +381,45 @@ class SAE(nn.Module):
             RunError: There is no SAE, or its files are damaged or do not belong together.
         """
         folder = Path(path)
-        if not folder.exists() and _looks_like_hub_id(str(path)):
-            folder = _download(str(path), revision)
+        if not folder.exists() and looks_like_hub_id(str(path)):
+            return cls.from_pretrained(str(path), revision=revision)
         folder = folder_of(folder)
         config = read_config(folder)
-        try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise RunError(f"{folder / WEIGHTS_FILE} does not exist; train again or restore it") from None
-        except (SafetensorError, OSError) as err:
-            raise RunError(f"{folder / WEIGHTS_FILE} is damaged ({err}); train again or restore it") from err
+        return cls.of_tensors(config, read_tensors(folder / WEIGHTS_FILE), where=str(folder / WEIGHTS_FILE))
+
+    @classmethod
+    def from_pretrained(cls, repo: str, *, subfolder: str | None = None, revision: str | None = None) -> SAE:
+        """The SAE in a repository of the Hugging Face hub, or in a folder of it.
+
+        It may be one of ours, or what `msae.export` makes for SAELens or sparsify. Without a connection it is the copy
+        that was downloaded before. No pickle is downloaded.
+
+        Args:
+            repo: As `owner/name`.
+            subfolder: The folder in the repository; without it, its root.
+            revision: A branch, a tag or a commit; without it, the newest.
+
+        Raises:
+            RunError: The repository cannot be reached, or holds no SAE there.
+        """
+        from msae.sae.formats import read_folder  # it imports this module
+
+        folder = download(repo, subfolder, revision)
+        return cls.load(folder) if (folder / CONFIG_FILE).exists() else read_folder(folder).sae
+
+    @classmethod
+    def of_tensors(cls, config: SAEConfig, tensors: Mapping[str, Tensor], *, where: str) -> SAE:
+        """The SAE of what `save` wrote.
+
+        Args:
+            where: The file, for messages.
+
+        Raises:
+            RunError: Tensors are missing, of another shape, NaN or infinite.
+        """
+        tensors = dict(tensors)
         sae = cls(config, _pop_standardizer(tensors))
-        if config.inference_l0 is not None:
+        if config.inference_l0 is not None or "thresholds" in tensors:
             n = tensors.get("threshold_table_l0", torch.empty(0)).numel()
             for name, shape in zip(THRESHOLD_BUFFERS, ((config.d_sae,), (n, config.d_sae), (n,)), strict=True):
                 dtype = torch.float64 if name == "threshold_table_l0" else torch.float32
@@ -381,14 +429,25 @@ class SAE(nn.Module):
         if wanted != found:
             differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
             raise RunError(
-                f"{folder / WEIGHTS_FILE} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
+                f"{where} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
                 f"{wanted.get(differing, 'none')}; the two files do not belong together: restore both"
             )
         broken = first_not_finite(tensors)
         if broken:
-            raise RunError(f"{folder / WEIGHTS_FILE} has NaN or infinite values in {broken}; restore it or train again")
+            raise RunError(f"{where} has NaN or infinite values in {broken}; restore it or train again")
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; raises `RunError` where it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"{file} does not exist; train again or restore it") from None
+    except (SafetensorError, OSError) as err:
+        raise RunError(f"{file} is damaged ({err}); train again or restore it") from err
 
 
 def _as_tensor(array: Any) -> Tensor:
@@ -482,7 +541,7 @@ def read_config(folder: Path) -> SAEConfig:
     return read_record(
         folder / CONFIG_FILE,
         SAEConfig,
-        schema_version=(1, SCHEMA_VERSION),
+        schema_version=(1, 2, SCHEMA_VERSION),
         error=RunError,
         remedy=f"restore {CONFIG_FILE} or train again",
     )
@@ -498,22 +557,48 @@ def _pop_standardizer(tensors: dict[str, Tensor]) -> Standardizer:
     return Standardizer(statistics)
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether it is written as `owner/name`, and not as a path."""
     owner, _, name = path.partition("/")
     return bool(owner and name) and "/" not in name and owner not in (".", "..", "runs", "~")
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, "names.json", "cfg.json", "sae_weights.safetensors", "msae.safetensors")
+"""What is downloaded of a repository: JSON and safetensors, no pickles."""
+
+
+def download(repo: str, subfolder: str | None = None, revision: str | None = None) -> Path:
+    """The folder with the SAE of a hub repository, on this machine; raises `RunError`."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
     except ImportError as err:
         raise MissingDependencyError.of("huggingface_hub", extra="clip") from err
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    # The hub counts a download by the request for the config.json in the root.
+    wanted = ["config.json", *(f"{prefix}{name}" for name in HUB_FILES)]
     try:
-        paths = [Path(hf_hub_download(hub_id, name, revision=revision)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / prefix
+    except RepositoryNotFoundError as err:
         raise RunError(
-            f"{hub_id} is neither a folder here nor a reachable hub repository with an SAE "
+            f"the hub shows no repository {repo}; give owner/name, or hf auth login where it is private"
+        ) from err
+    except RevisionNotFoundError as err:
+        raise RunError(f"{repo} has no revision {revision}; give a branch, a tag or a commit that it has") from err
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+        raise RunError(
+            f"{repo} is neither a folder here nor a reachable hub repository with an SAE "
             f"({type(err).__name__}); give the folder that msae train --out made"
         ) from err
-    return paths[0].parent
+    if not any((folder / name).exists() for name in (CONFIG_FILE, "cfg.json")):
+        raise RunError(
+            f"{repo} holds no SAE in {subfolder or 'its root'}; give the folder of the repository that has "
+            f"{CONFIG_FILE} or cfg.json as subfolder"
+        )
+    return folder
