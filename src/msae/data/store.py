@@ -469,6 +469,12 @@ def as_store(store: EmbeddingStore | str | Path, modality: Modality | None = Non
     return store
 
 
+def has_unit_rows(store: EmbeddingStore) -> bool:
+    """Whether the first embeddings are of norm 1, within what float16 rounds off."""
+    some = store.take(np.arange(min(len(store), 64)), store.modalities[0])
+    return bool(np.abs(np.linalg.norm(some, axis=1) - 1).max() < 0.01)
+
+
 def resume_command(path: Path) -> str:
     """The command that goes on with the interrupted embedding in the folder `path`."""
     try:

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias, Union
 
 from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
+from msae.base.notices import notice
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, has_unit_rows
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
@@ -158,8 +159,13 @@ class Run:
     # --- What belongs together
 
     def check_fit(self, store: EmbeddingStore) -> None:
-        """Refuse embeddings that the SAE was not made for; raises `StoreError`."""
+        """Refuse embeddings that the SAE was not made for, and say where their norms are others; raises `StoreError`."""
         check_fit(self.sae, store, run=self.given)
+        if self.sae.config.unnormalised and has_unit_rows(store):
+            notice(
+                f"{store.path} holds embeddings of norm 1, but {self.name} was trained on unscaled ones: what it finds "
+                "in them means little; give a store of embeddings as the encoder makes them"
+            )
 
     def origin(self, store: EmbeddingStore) -> Origin:
         """What anything is derived from that is made of these weights and that store as they are now."""

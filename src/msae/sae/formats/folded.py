@@ -111,7 +111,7 @@ def unfold(
     Args:
         standardizer: What the weights expect their embeddings to be put through; without it, nothing.
     """
-    plain = Statistics(torch.zeros(folded.d_in), 1.0)
+    nothing = Standardizer({modality: Statistics(torch.zeros(folded.d_in), 1.0) for modality in MODALITIES})
     config = SAEConfig(
         d_in=folded.d_in,
         d_sae=folded.d_sae,
@@ -121,7 +121,7 @@ def unfold(
         unnormalised=unnormalised,
         soft_cap=soft_cap,
     )
-    sae = SAE(config, standardizer or Standardizer(dict.fromkeys(MODALITIES, plain)))
+    sae = SAE(config, standardizer or nothing)
     state = {name: getattr(folded, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if folded.threshold is not None:
         sae.thresholds = folded.threshold
