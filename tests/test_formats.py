@@ -1,4 +1,4 @@
-"""SAEs of other libraries: what is written there means the same, what is read runs nothing, and both ways give it back."""
+"""SAEs of other libraries: what is written means the same there, what is read runs nothing, both ways give it back."""
 
 import io
 import json
@@ -416,7 +416,9 @@ def wrong_shapes(at, mark):
 
 def more_than_the_file_holds(at, mark):
     tensor = torch.zeros(1).expand(2**20, 2**20)
-    torch.save({"model": {"encoder": tensor, "decoder": tensor, "pre_bias": tensor, "latent_bias": tensor}}, at / "e.pth")
+    torch.save(
+        {"model": {"encoder": tensor, "decoder": tensor, "pre_bias": tensor, "latent_bias": tensor}}, at / "e.pth"
+    )
     return at / "e.pth"
 
 
@@ -498,13 +500,13 @@ def test_a_hostile_file_runs_nothing_and_ends_in_one_line(make, tmp_path, capsys
     (tmp_path / "inner" / "deep").mkdir()
     mark = tmp_path / "inner" / "it-ran"
     path = make(tmp_path / "inner" / "deep", mark)
-    before = {file for file in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as left:
         main(["import", str(path), "--out", str(tmp_path / "run")])
     out, err = capsys.readouterr()
     assert left.value.code == 1 and out == "", err
     assert err.count("\n") == 1 and "unexpected" not in err and len(err) < 600, err
-    assert {file for file in tmp_path.rglob("*")} == before and not mark.exists()
+    assert set(tmp_path.rglob("*")) == before and not mark.exists()
 
 
 def test_a_pickle_says_what_it_asked_for(tmp_path):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from msae.use.export import export
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
+    from msae.web.hub import push
     from msae.web.report import Report, report
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOME = {
     "top_samples": "concepts.samples",
     "NameSettings": "concepts.naming",
     "name": "concepts.naming",
+    "push": "web.hub",
     "Report": "web.report",
     "report": "web.report",
     "SearchResult": "use.search",
@@ -121,6 +123,7 @@ __all__ = [
     "metrics",
     "name",
     "poster_table",
+    "push",
     "report",
     "search",
     "stability",

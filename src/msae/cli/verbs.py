@@ -242,5 +242,6 @@ VERBS: dict[str, Verb] = {
     "export": Verb("a run for SAELens, sparsify, ONNX and others", "msae.use.export:export", ("run", RUN), show),
     "import": Verb("an SAE of another library -> a run; in Python: msae.import_sae", "msae.sae.formats:import_sae",
                    ("file", "FILE"), show),
+    "push": Verb("a run -> a repository of the Hugging Face hub", "msae.web.hub:push", ("run", "RUN"), show),
     "info": Verb("what a store or a run holds", "msae.cli.info:info", ("path", "PATH"), info),
 }  # fmt: skip

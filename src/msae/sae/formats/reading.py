@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from msae.base.errors import RunError, first_line
 from msae.base.files import MADE_BY
+from msae.base.results import shorten
 from msae.sae.formats.folded import Folded
 from msae.sae.model import first_not_finite
 
@@ -70,17 +72,20 @@ def read_pickle(folder: Path, name: str) -> Any:
     known: list[Any] = [(scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
     known += [np.dtype, type(np.dtype(np.float64))]  # the authors keep one number as numpy's, of version 1 or 2
     try:
-        with torch.serialization.safe_globals(known):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+            warnings.simplefilter("ignore")  # about the age of the pickle
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported global[^`]*`?([\w.]+)|class ([\w.]+)", str(err))
         what = next((group for group in asked.groups() if group), None) if asked else None
+        more = f"asks for {what}, more" if what else "holds more"
         raise RunError(
-            f"{shown} asks for {what or 'code'} beyond tensors and numbers, so it was not read and nothing in it was "
-            "run; ask its authors for a .safetensors file"
+            f"{shown} {more} than tensors and numbers, so it was not read and nothing in it was run; "
+            "ask its authors for a .safetensors file"
         ) from err
     except Exception as err:  # what a malformed pickle raises has no end
-        raise RunError(f"{shown} is damaged or no file of torch.save ({first_line(err)[:120]}); restore it") from err
+        why = shorten(first_line(err).partition(". ")[0], 120)
+        raise RunError(f"{shown} is damaged or no file of torch.save ({why}); restore it") from err
 
 
 def tensors_of(data: Any, where: Path) -> dict[str, Tensor]:
