@@ -217,6 +217,12 @@ def test_a_guess_from_captions_is_said_in_one_line_and_the_option_settles_it(tmp
     assert "taken for image embeddings" in caplog.text and "--modality text" in caplog.text
 
 
+def test_what_the_caller_knows_of_unnamed_rows_comes_before_the_guess_and_after_the_name(tmp_path, caplog):
+    assert as_store(captioned(tmp_path / "x.npy"), unnamed="image").modalities == ("image",)
+    assert as_store(captioned(tmp_path / "texts.npy"), unnamed="image").modalities == ("text",)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("name", "modality"),
     [

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from msae.web.explorer import explore
     from msae.web.hub import push
     from msae.web.report import Report, report
+    from msae.world.chain import demo
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOME = {
     "explore": "web.explorer",
     "export": "use.export",
     "import_sae": "sae.formats",
+    "demo": "world.chain",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
@@ -109,6 +111,7 @@ __all__ = [
     "activations",
     "audit",
     "concept_tree",
+    "demo",
     "embed",
     "encode",
     "errors",

@@ -36,6 +36,8 @@ class Verb:
     """MODULE:NAME of the dataclass whose fields the function takes as `**options`."""
     hidden: tuple[str, ...] = ()
     """Parameters that only Python has."""
+    second: tuple[str, str] | None = None
+    """Another parameter that needs no option."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
 
@@ -49,15 +51,7 @@ def load(place: str) -> Any:
 def demo(call: Call, *, json: str | None) -> Shown:
     tell: Callable[[str], object] = say if json == "-" else functools.partial(print, flush=True)
     result = call(say=tell)
-    tell("writing the report, with an audit of a classifier of hats")
-    from msae.use.audit import audit
-    from msae.web.report import report as make_report
-
-    run, holdout = result.named_run, result.holdout
-    hats = audit(run, holdout, "hat") if len(result.names) else None
-    page = make_report(run, holdout, beside=result.runs, audit=hats).path
-    closing = f"{result.to_text()}\n\nall of it, to look at  {page}"
-    return closing, {**result.to_json(), "report": str(page)}
+    return result.to_text(), result.to_json()
 
 
 def embed(call: Call) -> Shown:
@@ -212,7 +206,7 @@ RUN, RUNS = "RUN", "RUN..."
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "the whole chain on a small world of drawn pictures that comes with the package, offline",
-        "msae.demo.chain:demo",
+        "msae.world.chain:demo",
         ("", ""),
         demo,
     ),
@@ -242,6 +236,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("a run for SAELens, sparsify, ONNX and others", "msae.use.export:export", ("run", RUN), show),
     "import": Verb("an SAE of another library -> a run; in Python: msae.import_sae", "msae.sae.formats:import_sae",
                    ("file", "FILE"), show),
-    "push": Verb("a run -> a repository of the Hugging Face hub", "msae.web.hub:push", ("run", "RUN"), show),
+    "push": Verb("a run -> a repository of the Hugging Face hub", "msae.web.hub:push", ("run", RUN), show,
+                 second=("repo", "REPO")),
     "info": Verb("what a store or a run holds", "msae.cli.info:info", ("path", "PATH"), info),
 }  # fmt: skip

@@ -105,7 +105,9 @@ class EmbeddingStore:
     """What store.json says; empty for files that msae did not make."""
 
     @classmethod
-    def open(cls, path: str | Path, *, modality: Modality | None = None) -> EmbeddingStore:
+    def open(
+        cls, path: str | Path, *, modality: Modality | None = None, unnamed: Modality | None = None
+    ) -> EmbeddingStore:
         """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .npz, .parquet or .safetensors file.
 
         Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet or .npz are held in memory:
@@ -115,6 +117,7 @@ class EmbeddingStore:
             modality: What the rows of a plain file with one modality are. Without it the file's name says (image,
                 img, text, txt); else they are text where the metadata has captions, no image paths and no labels, and
                 images otherwise. Where captions make this a guess, one line on stderr says so.
+            unnamed: Instead of that guess, what rows are that neither the file nor its name says.
 
         Raises:
             StoreError: Nothing is there, it is damaged or unfinished, its parts do not fit each other, or it
@@ -126,7 +129,7 @@ class EmbeddingStore:
         if path.is_dir():
             store = cls._open_folder(path)
         elif path.is_file():
-            store = cls._open_file(path, modality)
+            store = cls._open_file(path, modality, unnamed)
         else:
             raise StoreError(f"{path} does not exist{nearest_beside(path)}; msae embed makes a store")
         if modality is not None:
@@ -377,7 +380,7 @@ class EmbeddingStore:
         return cls(path, "store" if is_ours else "clip-retrieval", rows, metadata, record)
 
     @classmethod
-    def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
+    def _open_file(cls, path: Path, modality: Modality | None, unnamed: Modality | None) -> EmbeddingStore:
         """A file of another tool; embeddings that it does not name are of `modality`."""
         suffix = path.suffix.lower()
         if suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
@@ -389,8 +392,8 @@ class EmbeddingStore:
         arrays = {} if is_table else open_arrays(path, StoreError)
         table = Metadata.open(tables, StoreError)
         named, metadata = _in_columns(path, table) if is_table else _in_arrays(path, arrays, table)
-        unnamed = modality or _modality_of(path, metadata.names, is_asked=None in named)
-        rows = {name or unnamed: ShardedRows((array,)) for name, array in named.items()}
+        its_own = modality or _named_modality(path) or unnamed or _guess(path, metadata.names, is_asked=None in named)
+        rows = {name or its_own: ShardedRows((array,)) for name, array in named.items()}
         _check_together(path, rows, metadata)
         kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", suffix[1:])
         return cls(path, kind, rows, metadata)
@@ -456,14 +459,16 @@ class RowIds(Sequence[str]):
         raise StoreError(f"{self._store.path} has no row with the id {id!r}{nearest(id, self[:10_000])}")
 
 
-def as_store(store: EmbeddingStore | str | Path, modality: Modality | None = None) -> EmbeddingStore:
-    """`store` itself, or the store at that path; with `modality`, one that has it.
+def as_store(
+    store: EmbeddingStore | str | Path, modality: Modality | None = None, *, unnamed: Modality | None = None
+) -> EmbeddingStore:
+    """`store` itself, or what `EmbeddingStore.open` opens at that path; with `modality`, one that has it.
 
     Raises:
         StoreError: It cannot be opened, or lacks `modality`.
     """
     if not isinstance(store, EmbeddingStore):
-        return EmbeddingStore.open(store, modality=modality)
+        return EmbeddingStore.open(store, modality=modality, unnamed=unnamed)
     if modality is not None:
         store._of(modality)
     return store
@@ -743,16 +748,17 @@ def _numbered(folder: Path, suffix: str) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
-    """What rows of unnamed modality are: as the file's name says, else by the columns beside them.
-
-    Captions alone are text; a caption beside an image's path or label describes the image. Where captions are all that
-    there is to judge by, this is a guess and is said.
-    """
+def _named_modality(path: Path) -> Modality | None:
+    """What the file's name says that its rows are."""
     words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", path.stem).lower()))
     named: list[Modality] = [modality for modality, known in _MODALITY_WORDS.items() if words & known]
-    if len(named) == 1:
-        return named[0]
+    return named[0] if len(named) == 1 else None
+
+
+def _guess(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
+    """What rows are by the columns beside them: captions alone are text, beside an image's path or label they describe
+    the image. Where captions are all that there is to judge by, the guess is said.
+    """
     has_path = any(name in columns for name in IMAGE_PATH_COLUMNS)
     caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if has_path or caption is None:

@@ -12,7 +12,7 @@ from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.base.notices import notice
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import EmbeddingStore, as_store, has_unit_rows
+from msae.data.store import MODALITIES, EmbeddingStore, Modality, as_store, has_unit_rows
 from msae.sae.model import CONFIG_FILE, SAE, check_fit, download, folder_of, looks_like_hub_id, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
@@ -107,6 +107,12 @@ class Run:
             return {}
         found = read_json(file, schema_version=SETTINGS_SCHEMA_VERSION, error=RunError)
         return {} if found.get("imported") else found
+
+    @property
+    def modality(self) -> Modality | None:
+        """What it was trained on, where that is one modality and known."""
+        found = self.settings.get("modality")
+        return found if found in MODALITIES else None
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class View:
             ConfigError: `k` or `block_rows` is below 1, or above what there is.
         """
         self.run = Run.open(run)
-        self.store = as_store(on, modality)
+        self.store = as_store(on, modality, unnamed=self.run.modality)
         self.run.check_fit(self.store)
         self.modality: Modality = modality or self.store.modalities[0]
         sae = self.run.sae if device is None else placed(self.run.sae, device)

@@ -1,13 +1,15 @@
 """The rows of a store by cosine: `NeighbourIndex`, a memory-mapped faiss file, and `ExactRows`, which reads every row.
 
-The index is built once and lies beside the store. It holds unit rows in float16, so its scores are off by up to
-`ERROR`. A search therefore asks it for more candidates than are wanted, scores those in float32 from the store, and
-asks for more still until no row that was left out can belong to the answer: what comes back is what a float32 search
-of every row would have found. Without faiss, as in a bare install, every row is read.
+The index is built once and lies beside the run or in the user's cache folder, never in the store. It holds unit rows
+in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more candidates than are wanted,
+scores those in float32 from the store, and asks for more still until no row that was left out can belong to the answer:
+what comes back is what a float32 search of every row would have found. Without faiss, as in a bare install, every row
+is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import struct
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from msae.base.errors import MissingDependencyError, StoreError
-from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
+from msae.base.files import atomic_path, cache_folders, read_json, user_cache, writable_cache, write_json
 from msae.base.progress import progress
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, Modality
@@ -276,18 +278,22 @@ class ExactRows:
         return cosines
 
 
-def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | ExactRows:
-    """The index of a store, built beside it when first asked for; without faiss, the rows themselves.
+def open_index(store: EmbeddingStore, modality: Modality, folder: Path | None = None) -> NeighbourIndex | ExactRows:
+    """The index of a store, built when first asked for; without faiss, the rows themselves.
+
+    Args:
+        folder: A run folder, in whose `index/` it lies. Without one, in the user's cache folder.
 
     Raises:
         StoreError: The store has no rows of `modality`, or they hold NaN.
     """
     if importlib.util.find_spec("faiss") is None:
         return ExactRows(store, modality)
-    place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
+    path = store.path.resolve()
+    own = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
     return NeighbourIndex.open(
-        place,
-        modality,
+        (folder or user_cache()) / "index",
+        f"{path.name}-{modality}-{own}",
         fingerprint=store.fingerprint,
         n_rows=len(store),
         d_in=store.d_in,

@@ -59,7 +59,7 @@ __all__ = [
 class EvaluateOptions(TypedDict, total=False):
     """The keywords of `evaluate`, but for the one that its result depends on."""
 
-    modality: Modality
+    modality: Modality | None
     inference: Inference
     k: int | None
     labels: str | None
@@ -87,7 +87,7 @@ def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
-    modality: Modality = "image",
+    modality: Modality | None = None,
     inference: Inference = "trained",
     k: int | None = None,
     labels: str | None = None,
@@ -107,7 +107,7 @@ def evaluate(
     Args:
         sae: One or several run folders, or Hugging Face repositories that hold an SAE.
         on: The store to evaluate on.
-        modality: Which embeddings of the store.
+        modality: Which embeddings of the store. Without it, images where the store has them.
         inference: How activations are made: `trained` uses the activation function of the SAE; `relu` keeps every
             positive one, as in the paper's table; `threshold` keeps those above the thresholds fitted after training;
             `topk` keeps the `k` strongest.
@@ -130,11 +130,12 @@ def evaluate(
         StoreError: A store is missing or damaged, or lacks the modality or the column.
         RunError: A run is missing or damaged, or does not fit the store.
     """
-    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
-    store = as_store(on, modality)
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
     if not every:
         raise ConfigError("there is no run to evaluate; give at least one")
+    store = as_store(on, modality, unnamed=Run.open(every[0]).modality)
+    modality = modality or store.modalities[0]
+    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     views = [open_view(one, store, options) for one in every]
     probes = None
     if labels is not None:

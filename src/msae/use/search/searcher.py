@@ -66,7 +66,7 @@ class Searcher:
 
     def __init__(
         self,
-        sae: SAE,
+        run: Run,
         store: EmbeddingStore,
         searched: Modality,
         names: ConceptNames | None,
@@ -76,7 +76,8 @@ class Searcher:
     ) -> None:
         self.device = device
         """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
-        self.sae = placed(sae, "cpu")
+        self.sae = placed(run.sae, "cpu")
+        self._folder = run.folder
         self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
@@ -101,15 +102,16 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, run = as_store(on, modality), Run.open(sae)
+        run = Run.open(sae)
+        store = as_store(on, modality, unnamed=run.modality)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
-        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
+        return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
     def index(self) -> NeighbourIndex | ExactRows:
         """Of the rows that are searched; built when first asked for."""
-        return open_index(self.store, self.searched)
+        return open_index(self.store, self.searched, self._folder)
 
     def concepts(self, modality: Modality, *, strict: bool = False) -> ConceptSet:
         """The concepts that can be edited in queries of `modality`.

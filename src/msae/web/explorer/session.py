@@ -106,7 +106,7 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True, device=self.device)
+                searcher = Searcher(self.opened, self.store, modality, self.names, remember=True, device=self.device)
                 _ = searcher.index  # built here, once
                 self._searchers[modality] = searcher
             return self._searchers[modality]
