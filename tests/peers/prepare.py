@@ -1,6 +1,6 @@
 """Export a run for every library and inference, and keep what msae computes on real vectors beside each export.
 
-Usage: python prepare.py RUN VECTORS.npy OUT [MODALITY]. Runs in msae's environment.
+Usage: python prepare.py RUN VECTORS.npy OUT FIRST, where FIRST is the first of the rows. Runs in msae's environment.
 """
 
 import sys
@@ -24,13 +24,14 @@ CASES = {
 
 
 def main() -> None:
-    run, vectors, out, modality = sys.argv[1], sys.argv[2], Path(sys.argv[3]), (*sys.argv[4:], "image")[0]
-    x = torch.from_numpy(np.load(vectors)[:N].astype(np.float32))
+    run, out, first = sys.argv[1], Path(sys.argv[3]), int(sys.argv[4])
+    rows = np.load(sys.argv[2])[first : first + N].astype(np.float32)
+    x, sae = torch.from_numpy(rows), Run.open(run).sae
+    modality = sae.standardizer.modalities[0]
     for to, cases in CASES.items():
         for case in cases:
             folder = out / to / ("-".join(map(str, (*case, *case.values()))) or "trained")
             exported = msae.export(run, to=to, out=folder, modality=modality, **case)
-            sae = Run.open(run).sae
             z = sae.encode(x, modality, case.get("k"), inference=case.get("inference", "trained"))
             np.savez(
                 folder / "expected.npz",
@@ -39,7 +40,10 @@ def main() -> None:
                 x_hat=sae.decode(z, modality),
                 tolerance=1e-5 if exported.scale else 1e-4,
             )
-            print(folder)
+    np.save(out / "rows.npy", rows)
+    case = out / "embedding-atlas" / "trained"
+    msae.export(run, to="embedding-atlas", on=out / "rows.npy", out=case, modality=modality)
+    np.savez(case / "expected.npz", x=x, z=sae.encode(x, modality), x_hat=x, tolerance=0.0)
 
 
 if __name__ == "__main__":

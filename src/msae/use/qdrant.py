@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from msae.use.codes import Codes
 
 SPARSE, DENSE = "concepts", "embedding"
-"""Names of the two vectors of a point."""
+"""Names of the two vectors of a point; the names of what fires lie under the first in the payload too."""
 POINTS_AT_ONCE = 256
 
 
@@ -83,7 +84,9 @@ def write_qdrant(view: View, parts: Iterable[Codes], place: Place, names: Concep
                 rows = np.arange(first, min(first + POINTS_AT_ONCE, len(part.counts)))
                 client.upsert(collection, points=_points(view, part, rows, named))
             n_active += len(part.values)
-        client.create_payload_index(collection, "concepts", field_schema=models.PayloadSchemaType.KEYWORD)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # without a server there is no index: nothing is lost
+            client.create_payload_index(collection, SPARSE, field_schema=models.PayloadSchemaType.KEYWORD)
     except (ApiException, OSError) as err:
         raise StoreError(
             f"the Qdrant server does not take {collection!r} ({first_line(err)}); check its address and key"
@@ -105,7 +108,7 @@ def _points(view: View, part: Codes, rows: np.ndarray, named: dict[int, str]) ->
             "id": row.id,
             "image_path": row.path,
             "caption": row.caption,
-            "concepts": sorted({named[latent] for latent in latents if latent in named}),
+            SPARSE: sorted({named[latent] for latent in latents if latent in named}),
         }
         points.append(
             models.PointStruct(id=row.row, vector={SPARSE: sparse, DENSE: dense[i].tolist()}, payload=payload)
