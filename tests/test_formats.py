@@ -467,6 +467,16 @@ def link_to_a_device(at, mark):
     return folder
 
 
+def another_size_in_our_file(at, mark):
+    make_sae().save(at / "run")
+    msae.export(at / "run", to="saelens", out=at / "out")
+    tensors = load_file(at / "out" / OURS)
+    config = {"d_in": D_IN, "d_sae": 10**12, "kind": "relu"}
+    settings = {"modality": "image", "inference": "relu", "k": None, "config": config}
+    save_file(tensors, at / "out" / OURS, metadata={"msae": json.dumps(settings)})
+    return at / "out"
+
+
 def named_pipe(at, mark):
     folder = saelens_folder(at / "sae")
     (folder / "cfg.json").unlink()
@@ -491,6 +501,7 @@ HOSTILE = [
     link_out_of_the_folder,
     link_to_a_device,
     named_pipe,
+    another_size_in_our_file,
 ]
 
 

@@ -389,7 +389,7 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, repo: str, *, subfolder: str | None = None, revision: str | None = None) -> SAE:
-        """The SAE in a repository of the Hugging Face hub, or in a folder of it.
+        """The SAE in a repository of the Hugging Face hub, or in a folder of it; or in a folder on this machine.
 
         It may be one of ours, or what `msae.export` makes for SAELens or sparsify. Without a connection it is the copy
         that was downloaded before. No pickle is downloaded.
@@ -404,7 +404,8 @@ class SAE(nn.Module):
         """
         from msae.sae.formats import read_folder  # it imports this module
 
-        folder = download(repo, subfolder, revision)
+        here = Path(repo, subfolder or "")
+        folder = here if here.is_dir() else download(repo, subfolder, revision)
         return cls.load(folder) if (folder / CONFIG_FILE).exists() else read_folder(folder).sae
 
     @classmethod
@@ -418,9 +419,15 @@ class SAE(nn.Module):
             RunError: Tensors are missing, of another shape, NaN or infinite.
         """
         tensors = dict(tensors)
+        size = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else "missing"
+        if size != (config.d_sae, config.d_in):  # before so much memory is asked for
+            raise RunError(
+                f"{where} has W_dec {size}, {CONFIG_FILE} wants {(config.d_sae, config.d_in)}; "
+                "the two files do not belong together: restore both"
+            )
         sae = cls(config, _pop_standardizer(tensors))
         if config.inference_l0 is not None or "thresholds" in tensors:
-            n = tensors.get("threshold_table_l0", torch.empty(0)).numel()
+            n = len(tensors.get("threshold_table", ()))
             for name, shape in zip(THRESHOLD_BUFFERS, ((config.d_sae,), (n, config.d_sae), (n,)), strict=True):
                 dtype = torch.float64 if name == "threshold_table_l0" else torch.float32
                 setattr(sae, name, torch.zeros(shape, dtype=dtype))
