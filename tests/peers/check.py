@@ -70,7 +70,7 @@ def embedding_atlas(folder, x):
     import pandas as pd
 
     page = folder / "page"
-    words = [folder / "rows.parquet", "--vector", "embedding", "--features", "features"]
+    words = [folder / "rows.parquet", "--vector", "embedding", "--features", "features", "--disable-projection"]
     command = [Path(sys.executable).with_name("embedding-atlas"), *words, "--export-application", page]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     (data,) = page.rglob("*.parquet")
