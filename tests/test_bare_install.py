@@ -48,6 +48,7 @@ WORKS = [
     "export run --to saelens --out saelens",
     "export run --to embedding-atlas --on x.npy --out atlas",
     "import saelens --out again",
+    "push run me/sae --dry-run",
 ]
 """In their order, each on what those before it made."""
 NEEDS = {
@@ -61,6 +62,7 @@ NEEDS = {
     "evaluate nobody/run --on x.npy": "clip",
     "encode run --on x.npy --to qdrant://localhost/rows": "formats",
     "export run --to onnx --out onnx": "formats",
+    "push run me/sae": "clip",
     "train x.npy --out logged --loggers tensorboard --d-sae 64 --device cpu": "loggers",
     "train x.npy --out logged --loggers wandb --d-sae 64 --device cpu": "",
 }

@@ -99,7 +99,7 @@ def test_a_dry_run_sends_nothing_and_lists_what_push_sends(hub, run, tmp_path):
     assert command(["push", str(run), "me/sae"], hub, tmp_path / "home")[0] == 0
     assert listed == {name: len(data) for name, data in hub.repos["me/sae"].items()}
     text = msae.push(run, "me/sae", dry_run=True).to_text()
-    assert "nothing was" in text and "--license mit" in text and "sae.safetensors" in text
+    assert "nothing was sent" in text and "--license mit" in text and "sae.safetensors" in text
 
 
 def one_line(result, *words):

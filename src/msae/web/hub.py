@@ -38,9 +38,9 @@ class Pushed(Result):
 
     def to_text(self) -> str:
         total = sum(size for _, size in self.files)
-        what = "sent" if self.sent else "would be sent, nothing was"
-        kind = "private repository" if self.private else "public repository"
-        lines = [f"{self.repo}: {len(self.files)} files, {total:,} bytes, to a {kind} {what}"]
+        kind = "private" if self.private else "public"
+        what = f"sent to the {kind} repository" if self.sent else f"for a {kind} repository; nothing was sent"
+        lines = [f"{self.repo}: {len(self.files)} files, {total:,} bytes, {what}"]
         lines += [f"  {size:>12,}  {name}" for name, size in self.files]
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(f'read it by: msae.SAE.from_pretrained("{self.repo}")')
