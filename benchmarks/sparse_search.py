@@ -1,6 +1,6 @@
 """Qdrant's answers to "images with A and without B" against brute force, on real vectors and named concepts.
 
-python benchmarks/sparse_search.py RUN image_train.npy vocabulary.npy [--rows 20000] [--queries 10]
+python benchmarks/sparse_search.py RUN image_train.npy vocabulary.npy [--first 0] [--rows 20000]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("vectors", type=Path)
     parser.add_argument("vocabulary", type=Path)
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0, help="the first of the rows")
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--section")
     arguments = parser.parse_args()
@@ -33,7 +34,8 @@ def main() -> None:
         shutil.copytree(arguments.run, folder / "run", ignore=shutil.ignore_patterns("names.json"))
         names = msae.name(folder / "run", vocabulary=arguments.vocabulary)
         names.save(folder / "run")
-        np.save(folder / "rows.npy", np.load(arguments.vectors, mmap_mode="r")[: arguments.rows])
+        vectors = np.load(arguments.vectors, mmap_mode="r")
+        np.save(folder / "rows.npy", vectors[arguments.first : arguments.first + arguments.rows])
         client = QdrantClient(":memory:")
         encoded = msae.encode(folder / "run", folder / "rows.npy", modality="image", to="rows", client=client)
         z = SAE.load(folder / "run").encode(folder / "rows.npy")

@@ -29,7 +29,11 @@ def world(tmp_path):
     busiest = (sae.encode(x) > 0).sum(0).argsort(descending=True)[:4].tolist()
     named = tuple(
         sorted(
-            (Concept(i, name, 0.5, 0.1) for i, name in zip(busiest, ("beach", "beach", "people", "tree"), strict=True)),
+            # "shore" is a name here and a synonym there: a query by it means both
+            (
+                Concept(i, name, 0.5, 0.1, synonyms=("shore",) if name == "beach" else ())
+                for i, name in zip(busiest, ("beach", "shore", "people", "tree"), strict=True)
+            ),
             key=lambda one: one.latent,
         )
     )
@@ -101,7 +105,8 @@ def test_every_row_is_a_point_with_its_code_and_its_names(world, client):
     msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
     assert client.count("photos").count == N
     z = dense_of(world)
-    by_name = ConceptNames.load(world / "run").by_name
+    names = ConceptNames.load(world / "run")
+    by_name = {name: names[name] for name in ("beach", "people", "shore", "tree")}
     points = client.retrieve("photos", list(range(N)), with_vectors=True)
     for point, row in zip(points, z, strict=True):
         code = point.vector["concepts"]
@@ -112,14 +117,15 @@ def test_every_row_is_a_point_with_its_code_and_its_names(world, client):
     assert points[7].payload["caption"] == "a caption of 7"
 
 
-def test_beach_and_no_people_is_what_brute_force_finds(world, client):
+@pytest.mark.parametrize("word", ["beach", "shore"])
+def test_beach_and_no_people_is_what_brute_force_finds(world, client, word):
     """The example of docs/formats.md."""
     from qdrant_client import models
 
     msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
-    beach = ConceptNames.load(world / "run")["beach"]
+    beach = ConceptNames.load(world / "run")[word]
     chosen = models.Filter(
-        must=[models.FieldCondition(key="concepts", match=models.MatchValue(value="beach"))],
+        must=[models.FieldCondition(key="concepts", match=models.MatchValue(value=word))],
         must_not=[models.FieldCondition(key="concepts", match=models.MatchValue(value="people"))],
     )
     strongest = models.SparseVector(indices=beach, values=[1.0] * len(beach))
@@ -179,7 +185,7 @@ def test_a_server_that_is_not_there_is_one_line(world):
 
 
 @pytest.mark.parametrize("how", [{}, {"inference": "relu"}, {"k": 5}])
-@pytest.mark.parametrize("config", [{}, {"soft_cap": 2.0}])
+@pytest.mark.parametrize("config", [{}, {"soft_cap": 2.0, "level_scales": True}])
 def test_onnx_gives_what_torch_gives_for_any_batch(tmp_path, how, config):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

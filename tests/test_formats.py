@@ -38,6 +38,8 @@ def make_sae(kind="matryoshka", *, seed=0, modalities=("image",), **config) -> S
     sae.W_enc.data = torch.randn(D_IN, D_SAE, generator=generator)
     if sae.threshold is not None:
         sae.threshold.fill_(0.4)
+    if sae.log_level_scales is not None:
+        sae.log_level_scales.data = torch.tensor([0.4, 0.1])
     return sae.eval()
 
 
@@ -117,6 +119,30 @@ def test_the_other_library_computes_the_same_from_raw_embeddings(run, tmp_path, 
     np.testing.assert_allclose(theirs, z / exported.scale, atol=2e-6)  # float32 sums of 12 numbers
     if to != "sentence-transformers":
         np.testing.assert_allclose(x_hat, sae.decode(torch.from_numpy(z)).numpy(), atol=5e-6)
+
+
+@pytest.mark.parametrize("how", [{}, {"inference": "relu"}, {"k": 5}])
+def test_the_factor_of_a_level_is_folded_in(tmp_path, how):
+    sae, x = make_sae(level_scales=True).with_l0(6, rows()), rows(3)
+    k, inference = how.get("k"), how.get("inference", "trained")
+    again, z = unfold(fold(sae, "image", inference="topk" if k else inference, k=k)), sae.encode(x, **how)
+    assert sae.rule("relu").scale == pytest.approx(np.exp(0.1))
+    assert sae.rule("topk", 4).scale == pytest.approx(np.exp(0.4))
+    assert torch.equal(again.encode(x) > 0, z > 0)
+    torch.testing.assert_close(again.encode(x), z / 3.7, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(again.decode(again.encode(x)), sae.decode(z), atol=1e-5, rtol=1e-5)
+    sae.save(tmp_path / "run")
+    msae.export(tmp_path / "run", to="saelens", out=tmp_path / "out", **how)
+    msae.import_sae(tmp_path / "out", out=tmp_path / "again")
+    assert (tmp_path / "again/sae.safetensors").read_bytes() == (tmp_path / "run/sae.safetensors").read_bytes()
+
+
+def test_thresholds_are_those_of_the_modality(tmp_path):
+    sae = make_sae(modalities=("image", "text")).with_l0(6, rows(), "image").with_l0(6, rows(2), "text")
+    for modality in ("image", "text"):
+        again = unfold(fold(sae, modality))
+        assert torch.equal(again.encode(rows(5)) > 0, sae.encode(rows(5), modality) > 0)
+    assert not torch.equal(fold(sae, "image").threshold, fold(sae, "text").threshold)
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "topk", "relu"])

@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from msae.base.errors import MissingDependencyError, StoreError
-from msae.data.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
+from msae.data.rows import find_picture
+from msae.data.store import EmbeddingStore, StorePart, as_store, write_store
 
 N, D = 25, 6
 

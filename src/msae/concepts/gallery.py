@@ -27,7 +27,8 @@ from msae.concepts.samples import (
     histogram_quantiles,
     top_samples,
 )
-from msae.data.store import EmbeddingStore, Row, as_store
+from msae.data.rows import Row
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike

@@ -12,7 +12,8 @@ from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.base.notices import notice
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import MODALITIES, EmbeddingStore, Modality, as_store, has_unit_rows
+from msae.data.layout import MODALITIES, Modality
+from msae.data.store import EmbeddingStore, as_store, has_unit_rows
 from msae.sae.model import CONFIG_FILE, SAE, check_fit, download, folder_of, looks_like_hub_id, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
@@ -203,17 +204,27 @@ class Run:
         wanted = (origin.fingerprint, origin.metadata)
         return found == wanted if metadata else found[0] == wanted[0]
 
-    def training_store(self) -> EmbeddingStore:
-        """The store that it was trained on.
+    def training_store(self, modality: Modality | None = None) -> EmbeddingStore:
+        """The store that it was trained on; of several, the first that has `modality`, else the first.
 
         Raises:
             NoTrainingStoreError: It is not known, not there, or no longer the same.
         """
-        path, promised = self.settings.get("store"), self.settings.get("store_fingerprint")
+        stores = self.training_stores()
+        return next((store for store in stores if modality in store.modalities), stores[0])
+
+    def training_stores(self) -> list[EmbeddingStore]:
+        """All stores that it was trained on; raises as `training_store` does."""
+        known = self.settings.get("stores") or [self.settings]
+        return [self._as_it_was(one.get("store"), one.get("store_fingerprint")) for one in known]
+
+    def _as_it_was(self, path: str | None, promised: str | None) -> EmbeddingStore:
+        """A store that it was trained on; raises as `training_store` does."""
         if path is None:
             raise NoTrainingStoreError(f"{self.name} does not say what it was trained on")
         try:
-            store = as_store(path, self.settings.get("modality"))
+            modality = self.settings.get("modality")
+            store = as_store(path, None if modality == "both" else modality)
             found = store.fingerprint
         except StoreError as err:
             raise NoTrainingStoreError(f"the training store cannot be opened ({err})") from err

@@ -69,7 +69,7 @@ def write_qdrant(view: View, parts: Iterable[Codes], place: Place, names: Concep
     from qdrant_client.http.exceptions import ApiException
 
     client, collection = place.client, place.collection
-    named = {} if names is None else {concept.latent: concept.name for concept in names}
+    named = {} if names is None else {concept.latent: (concept.name, *concept.synonyms) for concept in names}
     n_active = 0
     try:
         if client.collection_exists(collection):
@@ -94,7 +94,7 @@ def write_qdrant(view: View, parts: Iterable[Codes], place: Place, names: Concep
     return n_active
 
 
-def _points(view: View, part: Codes, rows: np.ndarray, named: dict[int, str]) -> list[Any]:
+def _points(view: View, part: Codes, rows: np.ndarray, named: dict[int, tuple[str, ...]]) -> list[Any]:
     from qdrant_client import models
 
     numbers, ends = part.first + rows, part.ends
@@ -108,7 +108,7 @@ def _points(view: View, part: Codes, rows: np.ndarray, named: dict[int, str]) ->
             "id": row.id,
             "image_path": row.path,
             "caption": row.caption,
-            SPARSE: sorted({named[latent] for latent in latents if latent in named}),
+            SPARSE: sorted({word for latent in latents for word in named.get(latent, ())}),
         }
         points.append(
             models.PointStruct(id=row.row, vector={SPARSE: sparse, DENSE: dense[i].tolist()}, payload=payload)

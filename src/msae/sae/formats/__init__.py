@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 
 from msae.base.errors import MsaeError, RunError
@@ -22,8 +23,6 @@ from msae.sae.standardize import Modality, Standardizer, Statistics
 
 OURS = "msae.safetensors"
 """Beside the files of another library: what of our SAE these cannot hold, so that it comes back as it was."""
-WEIGHTS = ("W_enc", "W_dec")
-"""Those that every format has as they are."""
 
 
 class Found(NamedTuple):
@@ -158,7 +157,8 @@ def write_folder(
     }
     LAYOUTS[to].write(folded, folder, about)
     if LAYOUTS[to].read is not None:
-        kept = {name: tensor for name, tensor in sae.to_tensors().items() if name not in WEIGHTS}
+        same = [name for name in ("W_enc", "W_dec") if torch.equal(getattr(folded, name), getattr(sae, name))]
+        kept = {name: tensor for name, tensor in sae.to_tensors().items() if name not in same}
         settings = {"modality": modality, "inference": inference, "k": k, "config": to_record(sae.config)}
         save_file(kept, folder / OURS, metadata={"msae": json.dumps(settings)})
     return folded
@@ -175,7 +175,7 @@ def _ours(folder: Path, folded: Folded) -> tuple[SAE | None, tuple[str, ...]]:
         data, modality = settings["config"], settings["modality"]
         config = of_record(SAEConfig, data, where=where, error=RunError, remedy="delete it to go without")
         weights = {"W_enc": folded.W_enc, "W_dec": folded.W_dec}
-        sae = SAE.of_tensors(config, {**tensors, **weights}, where=where)
+        sae = SAE.of_tensors(config, {**weights, **tensors}, where=where)
         same = fold(sae, modality, inference=settings["inference"], k=settings["k"]).is_close(folded)
     except (KeyError, TypeError, ValueError, MsaeError) as err:
         raise RunError(f"{where} is damaged ({err}); delete it to import the SAE without it") from err

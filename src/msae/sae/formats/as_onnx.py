@@ -30,7 +30,7 @@ def write_onnx(
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    known, rule = sae.standardizer.statistics[modality], sae.rule(inference, k)
+    known, rule = sae.standardizer.statistics[modality], sae.rule(inference, k, modality)
     weights = {
         "mean": known.mean,
         "scale": np.float32(known.scale),
@@ -66,10 +66,11 @@ def write_onnx(
         nodes += [
             helper.make_node("Div", ["z", "cap"], ["of_cap"]),
             helper.make_node("Tanh", ["of_cap"], ["bent"]),
-            helper.make_node("Mul", ["bent", "cap"], ["activations"]),
+            helper.make_node("Mul", ["bent", "cap"], ["capped"]),
         ]
-    else:
-        nodes.append(helper.make_node("Identity", ["z"], ["activations"]))
+    weights["factor"] = np.float32(rule.scale)
+    last = "z" if sae.config.soft_cap is None else "capped"
+    nodes.append(helper.make_node("Mul", [last, "factor"], ["activations"]))
     graph = helper.make_graph(
         nodes,
         "msae",

@@ -2,7 +2,8 @@
 
 An SAE trained on `(x - mean) * s` equals, on raw `x`, the one with the same `W_enc` and `W_dec`, with `b_enc` and
 thresholds divided by `s`, and with `b_dec / s + mean`. Its activations are those of msae divided by `s`; which latents
-are active, and their order, do not change.
+are active, and their order, do not change. A factor that the SAE has for its activations at this number of active
+latents goes into `W_enc`, `b_enc` and thresholds.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Folded:
 
     def is_close(self, other: Folded) -> bool:
         """Whether both say the same, but for rounding."""
-        pairs = [(self.b_enc, other.b_enc), (self.b_dec, other.b_dec)]
+        pairs = [(getattr(self, name), getattr(other, name)) for name in ("W_enc", "b_enc", "b_dec")]
         if (self.threshold is None) != (other.threshold is None) or self.k != other.k:
             return False
         if self.threshold is not None and other.threshold is not None:
@@ -83,15 +84,16 @@ def fold(sae: SAE, modality: Modality, *, inference: Inference = "trained", k: i
             f"this SAE has a soft cap of {sae.config.soft_cap:g}, which this format cannot hold; "
             "--to onnx can, or train without --soft-cap"
         )
-    known, rule = sae.standardizer.statistics[modality], sae.rule(inference, k)
+    known, rule = sae.standardizer.statistics[modality], sae.rule(inference, k, modality)
     state = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
     threshold = None
     if rule.threshold is not None:
-        threshold = (rule.threshold.detach().cpu().double() / known.scale).float().expand(sae.d_sae).clone()
+        threshold = rule.threshold.detach().cpu().double() * (rule.scale / known.scale)
+        threshold = threshold.float().expand(sae.d_sae).clone()
     return Folded(
-        W_enc=state["W_enc"].contiguous(),
+        W_enc=(state["W_enc"] if rule.scale == 1 else (state["W_enc"].double() * rule.scale).float()).contiguous(),
         W_dec=state["W_dec"].contiguous(),
-        b_enc=(state["b_enc"].double() / known.scale).float(),
+        b_enc=(state["b_enc"].double() * (rule.scale / known.scale)).float(),
         b_dec=(state["b_dec"].double() / known.scale + known.mean.cpu().double()).float(),
         k=rule.k,
         threshold=threshold,

@@ -17,14 +17,15 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet, Natural, natural_of
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
-from msae.use.neighbours import ExactRows, NeighbourIndex, Neighbours, open_index
+from msae.use.neighbours import Neighbourhood, Neighbours, open_index
 from msae.use.search.query import Ask, EditedQuery, Query, edit_query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 
@@ -109,7 +110,7 @@ class Searcher:
         return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
-    def index(self) -> NeighbourIndex | ExactRows:
+    def index(self) -> Neighbourhood:
         """Of the rows that are searched; built when first asked for."""
         return open_index(self.store, self.searched, self._folder)
 
@@ -301,9 +302,7 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(
-    index: NeighbourIndex | ExactRows, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
-) -> Both:
+def search_embeddings(index: Neighbourhood, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None) -> Both:
     """The rows of the largest cosine, exact in float32."""
     before = index.search(edited.x, n, keep=keep)
     if not edited.is_changed:
@@ -366,7 +365,7 @@ def _unmoved(found: Neighbours) -> Both:
 
 
 def _ranked_by(
-    index: NeighbourIndex | ExactRows,
+    index: Neighbourhood,
     found: Neighbours,
     other: NDArray[np.float32],
     other_found: Neighbours,
