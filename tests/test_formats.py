@@ -21,6 +21,7 @@ from msae.sae.formats import OURS, read_file, read_folder
 from msae.sae.formats.folded import fold, unfold
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, Statistics
+from msae.sae.thresholds import SILENT
 
 D_IN, D_SAE, N = 12, 40, 64
 
@@ -135,6 +136,19 @@ def test_the_factor_of_a_level_is_folded_in(tmp_path, how):
     msae.export(tmp_path / "run", to="saelens", out=tmp_path / "out", **how)
     msae.import_sae(tmp_path / "out", out=tmp_path / "again")
     assert (tmp_path / "again/sae.safetensors").read_bytes() == (tmp_path / "run/sae.safetensors").read_bytes()
+
+
+def test_a_silent_latent_stays_silent_and_its_threshold_a_number():
+    sae = make_sae().with_l0(6, rows())
+    sae.thresholds[3] = SILENT
+    statistics = Statistics(torch.zeros(D_IN), 0.01)  # embeddings of large norm: thresholds grow a hundredfold
+    sae.standardizer = Standardizer({"image": statistics})
+    folded = fold(sae, "image")
+    assert bool(folded.threshold.isfinite().all()) and folded.threshold[3] == SILENT
+
+
+def test_k_above_the_latents_is_all_of_them():
+    assert fold(make_sae(), "image", inference="topk", k=10**6).k == D_SAE
 
 
 def test_thresholds_are_those_of_the_modality(tmp_path):

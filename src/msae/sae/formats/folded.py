@@ -16,6 +16,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.sae.model import SAE, Inference, SAEConfig
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
+from msae.sae.thresholds import SILENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +90,13 @@ def fold(sae: SAE, modality: Modality, *, inference: Inference = "trained", k: i
     threshold = None
     if rule.threshold is not None:
         threshold = rule.threshold.detach().cpu().double() * (rule.scale / known.scale)
-        threshold = threshold.float().expand(sae.d_sae).clone()
+        threshold = threshold.clamp_max(SILENT).float().expand(sae.d_sae).clone()
     return Folded(
         W_enc=(state["W_enc"] if rule.scale == 1 else (state["W_enc"].double() * rule.scale).float()).contiguous(),
         W_dec=state["W_dec"].contiguous(),
         b_enc=(state["b_enc"].double() * (rule.scale / known.scale)).float(),
         b_dec=(state["b_dec"].double() / known.scale + known.mean.cpu().double()).float(),
-        k=rule.k,
+        k=None if rule.k is None else min(rule.k, sae.d_sae),
         threshold=threshold,
     )
 
