@@ -63,6 +63,7 @@ EXTRAS: Mapping[str, str] = {
     "llvmlite": "fast",
     "faiss": "index",
     "tensorboard": "loggers",
+    "simplemma": "words",
     "onnx": "formats",
     "qdrant_client": "formats",
 }
