@@ -43,6 +43,12 @@ WORKS = [
     "search run --on x.npy --like r7 --space latent",
     "audit run --on x.npy --target label --concept #3 --concept #4 --permutations 50 --html a.html --json a.json",
     "report run --on x.npy --beside run2 --audit a.json",
+    "encode run --on x.npy --out codes.parquet",
+    "encode run --on x.npy --out codes.npz",
+    "export run --to saelens --out saelens",
+    "export run --to embedding-atlas --on x.npy --out atlas",
+    "import saelens --out again",
+    "push run me/sae --dry-run",
 ]
 """In their order, each on what those before it made."""
 NEEDS = {
@@ -54,6 +60,9 @@ NEEDS = {
     "search run --on x.npy --text red --encoder demo": "clip",
     "search run --on x.npy --image pictures/0.png --encoder demo": "clip",
     "evaluate nobody/run --on x.npy": "clip",
+    "encode run --on x.npy --to qdrant://localhost/rows": "formats",
+    "export run --to onnx --out onnx": "formats",
+    "push run me/sae": "clip",
     "train x.npy --out logged --loggers tensorboard --d-sae 64 --device cpu": "loggers",
     "train x.npy --out logged --loggers wandb --d-sae 64 --device cpu": "",
 }

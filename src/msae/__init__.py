@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from msae.measure import metrics
     from msae.measure.evaluate import Evaluation, Evaluations, evaluate, poster_table
     from msae.sae import kernels, losses
+    from msae.sae.formats import import_sae
     from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
     from msae.use.audit import Audit, audit
+    from msae.use.codes import encode
+    from msae.use.export import export
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
+    from msae.web.hub import push
     from msae.web.report import Report, report
     from msae.world.chain import demo
 
@@ -42,10 +46,13 @@ _HOME = {
     "Embedder": "data.embed",
     "audit": "use.audit",
     "embed": "data.embed",
+    "encode": "use.codes",
     "Evaluation": "measure.evaluate",
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
+    "export": "use.export",
+    "import_sae": "sae.formats",
     "demo": "world.chain",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
@@ -53,6 +60,7 @@ _HOME = {
     "top_samples": "concepts.samples",
     "NameSettings": "concepts.naming",
     "name": "concepts.naming",
+    "push": "web.hub",
     "Report": "web.report",
     "report": "web.report",
     "SearchResult": "use.search",
@@ -105,16 +113,20 @@ __all__ = [
     "concept_tree",
     "demo",
     "embed",
+    "encode",
     "errors",
     "evaluate",
     "explore",
+    "export",
     "gallery",
+    "import_sae",
     "info",
     "kernels",
     "losses",
     "metrics",
     "name",
     "poster_table",
+    "push",
     "report",
     "search",
     "stability",

@@ -64,6 +64,8 @@ EXTRAS: Mapping[str, str] = {
     "faiss": "index",
     "tensorboard": "loggers",
     "simplemma": "words",
+    "onnx": "formats",
+    "qdrant_client": "formats",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

@@ -111,17 +111,18 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
 
     verb = VERBS[name]
     options = verb_options(name)
+    positional = dict([verb.positional, *([verb.second] if verb.second else [])])
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = parse(name, description(verb.function), options, verb.positional, _renamed(verb, arguments))
+            given = parse(name, description(verb.function), options, positional, _renamed(verb, arguments))
     except SystemExit as leave:
         if leave.code == 2:
             raise _UsageError(_usage_line(complaint.getvalue())) from None
         raise
-    argument, metavar = verb.positional
-    if argument and not given.get(argument):
-        raise _UsageError(f"{metavar} is missing")
+    for argument, metavar in positional.items():
+        if argument and not given.get(argument):
+            raise _UsageError(f"{metavar} is missing")
     return functools.partial(_show, verb, given)
 
 

@@ -36,6 +36,8 @@ class Verb:
     """MODULE:NAME of the dataclass whose fields the function takes as `**options`."""
     hidden: tuple[str, ...] = ()
     """Parameters that only Python has."""
+    second: tuple[str, str] | None = None
+    """Another parameter that needs no option."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
 
@@ -235,5 +237,12 @@ VERBS: dict[str, Verb] = {
                    ("run", RUN), show),
     "explore": Verb("runs and a store in a browser on this machine", "msae.web.explorer:explore", ("runs", RUNS),
                     explore),
+    "encode": Verb("rows of a store as sparse codes, in a file or in Qdrant", "msae.use.codes:encode", ("sae", RUN),
+                   show, hidden=("client",)),
+    "export": Verb("a run for SAELens, sparsify, ONNX and others", "msae.use.export:export", ("run", RUN), show),
+    "import": Verb("an SAE of another library -> a run; in Python: msae.import_sae", "msae.sae.formats:import_sae",
+                   ("file", "FILE"), show),
+    "push": Verb("a run -> a repository of the Hugging Face hub", "msae.web.hub:push", ("run", RUN), show,
+                 second=("repo", "REPO")),
     "info": Verb("what a store or a run holds", "msae.cli.info:info", ("path", "PATH"), info),
 }  # fmt: skip

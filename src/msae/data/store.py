@@ -381,6 +381,12 @@ def as_store(
     return EmbeddingStore.open(store, modality=modality, unnamed=unnamed)
 
 
+def has_unit_rows(store: EmbeddingStore) -> bool:
+    """Whether the first embeddings are of norm 1, within what float16 rounds off."""
+    some = store.take(np.arange(min(len(store), 64)), store.modalities[0])
+    return bool(np.abs(np.linalg.norm(some, axis=1) - 1).max() < 0.01)
+
+
 def write_store(
     path: Path,
     parts: Iterable[StorePart],

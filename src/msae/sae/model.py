@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, ro
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
 Inference = Literal["relu", "trained", "topk", "threshold"]
 SCHEMA_VERSION = 3
-"""Of sae.json. 2 adds `inference_l0`, 3 `level_scales` and `threshold_modalities`; older files are SAEs without."""
+"""Of sae.json. 2 adds `inference_l0`, 3 `level_scales`, `threshold_modalities` and `unnormalised`; older files are SAEs
+without."""
 THRESHOLD_BUFFERS = ("thresholds", "threshold_table", "threshold_table_l0")
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "sae.json"
@@ -62,6 +63,8 @@ class SAEConfig:
     encoder: str | None = None
     """The CLIP-like model that made the embeddings, where the store said so."""
     encoder_revision: str | None = None
+    unnormalised: bool = False
+    """Trained on embeddings as the encoder gives them, not scaled to norm 1 as those of a store mostly are."""
 
     def __post_init__(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
@@ -88,6 +91,16 @@ class SAEConfig:
             raise ConfigError(f"thresholds of {' and '.join(self.threshold_modalities)}; wanted each modality once")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
+
+
+class Rule(NamedTuple):
+    """Which latents of a row are active: the k largest, or those above their thresholds; all positive ones without."""
+
+    k: int | None = None
+    threshold: Tensor | None = None
+    """One number, or one for each latent, in the units of the pre-activations."""
+    scale: float = 1.0
+    """What their activations are multiplied by: see `SAE.scale_at`."""
 
 
 class SAE(nn.Module):
@@ -177,11 +190,14 @@ class SAE(nn.Module):
         Raises:
             ConfigError: `inference` is `topk` without `k`, or `threshold` where none are stored.
         """
-        self.check_inference(inference)
-        z = self._uncapped(h, inference, k, modality)
+        rule = self.rule(inference, k, modality)
+        if rule.k is not None:
+            z = activations.topk(h, rule.k)
+        else:
+            z = h.relu() if rule.threshold is None else activations.threshold_relu(h, rule.threshold)
         if self.config.soft_cap is not None:
             z = activations.soft_cap(z, self.config.soft_cap)
-        return z if self.log_level_scales is None else z * self.scale_at(self.active_latents(inference, k))
+        return z if self.log_level_scales is None else z * rule.scale
 
     def scale_at(self, n_active: float) -> float:
         """What activations are multiplied by where `n_active` latents take part: 1 without level scales.
@@ -203,22 +219,26 @@ class SAE(nn.Module):
             return float(self.d_sae)
         return float(self.config.inference_l0)
 
-    def _uncapped(self, h: Tensor, inference: Inference, k: int | None, modality: Modality | None) -> Tensor:
+    def rule(self, inference: Inference = "trained", k: int | None = None, modality: Modality | None = None) -> Rule:
+        """What `activate` goes by; raises as it does."""
+        self.check_inference(inference)
+        return self._unscaled(inference, k, modality)._replace(scale=self.scale_at(self.active_latents(inference, k)))
+
+    def _unscaled(self, inference: Inference, k: int | None, modality: Modality | None) -> Rule:
         if inference == "topk":
             if k is None or k < 1:
                 raise ConfigError(f"inference topk with k {k}; give a positive --k, for example --k 64")
-            return activations.topk(h, k)
+            return Rule(k=k)
         if inference == "trained":
             if self.config.kind == "topk":
-                return activations.topk(h, self.config.k or self.d_sae)
+                return Rule(k=self.config.k or self.d_sae)
             if self.threshold is not None:
-                return activations.threshold_relu(h, self.threshold)
+                return Rule(threshold=self.threshold)
             if self.log_threshold is not None:
-                return activations.threshold_relu(h, self.log_threshold.exp())
-        if inference != "relu" and self.thresholds is not None:
-            thresholds: Tensor = getattr(self, "thresholds" + self._suffix(modality))
-            return activations.threshold_relu(h, thresholds)
-        return h.relu()
+                return Rule(threshold=self.log_threshold.exp())
+        if inference == "relu" or self.thresholds is None:
+            return Rule()
+        return Rule(threshold=getattr(self, "thresholds" + self._suffix(modality)))
 
     def _suffix(self, modality: Modality | None) -> str:
         """What stands behind the names of the thresholds of `modality`."""
@@ -271,6 +291,11 @@ class SAE(nn.Module):
         tables = self._threshold_tables()
         if on is None:
             self.check_inference("threshold")
+            if any(not len(table.l0) for table in tables.values()):
+                raise ConfigError(
+                    "the thresholds of this SAE came with it, without a table of others; "
+                    f"fit them on rows: with_l0({l0}, STORE)"
+                )
         else:
             tables = tables if self.config.threshold_modalities else {}  # of unknown rows: not kept beside known ones
             tables[modality] = self.fitted_thresholds(on, modality, l0=l0)
@@ -455,13 +480,17 @@ class SAE(nn.Module):
         broken = first_not_finite(self.state_dict())
         if broken:
             raise RunError(f"{broken} has NaN or infinite values, so this SAE is not saved in {folder}; train it again")
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(self.to_tensors(), temporary)
+        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What `sae.safetensors` holds: the state, and the statistics that standardise."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         for modality, known in self.standardizer.statistics.items():
             tensors[f"standardizer.{modality}.mean"] = known.mean.cpu().contiguous()
             tensors[f"standardizer.{modality}.scale"] = torch.tensor(known.scale, dtype=torch.float64)
-        with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary)
-        write_record(folder / CONFIG_FILE, self.config, schema_version=SCHEMA_VERSION)
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> SAE:
@@ -471,20 +500,53 @@ class SAE(nn.Module):
             RunError: There is no SAE, or its files are damaged or do not belong together.
         """
         folder = Path(path)
-        if not folder.exists() and _looks_like_hub_id(str(path)):
-            folder = _download(str(path), revision)
+        if not folder.exists() and looks_like_hub_id(str(path)):
+            return cls.from_pretrained(str(path), revision=revision)
         folder = folder_of(folder)
         config = read_config(folder)
-        try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise RunError(f"{folder / WEIGHTS_FILE} does not exist; train again or restore it") from None
-        except (SafetensorError, OSError) as err:
-            raise RunError(f"{folder / WEIGHTS_FILE} is damaged ({err}); train again or restore it") from err
+        return cls.of_tensors(config, read_tensors(folder / WEIGHTS_FILE), where=str(folder / WEIGHTS_FILE))
+
+    @classmethod
+    def from_pretrained(cls, repo: str, *, subfolder: str | None = None, revision: str | None = None) -> SAE:
+        """The SAE in a repository of the Hugging Face hub, or in a folder of it; or in a folder on this machine.
+
+        It may be one of ours, or what `msae.export` makes for SAELens or sparsify. Without a connection it is the copy
+        that was downloaded before. No pickle is downloaded.
+
+        Args:
+            repo: As `owner/name`.
+            subfolder: The folder in the repository; without it, its root.
+            revision: A branch, a tag or a commit; without it, the newest.
+
+        Raises:
+            RunError: The repository cannot be reached, or holds no SAE there.
+        """
+        from msae.sae.formats import read_folder  # it imports this module
+
+        here = Path(repo, subfolder or "")
+        folder = here if here.is_dir() else download(repo, subfolder, revision)
+        return cls.load(folder) if (folder / CONFIG_FILE).exists() else read_folder(folder).sae
+
+    @classmethod
+    def of_tensors(cls, config: SAEConfig, tensors: Mapping[str, Tensor], *, where: str) -> SAE:
+        """The SAE of what `save` wrote.
+
+        Args:
+            where: The file, for messages.
+
+        Raises:
+            RunError: Tensors are missing, of another shape, NaN or infinite.
+        """
+        tensors = dict(tensors)
+        size = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else "missing"
+        if size != (config.d_sae, config.d_in):  # before so much memory is asked for
+            raise RunError(
+                f"{where} has W_dec {size}, {CONFIG_FILE} wants {(config.d_sae, config.d_in)}; "
+                "the two files do not belong together: restore both"
+            )
         sae = cls(config, _pop_standardizer(tensors))
-        for suffix in sae._suffixes():
-            n = tensors.get(f"threshold_table_l0{suffix}", torch.empty(0)).numel()
+        for suffix in sae._suffixes() or ([""] if "thresholds" in tensors else []):
+            n = len(tensors.get(f"threshold_table{suffix}", ()))
             for name, shape in zip(THRESHOLD_BUFFERS, ((config.d_sae,), (n, config.d_sae), (n,)), strict=True):
                 dtype = torch.float64 if name == "threshold_table_l0" else torch.float32
                 setattr(sae, name + suffix, torch.zeros(shape, dtype=dtype))
@@ -493,14 +555,25 @@ class SAE(nn.Module):
         if wanted != found:
             differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
             raise RunError(
-                f"{folder / WEIGHTS_FILE} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
+                f"{where} has {differing} {found.get(differing, 'missing')}, {CONFIG_FILE} wants "
                 f"{wanted.get(differing, 'none')}; the two files do not belong together: restore both"
             )
         broken = first_not_finite(tensors)
         if broken:
-            raise RunError(f"{folder / WEIGHTS_FILE} has NaN or infinite values in {broken}; restore it or train again")
+            raise RunError(f"{where} has NaN or infinite values in {broken}; restore it or train again")
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; raises `RunError` where it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"{file} does not exist; train again or restore it") from None
+    except (SafetensorError, OSError) as err:
+        raise RunError(f"{file} is damaged ({err}); train again or restore it") from err
 
 
 def _as_tensor(array: Any) -> Tensor:
@@ -610,22 +683,48 @@ def _pop_standardizer(tensors: dict[str, Tensor]) -> Standardizer:
     return Standardizer(statistics)
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether it is written as `owner/name`, and not as a path."""
     owner, _, name = path.partition("/")
     return bool(owner and name) and "/" not in name and owner not in (".", "..", "runs", "~")
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, "names.json", "cfg.json", "sae_weights.safetensors", "msae.safetensors")
+"""What is downloaded of a repository: JSON and safetensors, no pickles."""
+
+
+def download(repo: str, subfolder: str | None = None, revision: str | None = None) -> Path:
+    """The folder with the SAE of a hub repository, on this machine; raises `RunError`."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
     except ImportError as err:
         raise MissingDependencyError.of("huggingface_hub", extra="clip") from err
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    # The hub counts a download by the request for the config.json in the root.
+    wanted = ["config.json", *(f"{prefix}{name}" for name in HUB_FILES)]
     try:
-        paths = [Path(hf_hub_download(hub_id, name, revision=revision)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / prefix
+    except RepositoryNotFoundError as err:
         raise RunError(
-            f"{hub_id} is neither a folder here nor a reachable hub repository with an SAE "
+            f"the hub shows no repository {repo}; give owner/name, or hf auth login where it is private"
+        ) from err
+    except RevisionNotFoundError as err:
+        raise RunError(f"{repo} has no revision {revision}; give a branch, a tag or a commit that it has") from err
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+        raise RunError(
+            f"{repo} is neither a folder here nor a reachable hub repository with an SAE "
             f"({type(err).__name__}); give the folder that msae train --out made"
         ) from err
-    return paths[0].parent
+    if not any((folder / name).exists() for name in (CONFIG_FILE, "cfg.json")):
+        raise RunError(
+            f"{repo} holds no SAE in {subfolder or 'its root'}; give the folder of the repository that has "
+            f"{CONFIG_FILE} or cfg.json as subfolder"
+        )
+    return folder

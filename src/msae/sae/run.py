@@ -10,10 +10,11 @@ from typing import Any, TypeAlias, Union
 
 from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
+from msae.base.notices import notice
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.layout import MODALITIES, Modality
-from msae.data.store import EmbeddingStore, as_store
-from msae.sae.model import SAE, check_fit, folder_of, weights_hash
+from msae.data.store import EmbeddingStore, as_store, has_unit_rows
+from msae.sae.model import CONFIG_FILE, SAE, check_fit, download, folder_of, looks_like_hub_id, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
 """Of config.json, which training writes."""
@@ -66,6 +67,10 @@ class Run:
         if isinstance(run, SAE):
             return cls(None, sae=run)
         path = Path(run)
+        if not path.exists() and looks_like_hub_id(str(run)):
+            path = download(str(run))  # with names, where the repository has them
+            if not (path / CONFIG_FILE).exists():
+                return cls(None, sae=SAE.from_pretrained(str(run)), given=str(run))
         if path.exists():
             return cls(folder_of(path), given=str(run))
         return cls(None, sae=SAE.load(run), given=str(run))
@@ -101,7 +106,8 @@ class Run:
         file = self._file("config.json")
         if file is None or not file.exists():
             return {}
-        return read_json(file, schema_version=SETTINGS_SCHEMA_VERSION, error=RunError)
+        found = read_json(file, schema_version=SETTINGS_SCHEMA_VERSION, error=RunError)
+        return {} if found.get("imported") else found
 
     @property
     def modality(self) -> Modality | None:
@@ -169,8 +175,13 @@ class Run:
     # --- What belongs together
 
     def check_fit(self, store: EmbeddingStore) -> None:
-        """Refuse embeddings that the SAE was not made for; raises `StoreError`."""
+        """Refuse embeddings that the SAE was not made for, say it where their norms differ; raises `StoreError`."""
         check_fit(self.sae, store, run=self.given)
+        if self.sae.config.unnormalised and has_unit_rows(store):
+            notice(
+                f"{store.path} holds embeddings of norm 1, but {self.name} was trained on unscaled ones: what it finds "
+                "in them means little; give a store of embeddings as the encoder makes them"
+            )
 
     def origin(self, store: EmbeddingStore) -> Origin:
         """What anything is derived from that is made of these weights and that store as they are now."""

@@ -57,8 +57,13 @@ def is_ours(file: Path) -> bool:
     return bool(mark) and sign(above) == text
 
 
-def card(facts: Facts) -> str:
-    """The card as Markdown with front matter."""
+def card(facts: Facts, *, place: str | None = None, license: str | None = None) -> str:
+    """The card as Markdown with front matter.
+
+    Args:
+        place: What the code in it loads: the name of a repository, or without it the folder.
+        license: As the hub writes it.
+    """
     encoder, names = facts.encoder, facts.names
     evaluations = [kept.evaluation for kept in facts.evaluations]
     table = [list(row.items())[1:] for row in table_rows(evaluations)]
@@ -68,7 +73,8 @@ def card(facts: Facts) -> str:
         render(
             "report/card.md",
             facts=facts,
-            front=_front_matter(facts),
+            front=_front_matter(facts) | ({"license": license} if license else {}),
+            place=place,
             about=f"embeddings of {markdown(encoder)}" if encoder else f"{facts.config.d_in}-dimensional embeddings",
             modality=next(iter(facts.sae.standardizer.statistics), "image"),
             evaluations=[(e, [cell.text for _, cell in row]) for e, row in zip(evaluations, table, strict=True)],
@@ -87,6 +93,7 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
     config = facts.config
     data: dict[str, Any] = {
         "library_name": "msae",
+        "pipeline_tag": "feature-extraction",
         "tags": ["msae", "sparse-autoencoder", "interpretability", "clip", config.kind],
     }
     if config.encoder and re.fullmatch(r"[\w.-]+/[\w.-]+", config.encoder) and not Path(config.encoder).exists():

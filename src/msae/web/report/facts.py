@@ -19,7 +19,7 @@ KINDS: Mapping[str, str] = {
     "topk": "TopK SAE",
     "batchtopk": "BatchTopK SAE",
     "jumprelu": "JumpReLU SAE",
-    "relu": "ReLU SAE with an L1 penalty",
+    "relu": "ReLU SAE",
 }
 
 
@@ -77,7 +77,7 @@ class Facts:
         more = {
             "matryoshka": (f" of widths, k = {config.k}" if config.widths else "")
             + (f", {settings['weighting']} weighting" if settings.get("weighting") else ""),
-            "relu": f", {settings['l1']:g}" if settings.get("l1") else "",
+            "relu": f" with an L1 penalty, {settings['l1']:g}" if settings.get("l1") else "",
         }.get(config.kind, f", k = {config.k}" if config.k else "")
         return KINDS.get(config.kind, config.kind) + more
 

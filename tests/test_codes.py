@@ -1,0 +1,234 @@
+"""Sparse codes: what is in the files and in Qdrant is what the SAE gives, and a query by concepts is brute force's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import msae
+from msae.base.errors import ConfigError, StoreError
+from msae.concepts.names import Concept, ConceptNames
+from msae.sae.model import SAE, weights_hash
+from msae.use import codes as codes_module
+from tests.test_formats import D_IN, error_of, make_sae, rows
+
+pytest.importorskip("pyarrow")
+N = 300
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A run with names, and a store with ids and captions."""
+    x = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(11))
+    np.save(tmp_path / "photos.npy", x.numpy())
+    lines = [f"p{i},a caption of {i}\n" for i in range(N)]
+    (tmp_path / "photos.csv").write_text("id,caption\n" + "".join(lines))
+    sae = make_sae().with_l0(6, x)
+    sae.save(tmp_path / "run")
+    busiest = (sae.encode(x) > 0).sum(0).argsort(descending=True)[:4].tolist()
+    named = tuple(
+        sorted(
+            # "shore" is a name here and a synonym there: a query by it means both
+            (
+                Concept(i, name, 0.5, 0.1, synonyms=("shore",) if name == "beach" else ())
+                for i, name in zip(busiest, ("beach", "shore", "people", "tree"), strict=True)
+            ),
+            key=lambda one: one.latent,
+        )
+    )
+    ConceptNames("evidence", sae.d_sae, named, {}, (), {"sae": weights_hash(sae)}).save(tmp_path / "run")
+    return tmp_path
+
+
+def dense_of(world, **how):
+    return SAE.load(world / "run").encode(world / "photos.npy", **how)
+
+
+def test_parquet_holds_the_activations_in_row_groups(world, monkeypatch):
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(codes_module, "ROW_GROUP", 128)
+    monkeypatch.setattr("msae.sae.view.BLOCK_ENTRIES", 40 * 64)
+    found = msae.encode(world / "run", world / "photos.npy", out=world / "codes.parquet")
+    file = pq.ParquetFile(world / "codes.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [128, 128, 44]
+    table, z = file.read(), dense_of(world)
+    assert table.column("id").to_pylist() == [f"p{i}" for i in range(N)]
+    for row, latents, values in zip(z, *(table.column(c).to_pylist() for c in ("indices", "values")), strict=True):
+        assert latents == np.flatnonzero(row).tolist()
+        assert np.array_equal(np.float32(values), row[latents])
+    assert json.loads(table.schema.metadata[b"msae"])["d_sae"] == 40
+    assert found.n == N and found.l0 == pytest.approx((z > 0).sum() / N)
+
+
+@pytest.mark.parametrize("how", [{}, {"k": 3}, {"inference": "relu"}])
+def test_scipy_reads_the_npz(world, monkeypatch, how):
+    from scipy import sparse
+
+    monkeypatch.setattr(codes_module, "ROW_GROUP", 100)
+    monkeypatch.setattr("msae.sae.view.BLOCK_ENTRIES", 40 * 64)
+    msae.encode(world / "run", world / "photos.npy", out=world / "codes.npz", **how)
+    matrix = sparse.load_npz(world / "codes.npz")
+    assert matrix.shape == (N, 40) and matrix.has_canonical_format
+    assert np.array_equal(matrix.toarray(), dense_of(world, **how))
+    assert np.load(world / "codes.npz")["ids"].tolist() == [f"p{i}" for i in range(N)]
+
+
+def test_where_to_write_is_checked_before_anything_is_made(world):
+    run, store = world / "run", world / "photos.npy"
+    before = set(world.rglob("*"))
+    for given, word in (
+        ({}, "--out"),
+        ({"out": "x.csv"}, ".npz"),
+        ({"out": "x.npz", "to": "qdrant://h/c"}, "either"),
+    ):
+        assert word in error_of(lambda given=given: msae.encode(run, store, **given))
+    pytest.importorskip("qdrant_client")
+    for bad in ("qdrant://host", "qdrant://host/", "http://host/c", "qdrant://host/a/b", "qdrant:c", ""):
+        assert "qdrant://HOST:6333/COLLECTION" in error_of(lambda bad=bad: msae.encode(run, store, to=bad))
+    assert set(world.rglob("*")) == before
+
+
+# --- Qdrant
+
+
+@pytest.fixture
+def client():
+    qdrant = pytest.importorskip("qdrant_client")
+    made = qdrant.QdrantClient(":memory:")
+    yield made
+    made.close()
+
+
+def test_every_row_is_a_point_with_its_code_and_its_names(world, client):
+    msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
+    assert client.count("photos").count == N
+    z = dense_of(world)
+    names = ConceptNames.load(world / "run")
+    by_name = {name: names[name] for name in ("beach", "people", "shore", "tree")}
+    points = client.retrieve("photos", list(range(N)), with_vectors=True)
+    for point, row in zip(points, z, strict=True):
+        code = point.vector["concepts"]
+        assert code.indices == np.flatnonzero(row).tolist()
+        np.testing.assert_allclose(code.values, row[code.indices], rtol=1e-6)
+        fires = sorted(name for name, latents in by_name.items() if (row[latents] > 0).any())
+        assert point.payload["concepts"] == fires and point.payload["id"] == f"p{point.id}"
+    assert points[7].payload["caption"] == "a caption of 7"
+
+
+@pytest.mark.parametrize("word", ["beach", "shore"])
+def test_beach_and_no_people_is_what_brute_force_finds(world, client, word):
+    """The example of docs/formats.md."""
+    from qdrant_client import models
+
+    msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
+    beach = ConceptNames.load(world / "run")[word]
+    chosen = models.Filter(
+        must=[models.FieldCondition(key="concepts", match=models.MatchValue(value=word))],
+        must_not=[models.FieldCondition(key="concepts", match=models.MatchValue(value="people"))],
+    )
+    strongest = models.SparseVector(indices=beach, values=[1.0] * len(beach))
+    found = client.query_points("photos", query=strongest, using="concepts", query_filter=chosen, limit=N).points
+    z = dense_of(world)
+    people = ConceptNames.load(world / "run")["people"]
+    rows_of = np.flatnonzero((z[:, beach] > 0).any(1) & ~(z[:, people] > 0).any(1))
+    expected = rows_of[np.argsort(-z[rows_of][:, beach].sum(1), kind="stable")]
+    assert 10 < len(expected) < N
+    assert [point.id for point in found] == expected.tolist()
+
+
+def test_a_hybrid_search_keeps_to_the_filter(world, client):
+    from qdrant_client import models
+
+    msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
+    x, beach = np.load(world / "photos.npy"), ConceptNames.load(world / "run")["beach"]
+    without = models.Filter(must_not=[models.FieldCondition(key="concepts", match=models.MatchValue(value="people"))])
+    found = client.query_points(
+        "photos",
+        prefetch=[
+            models.Prefetch(query=x[5].tolist(), using="embedding", filter=without, limit=50),
+            models.Prefetch(
+                query=models.SparseVector(indices=beach, values=[1.0] * len(beach)),
+                using="concepts",
+                filter=without,
+                limit=50,
+            ),
+        ],
+        query=models.FusionQuery(fusion=models.Fusion.RRF),
+        limit=20,
+    ).points
+    assert len(found) == 20 and not any("people" in point.payload["concepts"] for point in found)
+
+
+def test_a_collection_is_never_written_over(world, client):
+    msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
+    with pytest.raises(StoreError, match="already"):
+        msae.encode(world / "run", world / "photos.npy", to="photos", client=client)
+
+
+def test_a_folder_without_a_server_keeps_the_points(world):
+    qdrant = pytest.importorskip("qdrant_client")
+    msae.encode(world / "run", world / "photos.npy", to=f"qdrant://{world}/qdrant/photos", k=3)
+    again = qdrant.QdrantClient(path=str(world / "qdrant"))
+    assert again.count("photos").count == N
+    again.close()
+
+
+def test_a_server_that_is_not_there_is_one_line(world):
+    pytest.importorskip("qdrant_client")
+    with pytest.raises(StoreError, match="check its address"):
+        msae.encode(world / "run", world / "photos.npy", to="qdrant://127.0.0.1:1/photos")
+
+
+# --- ONNX and embedding-atlas
+
+
+@pytest.mark.parametrize("how", [{}, {"inference": "relu"}, {"k": 5}])
+@pytest.mark.parametrize("config", [{}, {"soft_cap": 2.0, "level_scales": True}])
+def test_onnx_gives_what_torch_gives_for_any_batch(tmp_path, how, config):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    sae = make_sae(modalities=("image", "text"), **config).with_l0(6, rows())
+    sae.save(tmp_path / "run")
+    msae.export(tmp_path / "run", to="onnx", out=tmp_path / "out", modality="text", **how)
+    session = runtime.InferenceSession(tmp_path / "out" / "encoder.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 2, 64):
+        x = rows(n)[:n]
+        (z,) = session.run(None, {"embeddings": x.numpy()})
+        expected = sae.encode(x, "text", how.get("k"), inference=how.get("inference", "trained")).numpy()
+        np.testing.assert_allclose(z, expected, atol=1e-4)
+        assert z.shape == (n, 40) and ((z > 0) == (expected > 0)).all()
+
+
+def test_the_atlas_has_a_picture_and_the_strongest_concepts_of_each_row(world):
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    (world / "pictures").mkdir()
+    for i in range(0, N, 2):
+        Image.new("RGB", (300, 200), (i % 256, 0, 0)).save(world / "pictures" / f"{i}.png")
+    lines = [f"p{i},pictures/{i}.png,{i % 3}\n" for i in range(N)]
+    (world / "photos.csv").write_text("id,image_path,label\n" + "".join(lines))
+    exported = msae.export(world / "run", to="embedding-atlas", on=world / "photos.npy", out=world / "atlas")
+    assert f"{N // 2} of {N} rows have no picture" in exported.notes[0]
+    table = pq.read_table(world / "atlas" / "rows.parquet").to_pylist()
+    z, names = dense_of(world), ConceptNames.load(world / "run")
+    for i, row in enumerate(table):
+        assert row["id"] == f"p{i}" and row["label"] == i % 3 and (row["image"] is None) == bool(i % 2)
+        latents = [feature["index"] for feature in row["features"]]
+        assert sorted(latents) == np.flatnonzero(z[i]).tolist()
+        assert (np.diff(z[i][latents]) <= 0).all()
+        assert [feature["feature"] for feature in row["features"]] == [names.shown(j) or f"#{j}" for j in latents]
+        np.testing.assert_array_equal(np.float32(row["embedding"]), np.load(world / "photos.npy")[i])
+    assert table[0]["image"]["bytes"][:2] == b"\xff\xd8"
+
+
+def test_the_atlas_does_not_hide_a_column_of_the_store(world):
+    (world / "photos.csv").write_text("id,features\n" + "".join(f"p{i},x\n" for i in range(N)))
+    with pytest.raises(ConfigError, match="'features'"):
+        msae.export(world / "run", to="embedding-atlas", on=world / "photos.npy", out=world / "atlas")
+    assert not (world / "atlas").exists()
+    assert "--on STORE" in error_of(lambda: msae.export(world / "run", to="embedding-atlas", out=world / "atlas"))
+    with pytest.raises(ConfigError, match="holds no rows"):
+        msae.export(world / "run", to="saelens", on=world / "photos.npy", out=world / "atlas")
