@@ -382,7 +382,7 @@ class _Draft:
             audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
             self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
-        return audit_page.section(self.audit, n_plotted=3, n_rows=12, brief=True)
+        return audit_page.section(self.audit, n_plotted=3, brief=True)
 
 
 def _names(runs: list[Facts]) -> list[str]:
