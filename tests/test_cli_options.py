@@ -17,7 +17,7 @@ OLD_OPTIONS = {
     "--precision --recipe --resume --seed --soft-cap --warmup --weighting --weights",
     "evaluate": "--device --inference --json --k --labels --latex --modality --on --probe-train --recovery --seed",
     "name": "--candidates --centre --column --false-names --json --max-rows --modality --no-subtract-b-dec --on --out "
-    "--rule --seed --synonyms --untested --vocabulary",
+    "--rule --seed --synonyms --untested --vocabulary --words",
     "gallery": "--concept --inference --json --k --latent --magnitudes --n --on --pairs --sheet --tree",
     "stability": "--json --threshold",
     "audit": "--all-latents --class-texts --classifier --concept --html --inference --json --modality --names --on "

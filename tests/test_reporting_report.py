@@ -297,7 +297,7 @@ def test_an_audit_survives_its_json(made):
         ("report torn", "metrics.jsonl is damaged"),
         ("report odd", "metrics.jsonl has a line"),
         ("report kept", "is damaged"),
-        ("report other", "names 7 latents, but the SAE has 32; type: msae name other --vocabulary STORE"),
+        ("report other", "names 7 latents, but the SAE has 32; type: msae name other"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(command, message, world, monkeypatch, capsys):

@@ -23,7 +23,7 @@ METAVARS = {
     "groups": "COLUMN", "html": "FILE.html",
     "image": "FILE", "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE",
     "out": "PATH", "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE",
+    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
 APPENDED = ("concept", "set")

@@ -191,6 +191,6 @@ def _groups(
     guessed = [name for name in groups if isinstance(names, ConceptNames) and names.shown_name(name) != name]
     note = (
         f"{len(guessed)} of the {len(groups)} names are only the nearest words: no rows have confirmed them; to test "
-        f"them, type: msae name RUN --vocabulary STORE --on STORE"
+        f"them, type: msae name RUN --on STORE"
     )
     return groups, [note] if guessed else []

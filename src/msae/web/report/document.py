@@ -13,6 +13,7 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
+from msae.concepts.names import names_of
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.rows import names_to_show
 from msae.data.store import EmbeddingStore, as_store
@@ -131,6 +132,7 @@ def report(
     looked = _look(facts, on, device)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+        facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
@@ -326,7 +328,7 @@ class _Draft:
         if facts.names is None:
             on = ("--on", self.store_word)
             self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
+                "names", "its latents have not been named", "name", facts.folder, *on
             )
         if self.looked is None:
             self._lacks(
