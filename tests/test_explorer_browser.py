@@ -199,9 +199,9 @@ def test_an_audit_runs_and_a_sample_is_swept(person):
     page = person.open("?page=audit&run=named")
     page.get_by_label("column").select_option("background")
     page.get_by_role("button", name="Audit", exact=True).click()
-    page.wait_for_selector("section.audit table")
+    page.wait_for_selector("section.audit .verdict")
     person.settle()
-    assert page.locator("section.audit svg").count() > 0
+    assert page.locator("section.audit table").count() > 0 and page.locator("#part-sweep svg").count() == 1
     before = page.locator("#part-sweep figcaption").inner_text()
     page.get_by_label("id of a row").fill(HOSTILE)
     page.get_by_role("button", name="Sweep").click()

@@ -70,7 +70,9 @@ class Concepts:
     def removal(self, u: Float[Tensor, "n d"], z: Float[Tensor, "n l"]) -> Push:
         """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
         logit = torch.stack([self.sum(z * column) for column in self._to_classes.T])
-        return Push(-logit, -self.sum(z * (u @ self.rows.T)), self.sum(z * (z @ self._gram)))
+        is_single = self.n == len(self.owner)
+        length2 = z.square() * self._gram.diagonal() if is_single else self.sum(z * (z @ self._gram))
+        return Push(-logit, -self.sum(z * (u @ self.rows.T)), length2)
 
     @cached_property
     def _to_classes(self) -> Float[Tensor, "l k"]:

@@ -159,14 +159,17 @@ class _Block:
 
 
 def _blocks(concepts: Concepts, n: int) -> list[_Block]:
-    """The concepts, `n` at a time."""
+    """The concepts, some `n` latents at a time: sums over the latents of a group cost their square."""
     edges = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(concepts.owner).cumsum(0)]).tolist()
-    found = []
-    for first in range(0, concepts.n, n):
-        owns = slice(first, min(first + n, concepts.n))
-        own = slice(edges[owns.start], edges[owns.stop])
+    found, first = [], 0
+    while first < concepts.n:
+        last = first + 1
+        while last < concepts.n and edges[last + 1] - edges[first] <= n:
+            last += 1
+        own = slice(edges[first], edges[last])
         parts = (concepts.rows[own], concepts.pattern[own], concepts.reader[own], concepts.weight)
-        found.append(_Block(owns, own, Concepts(concepts.owner[own] - first, *parts)))
+        found.append(_Block(slice(first, last), own, Concepts(concepts.owner[own] - first, *parts)))
+        first = last
     return found
 
 
