@@ -34,6 +34,8 @@ WORKS = [
     "info run",
     "evaluate run run2 --on x.npy --labels label --recovery",
     "name run --vocabulary words.npy --on x.npy --modality image --rule poster",
+    "name run --as odd --from x.npy:label=b",
+    "find run --on x.npy --column label",
     "gallery run --on x.npy --latent 3 --sheet sheet.png",
     "gallery run --on x.npy --latent 3 --sheet sheet.html",
     "gallery run --on x.npy --tree",

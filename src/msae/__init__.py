@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from msae.base.errors import MsaeError
     from msae.cli.info import info
     from msae.concepts.activations import Activations, activations
+    from msae.concepts.examples import ExampleConcept, learn_concept
+    from msae.concepts.find import Found, find
     from msae.concepts.gallery import Gallery, gallery
     from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
@@ -45,6 +47,10 @@ _HOME = {
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
+    "ExampleConcept": "concepts.examples",
+    "learn_concept": "concepts.examples",
+    "Found": "concepts.find",
+    "find": "concepts.find",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
@@ -89,6 +95,8 @@ __all__ = [
     "EmbeddingStore",
     "Evaluation",
     "Evaluations",
+    "ExampleConcept",
+    "Found",
     "Gallery",
     "MsaeError",
     "NameSettings",
@@ -105,9 +113,11 @@ __all__ = [
     "errors",
     "evaluate",
     "explore",
+    "find",
     "gallery",
     "info",
     "kernels",
+    "learn_concept",
     "losses",
     "metrics",
     "name",

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, Uni
 
 JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
 METAVARS = {
-    "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE", "column": "COLUMN",
-    "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL", "html": "FILE.html",
-    "image": "FILE", "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE",
-    "out": "PATH", "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE",
+    "as_": "NAME", "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE",
+    "column": "COLUMN", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL",
+    "from_": "STORE:COLUMN=VALUE", "html": "FILE.html", "image": "FILE", "json": "FILE", "labels": "COLUMN",
+    "like": "ID", "names": "FILE.json", "on": "STORE", "out": "PATH", "pairs": "FILE", "probe_train": "STORE",
+    "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN", "sweep_id": "ID", "target": "COLUMN",
+    "train_store": "STORE", "unlike": "ID", "value": "VALUE", "vocabulary": "STORE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
 APPENDED = ("concept", "set")
@@ -82,7 +83,7 @@ def parse(
     """
     import tyro
 
-    shown = {name: f"--{name.replace('_', '-')}" for name in options} | {positional[0]: positional[1]}
+    shown = {name: _flag(name) for name in options} | {positional[0]: positional[1]}
 
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -96,6 +97,7 @@ def parse(
             defaults[option.name] = ()
             markers.append(tyro.conf.UseAppendAction)
         about = tyro.conf.arg(
+            name=_flag(option.name).removeprefix("--"),
             metavar=positional[1] if is_positional else None if hint is bool else _metavar(option),
             help=_help(option, shown),
             help_behavior_hint=_default(option),
@@ -159,6 +161,11 @@ def _from_words(hint: Any) -> Any:
         inner = _from_words(arguments[0])
         return None if inner is None else tuple[inner, ...]  # type: ignore[valid-type]
     return None
+
+
+def _flag(name: str) -> str:
+    """How a parameter is written on the command line; Python's `as_` is `--as`."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _metavar(option: Option) -> str:

@@ -107,6 +107,42 @@ def evaluate(call: Call, *, poster: bool = False, latex: bool = False) -> Shown:
     return results.to_text(), results.to_json()
 
 
+def name(
+    call: Call,
+    *,
+    as_: str | None = None,
+    from_: str | None = None,
+    like: tuple[str, ...] = (),
+    unlike: tuple[str, ...] = (),
+) -> Shown:
+    """
+    Args:
+        as_: Instead of words for latents, learn one concept of this name from examples: a few latents that together
+            fire for them. The examples are `from_`, or rows of `on` that `like` and `unlike` pick.
+        from_: The rows of a store with a value in a column are the examples, those with another value show what it is
+            not.
+        like: Ids of rows that show the concept.
+        unlike: Ids of rows that do not; without them, random other rows.
+    """
+    given = dict(call.keywords)
+    if as_ is None:
+        for option, value in (("--from", from_), ("--like", like), ("--unlike", unlike)):
+            if value:
+                raise ConfigError(f"{option} belongs to a concept from examples; add --as NAME")
+        return show(call)
+    from msae.concepts.examples import learn_concept
+
+    sae, on = given.pop("sae"), given.pop("on", None)
+    common = {key: given.pop(key) for key in ("modality", "device", "seed") if key in given}
+    ignored = [f"--{key.replace('_', '-')}" for key, value in given.items() if not isinstance(value, bool)]
+    if ignored:
+        raise ConfigError(f"--as learns a concept from examples and takes no {', '.join(ignored)}; leave it out")
+    if (from_ is None) == (on is None):
+        raise ConfigError("the examples are given by --from STORE:column=value, or by --on STORE and --like ID ...")
+    found = learn_concept(sae, as_, from_ if from_ is not None else on, like=like, unlike=unlike, **common)
+    return found.to_text(), found.to_json()
+
+
 def gallery(
     call: Call,
     *,
@@ -223,7 +259,8 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",
                      "msae.measure.evaluate:evaluate", ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
     "name": Verb("a run and a vocabulary -> names for its latents, with evidence", "msae.concepts.naming:name",
-                 ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
+                 ("sae", RUN), name, settings="msae.concepts.naming:NameSettings"),
+    "find": Verb("which latents go with the values of a column", "msae.concepts.find:find", ("sae", RUN), show),
     "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",
                     "msae.concepts.gallery:gallery", ("sae", RUN), gallery),
     "stability": Verb("which latents come back in runs from other seeds", "msae.concepts.stability:stability",

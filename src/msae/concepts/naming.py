@@ -105,7 +105,7 @@ class NameOptions(TypedDict, total=False):
 
 def name(
     sae: RunLike,
-    vocabulary: EmbeddingStore | str | Path,
+    vocabulary: EmbeddingStore | str | Path | None = None,
     *,
     on: EmbeddingStore | str | Path | None = None,
     out: str | Path | None = None,
@@ -140,6 +140,8 @@ def name(
     folder = None if target is None else Path(target) if Path(target).is_dir() else Path(target).parent
     if folder is not None and folder.is_dir() and not is_writable(folder):  # said before the work, not after it
         raise RunError(f"{target} cannot be written; give another place with --out names.json")
+    if vocabulary is None:
+        raise ConfigError("there are no words to name latents by; give --vocabulary STORE, a store of embedded words")
     sae = run.sae
     store = as_store(vocabulary, "text")
     words = read_words(sae, store, settings)
