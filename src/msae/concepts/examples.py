@@ -25,8 +25,8 @@ from msae.sae.view import View
 SCHEMA_VERSION = 1
 FILE = "examples.json"
 """Beside names.json in the run folder."""
-FEWEST = 10
-"""Positive rows, and negative ones, that a concept needs: five find it and five judge it."""
+FEWEST = 6
+"""Positive rows, and negative ones, that a concept needs: three find it and three judge it."""
 MOST_LATENTS = 8
 SCREENED = 200
 """Latents that are looked at: those that tell the two sides apart best, one by one."""
@@ -188,7 +188,7 @@ def from_rows(
     """The concept that the rows `positive` have and the rows `negative` have not; random others where there are none.
 
     Raises:
-        ConfigError: Fewer than ten rows of a kind, or one row is of both.
+        ConfigError: Fewer than six rows of a kind, or one row is of both.
     """
     rng = np.random.default_rng(seed)
     positive, negative = np.unique(positive), np.unique(negative)
