@@ -32,10 +32,11 @@ SCREENED = 200
 """Latents that are looked at: those that tell the two sides apart best, one by one."""
 RIDGE = 0.3
 """Shrinks the weights; as a share of the rows, for latents of variance one."""
-FOLDS, REPEATS = 5, 4
+FOLDS, REPEATS, ENOUGH = 5, 4, 400
+"""Folds are dealt out again, at most four times, until `ENOUGH` rows were tried."""
 GAIN = 0.02
 """Of F1 over the folds; what several latents must add to be taken in place of the best one."""
-MAX_ROWS, MAX_ENTRIES = 10_000, 1 << 26
+MAX_ROWS, MAX_ENTRIES = 4_000, 1 << 26
 """Rows, and activations of them, that are used; of more rows a random sample."""
 OTHERS = 4
 """Random rows that stand in for the negatives, for each positive, where none are given."""
@@ -284,9 +285,9 @@ def learn(z: Float32[np.ndarray, "n d_sae"], is_positive: Bool[np.ndarray, " n"]
     Latents join one by one: each time that with which the ridge regression of the two sides on the activations, both
     sides counting alike, leaves the smallest error. A latent of negative weight speaks against the concept.
     """
-    rng = np.random.default_rng(seed)
-    fires = np.zeros((REPEATS, MOST_LATENTS, len(z)), bool)
-    for repeat in range(REPEATS):
+    rng, repeats = np.random.default_rng(seed), max(1, min(REPEATS, ENOUGH // len(z)))
+    fires = np.zeros((repeats, MOST_LATENTS, len(z)), bool)
+    for repeat in range(repeats):
         folds = np.empty(len(z), np.int64)
         for side in (is_positive, ~is_positive):
             folds[side] = rng.permutation(int(side.sum())) % FOLDS
