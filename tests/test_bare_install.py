@@ -43,8 +43,9 @@ WORKS = [
     "stability run run2",
     "search run --on x.npy --like r7 --set #3=2 --html search.html",
     "search run --on x.npy --like r7 --space latent",
+    "compare run x.npy:label=a x.npy:label=b --html c.html --json c.json",
     "audit run --on x.npy --target label --concept #3 --concept #4 --permutations 50 --html a.html --json a.json",
-    "report run --on x.npy --beside run2 --audit a.json",
+    "report run --on x.npy --beside run2 --audit a.json --compare c.json",
 ]
 """In their order, each on what those before it made."""
 NEEDS = {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from msae.sae.model import SAE, SAEConfig
     from msae.sae.train import TrainSettings, train
     from msae.use.audit import Audit, audit
+    from msae.use.compare import Comparison, compare
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.report import Report, report
@@ -46,6 +47,8 @@ _HOME = {
     "Evaluation": "measure.evaluate",
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
+    "Comparison": "use.compare",
+    "compare": "use.compare",
     "explore": "web.explorer",
     "ExampleConcept": "concepts.examples",
     "learn_concept": "concepts.examples",
@@ -90,6 +93,7 @@ __all__ = [
     "SAE",
     "Activations",
     "Audit",
+    "Comparison",
     "ConceptNames",
     "Embedder",
     "EmbeddingStore",
@@ -108,6 +112,7 @@ __all__ = [
     "TrainSettings",
     "activations",
     "audit",
+    "compare",
     "concept_tree",
     "embed",
     "errors",

@@ -115,14 +115,14 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = parse(name, description_of(function), options, verb.positional, _renamed(verb, arguments))
+            given = parse(name, description_of(function), options, verb.places, _renamed(verb, arguments))
     except SystemExit as leave:
         if leave.code == 2:
             raise _UsageError(_usage_line(complaint.getvalue())) from None
         raise
-    argument, metavar = verb.positional
-    if argument and not given.get(argument):
-        raise _UsageError(f"{metavar} is missing")
+    for argument, metavar in verb.places.items():
+        if argument and not given.get(argument):
+            raise _UsageError(f"{metavar} is missing")
     return functools.partial(_show, verb, function, given)
 
 

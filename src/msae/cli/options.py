@@ -74,21 +74,21 @@ def options_of(
 
 
 def parse(
-    verb: str, description: str, options: Mapping[str, Option], positional: tuple[str, str], arguments: Sequence[str]
+    verb: str, description: str, options: Mapping[str, Option], positional: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
     """The options that are given in `arguments`, and only those; a flag is always among them.
 
     Args:
-        positional: The name and the metavar of the argument that needs no option.
+        positional: The arguments that need no option, with what help calls them.
     """
     import tyro
 
-    shown = {name: _flag(name) for name in options} | {positional[0]: positional[1]}
+    shown = {name: _flag(name) for name in options} | dict(positional)
 
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for option in options.values():
-        is_positional = option.name == positional[0]
+        is_positional = option.name in positional
         markers: list[Any] = [tyro.conf.Positional] if is_positional else []
         hint = option.hint
         if hint is bool:
@@ -98,7 +98,7 @@ def parse(
             markers.append(tyro.conf.UseAppendAction)
         about = tyro.conf.arg(
             name=_flag(option.name).removeprefix("--"),
-            metavar=positional[1] if is_positional else None if hint is bool else _metavar(option),
+            metavar=positional[option.name] if is_positional else None if hint is bool else _metavar(option),
             help=_help(option, shown),
             help_behavior_hint=_default(option),
         )

@@ -38,6 +38,13 @@ class Verb:
     """Parameters that only Python has."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
+    others: tuple[tuple[str, str], ...] = ()
+    """Further parameters that need no option, after `positional`."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every parameter that needs no option, in its place."""
+        return dict([self.positional, *self.others])
 
 
 def load(place: str) -> Any:
@@ -204,6 +211,19 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     return found.to_text(), found.to_json()
 
 
+def compare(call: Call, *, html: Path | None = None) -> Shown:
+    """
+    Args:
+        html: Also write a page with pictures of both sides to this file; it opens offline.
+    """
+    found = call()
+    if html is not None:
+        from msae.web.report.comparison import write_html
+
+        write_html(found, html)
+    return found.to_text(), found.to_json()
+
+
 def search(call: Call, *, html: Path | None = None) -> Shown:
     """
     Args:
@@ -270,6 +290,8 @@ VERBS: dict[str, Verb] = {
                    renamed={"--no-residual": "--no-keep-residual"}),
     "audit": Verb("which concepts a classifier relies on, and what removing them does", "msae.use.audit:audit",
                   ("sae", RUN), audit, renamed={"--permutations": "--n-permutations"}),
+    "compare": Verb("which concepts set two stores, or two parts of one, apart", "msae.use.compare:compare",
+                    ("sae", RUN), compare, others=(("a", "A"), ("b", "B"))),
     "report": Verb("a run as one HTML file that opens offline, and as a model card", "msae.web.report:report",
                    ("run", RUN), show),
     "explore": Verb("runs and a store in a browser on this machine", "msae.web.explorer:explore", ("runs", RUNS),

@@ -82,11 +82,14 @@ class ExampleConcept(Result):
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows of the store that were not used, by reason."""
 
+    def strength(self, z: Float[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
+        """Of the concept in rows of activations of all latents."""
+        weights = np.array([*self.weights, *(-weight for weight in self.against_weights)])
+        return np.asarray(z[:, [*self.latents, *self.against]] @ weights)
+
     def fires(self, z: Float[np.ndarray, "n d_sae"]) -> Bool[np.ndarray, " n"]:
         """In which rows of activations of all latents it is present."""
-        latents = np.array([*self.latents, *self.against])
-        weights = np.array([*self.weights, *(-weight for weight in self.against_weights)])
-        return Weighted(latents, weights, self.threshold).fires(z)
+        return np.asarray(self.strength(z) > self.threshold)
 
     def to_json(self) -> dict[str, Any]:
         return dict(to_record(self))
