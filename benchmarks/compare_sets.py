@@ -99,17 +99,17 @@ def main() -> None:
     embedder, first, folder = Embedder.load("demo"), arguments.first_scene, arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     general = embedded_scenes(folder / "train.store", embedder, range(first, first + 8000), lambda _: {})
-    pool = embedded_scenes(folder / "pool.store", embedder, range(first + 8000, first + 16000), lambda _: {"count": 1})
+    pool = embedded_scenes(folder / "pool.store", embedder, range(first + 16000, first + 24000), lambda _: {"count": 1})
     judge = embedded_scenes(
-        folder / "judge.store", embedder, range(first + 16000, first + 18000), lambda _: {"count": 1}
+        folder / "judge.store", embedder, range(first + 24000, first + 26000), lambda _: {"count": 1}
     )
     lines = [
-        f"{arguments.seeds} seeds, {N_SIDE:,} rows a side; the value goes from 25 to 50 %, each of {len(VALUES)} values in turn.",
+        f"{arguments.seeds} seeds, {N_SIDE:,} rows a side; {len(VALUES)} values in turn go from 25 to 50 %.",
         "",
-        "| d_sae | first is of the planted attribute | first is the planted value | latents reported | of other attributes | "
-        "effect of the first | random halves without a report | bars (38 of 40) |",
+        "| d_sae | first is of the planted attribute | first is the planted value | latents reported | "
+        "of other attributes | effect of the first | random halves without a report | bars (38 of 40) |",
         "|---" * 8 + "|",
-    ]  # fmt: skip
+    ]
     for expansion in arguments.expansions:
         run = folder / f"run-{expansion}-{arguments.sae_seed}"
         options = {"expansion": expansion, "epochs": 10, "batch_size": 64, "seed": arguments.sae_seed}

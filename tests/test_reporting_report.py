@@ -20,6 +20,7 @@ from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train
 from msae.use.audit import Audit, audit
+from msae.use.compare import compare
 from msae.web.report import document, report
 from msae.web.report.facts import facts_of
 from msae.web.report.views import Looked, nodes_of, standing_out
@@ -83,8 +84,10 @@ def full(made):
     """The report of everything."""
     store = made / "pairs.store"
     found = audit(made / "run", store, "label", names={EVIL: [0]}, n_permutations=50)
+    both = compare(made / "run", f"{store}:label=<b>a", f"{store}:label=<b>b")
     out = made.parent / "full.html"
-    made_report = report(made / "run", store, out=out, beside=[made / "beside", made / "bare"], audit=found)
+    beside = [made / "beside", made / "bare"]
+    made_report = report(made / "run", store, out=out, beside=beside, audit=found, compare=both)
     return made_report, out.read_text(encoding="utf-8")
 
 
@@ -113,7 +116,7 @@ def test_every_section_is_there_and_nothing_is_missing(full):
     assert made_report.missing == ()
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
-    assert headings == links[: len(headings)] and len(headings) == 9
+    assert headings == links[: len(headings)] and len(headings) == 10
     assert page.count("<caption") == 2 and page.count("data:image/jpeg") > 8
     assert "beside" in page and 'class="best"' in page and 'class="tree"' in page
 
@@ -176,7 +179,7 @@ def test_a_bare_run_says_what_to_type(world):
     found = report(world / "bare")
     page = (world / "bare/report.html").read_text(encoding="utf-8")
     commands = {missing.section: missing.command for missing in found.missing}
-    assert set(commands) == {"quality", "recovery", "names", "samples", "audit"}
+    assert set(commands) == {"quality", "recovery", "names", "samples", "audit", "compare"}
     for command in commands.values():
         assert command.startswith("msae ") and f"<code>{command}" in page.replace("&#39;", "'")
     assert all(line in found.to_text() for line in commands.values())
