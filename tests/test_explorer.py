@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlencode, urlsplit
 import numpy as np
 import pytest
 
-from msae import find, search
+from msae import compare, find, search
 from msae.base.errors import ConfigError, RunError, SourceError, StoreError
 from msae.cli import main
 from msae.use.audit import Audit
@@ -72,12 +72,12 @@ def test_any_address_shows_a_page(explorer, text):
     assert "<h1>" in explorer.show(text)
 
 
-@pytest.mark.parametrize("page", ["concepts", "concept", "search", "find", "audit", "models"])
+@pytest.mark.parametrize("page", ["concepts", "concept", "search", "find", "compare", "audit", "models"])
 @pytest.mark.parametrize("bad", [{"run": "../../etc"}, {"row": HOSTILE + "x"}, {"set": "red"}, {"set": "red=p99"},
                                  {"vector": "!!"}, {"latent": HOSTILE}, {"target": HOSTILE}, {"sort": HOSTILE},
                                  {"words": HOSTILE}, {"only": HOSTILE}, {"add": HOSTILE},
                                  {"from": HOSTILE}, {"like": HOSTILE + "x"}, {"column": HOSTILE},
-                                 {"value": HOSTILE}])  # fmt: skip
+                                 {"value": HOSTILE}, {"a": HOSTILE, "b": HOSTILE}, {"within": HOSTILE}])  # fmt: skip
 def test_nothing_from_an_address_becomes_markup(explorer, page, bad):
     found = show(explorer, page=page, **bad)
     assert "<h1>" in found and HOSTILE not in found and "<img src=x" not in found
@@ -525,3 +525,17 @@ def test_a_click_puts_a_row_on_a_side_and_takes_it_off_again(explorer):
     assert picked.toggled("like", "a") == {"like": ("b",), "unlike": ("c",)}
     page = html.unescape(show(explorer, page="search", like="10000003"))
     assert "Picked: 1 like, 0 unlike" in page and "Find what they share" in page
+
+
+# --- Compare
+
+
+def test_two_values_are_compared_as_in_python(explorer, world):
+    found = html.unescape(show(explorer, "compared", page="compare", column="background", a="night", b="sand"))
+    parts = [f"{world.store.path}:background={value}" for value in ("night", "sand")]
+    wanted = compare(world.first.folder, *parts)
+    assert wanted.verdict in found and wanted.standing_out
+    assert all(f"#{one.latent}<" in found or f"latent={one.latent}" in found for one in wanted.standing_out[:5])
+    page = show(explorer, page="compare", column="background", a="night", b="sand")
+    assert 'data-load="compared"' in page and "<option selected>night</option>" in page
+    assert "share" in show(explorer, "compared", page="compare", column="background", a="sand", b="sand")

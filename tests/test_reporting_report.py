@@ -191,7 +191,7 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
         with pytest.raises(SystemExit) as left:
             main(missing[section].replace("STORE", str(world / "pairs.store")).split()[1:])
         assert left.value.code == 0, capsys.readouterr().err
-    assert {one.section for one in report(world / "bare").missing} == {"names", "audit"}
+    assert {one.section for one in report(world / "bare").missing} == {"names", "audit", "compare"}
 
 
 def test_an_unnamed_run_shows_its_strongest_latents(world):
