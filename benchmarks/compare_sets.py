@@ -21,8 +21,8 @@ from msae import compare, train
 from msae.base.statistics import aurocs, wilson
 from msae.data.embedder import Embedder
 from msae.data.store import EmbeddingStore, StorePart, write_store
-from msae.demo.scenes import ATTRIBUTES
 from msae.sae.view import View
+from msae.world.scenes import ATTRIBUTES
 from planted_bias import embedded_scenes
 from results import write_section
 

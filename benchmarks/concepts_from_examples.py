@@ -20,8 +20,8 @@ from msae import train
 from msae.concepts.examples import best_single, best_thresholds, f1, from_rows
 from msae.data.embedder import Embedder
 from msae.data.store import as_store
-from msae.demo.scenes import ATTRIBUTES
 from msae.sae.view import View
+from msae.world.scenes import ATTRIBUTES
 from planted_bias import embedded_scenes
 from results import write_section
 

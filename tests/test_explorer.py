@@ -304,7 +304,7 @@ def test_what_nobody_expected_is_said_on_the_page_and_told_in_the_terminal(explo
 
 def test_a_run_without_names_shows_the_command_that_makes_them(explorer, folder):
     found = show(explorer, page="concepts", run="plain")
-    assert f"msae name {folder / 'runs/plain'} --vocabulary STORE" in found
+    assert f"msae name {folder / 'runs/plain'} --on STORE" in found
 
 
 def test_without_a_store_the_pages_say_how_to_give_one(folder, tmp_path):
@@ -471,6 +471,15 @@ def test_the_security_policy_allows_no_code_or_style_inside_a_page(base, explore
         tags = Tags(show(explorer, page=page)).tags
         assert not [tag for tag, values in tags if tag == "style" or (tag == "script" and "src" not in values)]
         assert not [key for _, values in tags for key in values if key == "style" or key.startswith("on")]
+
+
+def test_the_glossary_is_a_page_that_every_page_links_to(base, explorer):
+    status, body, _ = get(base, "/glossary")
+    page = body.decode()
+    assert status == 200 and '<p id="word-latent"><strong>Latent.</strong>' in page and "<td>FVU ↓</td>" in page
+    assert "**" not in page and "](" not in page and "(naming.md)" not in page
+    for name in ("concepts", "concept", "search", "audit", "models"):
+        assert '<a href="/glossary">' in show(explorer, page=name)
 
 
 def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, base):

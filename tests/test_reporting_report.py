@@ -59,7 +59,8 @@ def made(tmp_path_factory):
     """A store, a run with everything that verbs leave in it, a sibling that was evaluated, and one that was not."""
     folder = tmp_path_factory.mktemp("report") / "world"
     store = make_store(folder)
-    options = {"d_sae": 32, "levels": (4, 8, 32), "epochs": 2, "batch_size": 30, "log_every": 1, "device": "cpu"}
+    options = {"d_sae": 32, "levels": (4, 8, 32), "epochs": 2, "batch_size": 30, "log_every": 1}
+    options |= {"device": "cpu", "recipe": "faithful"}  # latents nest in it after so few steps
     for name, seed in (("run", 0), ("beside", 1), ("bare", 2)):
         train(store, out=folder / name, seed=seed, **options)
     agreement = Agreement(0.9, 0.8, 0.95, 40, 80, 1, 20, 0.9, 0.2)
@@ -83,7 +84,7 @@ def world(made, tmp_path):
 def full(made):
     """The report of everything."""
     store = made / "pairs.store"
-    found = audit(made / "run", store, "label", names={EVIL: [0]}, n_permutations=50)
+    found = audit(made / "run", store, "label", names={EVIL: [0]}, concept=[EVIL], n_permutations=50)
     both = compare(made / "run", f"{store}:label=<b>a", f"{store}:label=<b>b")
     out = made.parent / "full.html"
     beside = [made / "beside", made / "bare"]
@@ -116,7 +117,7 @@ def test_every_section_is_there_and_nothing_is_missing(full):
     assert made_report.missing == ()
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
-    assert headings == links[: len(headings)] and len(headings) == 10
+    assert headings == links[: len(headings)] and len(headings) == 11
     assert page.count("<caption") == 2 and page.count("data:image/jpeg") > 8
     assert "beside" in page and 'class="best"' in page and 'class="tree"' in page
 
@@ -192,6 +193,12 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
             main(missing[section].replace("STORE", str(world / "pairs.store")).split()[1:])
         assert left.value.code == 0, capsys.readouterr().err
     assert {one.section for one in report(world / "bare").missing} == {"names", "audit", "compare"}
+
+
+def test_the_glossary_is_in_the_page_with_every_word_once(full):
+    page = full[1]
+    words = re.findall(r'<p id="(word-[^"]+)"><strong>', page)
+    assert len(words) == len(set(words)) > 40 and "word-latent" in words and 'href="#glossary"' in page
 
 
 def test_an_unnamed_run_shows_its_strongest_latents(world):
@@ -293,7 +300,7 @@ def test_an_audit_survives_its_json(made):
         ("report torn", "metrics.jsonl is damaged"),
         ("report odd", "metrics.jsonl has a line"),
         ("report kept", "is damaged"),
-        ("report other", "names 7 latents, but the SAE has 32; type: msae name other --vocabulary STORE"),
+        ("report other", "names 7 latents, but the SAE has 32; type: msae name other"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(command, message, world, monkeypatch, capsys):
@@ -323,7 +330,7 @@ def test_the_command_says_where_and_its_json_what(world, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("run/report.html: ")
     data = json.loads(Path("made.json").read_text())
     assert data["report"] == "run/report.html" and data["card"] == "run/README.md"
-    assert [missing["section"] for missing in data["missing"]] == ["audit"]
+    assert [missing["section"] for missing in data["missing"]] == ["audit", "compare"]
 
 
 def test_too_many_runs_are_refused(world):

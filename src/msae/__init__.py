@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.report import Report, report
+    from msae.world.chain import demo
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _HOME = {
     "learn_concept": "concepts.examples",
     "Found": "concepts.find",
     "find": "concepts.find",
+    "demo": "world.chain",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
@@ -114,6 +116,7 @@ __all__ = [
     "audit",
     "compare",
     "concept_tree",
+    "demo",
     "embed",
     "errors",
     "evaluate",

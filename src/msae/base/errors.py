@@ -63,6 +63,7 @@ EXTRAS: Mapping[str, str] = {
     "llvmlite": "fast",
     "faiss": "index",
     "tensorboard": "loggers",
+    "simplemma": "words",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

@@ -135,7 +135,7 @@ def find(
     if n < 1:
         raise ConfigError(f"n is {n}; give at least 1, for example --n 3")
     view = View(sae, on, modality, device=device)
-    names = names_of(view.run)
+    names = names_of(view.run, view.store)
     labels = np.array(view.store.labels(column, option="--column"), dtype=object)
     if value is not None:
         part_of(view.store, column, value)  # says which value is nearest

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-DEMO = Path(__file__).parents[1] / "demo" / "clip"
+DEMO = Path(__file__).parents[1] / "world" / "clip"
 """The folder of the encoder called `demo`."""
 
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
@@ -166,6 +166,11 @@ class Embedder:
         tokens = self._tokenizer(self._prepared(texts), verbose=False)["input_ids"]
         return sum(len(row) > self.max_tokens for row in tokens)
 
+    def is_known(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the tokenizer knows every word of each text; one that has no token for all others knows them all."""
+        tokens = self._tokenizer(self._prepared(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._tokenizer.unk_token_id not in row for row in tokens]
+
     @property
     def _is_siglip(self) -> bool:
         return bool(self._model.config.model_type != "clip")
@@ -283,7 +288,12 @@ def told_encoder(encoder: EncoderId) -> str:
 
 def is_folder(id: str | Path) -> bool:
     """Whether an encoder is a folder on this machine, and no model of the hub."""
-    return str(id) == "demo" or Path(id).is_dir()
+    return _place(id).is_dir()
+
+
+def _place(id: str | Path) -> Path:
+    """Where an encoder lies if it is a folder. Stores of earlier versions may name `demo` by the path it had then."""
+    return DEMO if str(id) == "demo" or Path(id).parts[-3:] == ("msae", "demo", "clip") else Path(id)
 
 
 def full_name(id: str | Path) -> str:
@@ -297,7 +307,7 @@ def find_folder(id: str, revision: str | None = None, *, local: bool = False) ->
     Raises:
         EmbedderError: There is no such folder, or the hub cannot be reached and the cache lacks it.
     """
-    path = DEMO if id == "demo" else Path(id)
+    path = _place(id)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise EmbedderError(f"{path} holds no config.json; wanted a model folder in the format of transformers")

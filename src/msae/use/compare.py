@@ -18,7 +18,8 @@ from msae.base.results import Result, shorten, text_table
 from msae.concepts.examples import ExampleConcept
 from msae.concepts.names import ConceptNames, names_of
 from msae.data.parts import Part, read_part
-from msae.data.store import EmbeddingStore, Row
+from msae.data.rows import Row
+from msae.data.store import EmbeddingStore
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
@@ -204,7 +205,7 @@ def compare(
     views = [View(run, part.store, modality, inference=inference, device=device) for part in parts]
     rng = np.random.default_rng(seed)
     chosen = _choose(views, parts, columns, rng)
-    columns_of = _columns(names_of(run), run.sae.d_sae)
+    columns_of = _columns(names_of(run, parts[0].store), run.sae.d_sae)
     strengths = np.concatenate(
         [_strengths(view, rows, columns_of) for view, rows in zip(views, chosen.rows, strict=True)]
     )

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from msae.concepts.examples import FEWEST, ExampleConcept, from_column, from_rows
 from msae.concepts.find import Found, FoundLatent
 from msae.concepts.find import find as find_latents
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.sae.view import View
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
 from msae.concepts.concept import LatentGroup
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, How, SearchResult

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.data.thumbnails import Album
 from msae.use.compare import MEANINGS, ComparedConcept, Comparison
 from msae.web import page

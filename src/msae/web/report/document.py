@@ -13,8 +13,10 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
+from msae.concepts.names import names_of
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
@@ -23,6 +25,7 @@ from msae.sae.standardize import Modality
 from msae.use.audit import Audit
 from msae.use.compare import Comparison
 from msae.web import page
+from msae.web.glossary import glossary
 from msae.web.report import audit as audit_page
 from msae.web.report import comparison as comparison_page
 from msae.web.report import figures
@@ -135,6 +138,7 @@ def report(
     looked = _look(facts, on, device)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+        facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given, compare))
@@ -244,6 +248,7 @@ class _Draft:
             "report/report.html",
             facts=facts,
             version=__version__,
+            glossary=glossary("h3"),
             store=self.looked and self.looked.store,
             tables=tables,
             meanings=legend(tables[0].terms) if tables else {},
@@ -333,9 +338,7 @@ class _Draft:
         facts = self.facts
         if facts.names is None:
             on = ("--on", self.store_word)
-            self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
-            )
+            self._lacks("names", "its latents have not been named", "name", facts.folder, *on)
         if self.looked is None:
             self._lacks(
                 "samples",
@@ -388,7 +391,7 @@ class _Draft:
             audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
             self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
-        return audit_page.section(self.audit, n_plotted=3, n_rows=12, brief=True)
+        return audit_page.section(self.audit, n_plotted=3, brief=True)
 
     def _comparison(self) -> str | None:
         if self.comparison is None:
