@@ -23,8 +23,8 @@ from msae.data.embedder import Embedder
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.view import View
 from msae.world.scenes import ATTRIBUTES
-from planted_bias import embedded_scenes
 from results import write_section
+from scene_stores import embedded_scenes
 
 KINDS = ("shape", "colour", "size", "texture", "background", "hat", "frame", "shadow")
 VALUES = [(kind, str(value)) for kind in KINDS for value in ATTRIBUTES[kind] if value is not False]

@@ -22,8 +22,8 @@ from msae.data.embedder import Embedder
 from msae.data.store import as_store
 from msae.sae.view import View
 from msae.world.scenes import ATTRIBUTES
-from planted_bias import embedded_scenes
 from results import write_section
+from scene_stores import embedded_scenes
 
 N_EXAMPLES, MOST_JUDGED, DRAWS = 50, 500, 5
 KINDS = ("texture", "size", "shape")
