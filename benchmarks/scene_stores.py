@@ -1,4 +1,4 @@
-"""Scenes of the demo's world, drawn and embedded without a file for each; for the benchmarks of concepts and of sets."""
+"""Scenes of the demo's world, drawn and embedded without a file for each; for two benchmarks."""
 
 from __future__ import annotations
 
