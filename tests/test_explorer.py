@@ -4,6 +4,7 @@ import html
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,12 +12,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import numpy as np
 import pytest
 
-from msae import search
+from msae import compare, find, search
 from msae.base.errors import ConfigError, RunError, SourceError, StoreError
 from msae.cli import main
 from msae.use.audit import Audit
@@ -31,6 +32,7 @@ from msae.web.explorer import search as search_page
 from msae.web.explorer.address import Address
 from msae.web.explorer.app import MAX_UPLOAD, Explorer
 from msae.web.explorer.catalogue import Catalogue
+from msae.web.explorer.find import Picked
 from msae.web.explorer.session import open_world
 
 
@@ -138,11 +140,12 @@ def test_any_address_shows_a_page(explorer, text):
     assert "<h1>" in explorer.show(text)
 
 
-@pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
+@pytest.mark.parametrize("page", ["concepts", "concept", "search", "find", "compare", "audit", "models"])
 @pytest.mark.parametrize("bad", [{"run": "../../etc"}, {"row": HOSTILE + "x"}, {"set": "red"}, {"set": "red=p99"},
                                  {"vector": "!!"}, {"latent": HOSTILE}, {"target": HOSTILE}, {"sort": HOSTILE},
                                  {"words": HOSTILE}, {"only": HOSTILE}, {"add": HOSTILE},
-                                 {"from": HOSTILE}])  # fmt: skip
+                                 {"from": HOSTILE}, {"like": HOSTILE + "x"}, {"column": HOSTILE},
+                                 {"value": HOSTILE}, {"a": HOSTILE, "b": HOSTILE}, {"within": HOSTILE}])  # fmt: skip
 def test_nothing_from_an_address_becomes_markup(explorer, page, bad):
     found = show(explorer, page=page, **bad)
     assert "<h1>" in found and HOSTILE not in found and "<img src=x" not in found
@@ -568,3 +571,48 @@ def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, base
     assert get(base, "/", host="evil.example")[0] == 400
     with pytest.raises(OSError):  # nobody listens on the machine's other addresses
         socket.create_connection(("127.0.0.2", urlsplit(base).port), timeout=2).close()
+
+
+# --- Find
+
+
+def test_values_of_a_column_are_shown_with_their_latents(explorer, world):
+    found = show(explorer, "values", page="find", column="background")
+    best = find(world.first.folder, world.store, "background", n=3).values
+    assert all(one.value in found for one in best)
+    assert all(f"latent={latent.latent}" in found for one in best for latent in one.latents)
+    assert "no column" in show(explorer, "values", page="find", column="nothing")
+
+
+def test_rows_that_are_picked_become_a_concept_that_can_be_searched_by(explorer, world):
+    store = world.store
+    frame = [id for id, has in zip(store.ids, store.labels("frame"), strict=True) if has == "True"]
+    others = [id for id, has in zip(store.ids, store.labels("frame"), strict=True) if has == "False"]
+    found = html.unescape(show(explorer, "learnt", page="find", like=frame[:30], unlike=others[:30]))
+    assert "What they share" in found and "--like" in found and frame[7] in found
+    concept = re.search(r"add=([^\"&]+)", found).group(1)
+    assert "is active in this query" not in show(explorer, page="search", add=unquote(concept))
+    few = show(explorer, page="find", like=frame[:2])
+    assert "Pick 4 more rows" in few and "part-learnt" not in few
+
+
+def test_a_click_puts_a_row_on_a_side_and_takes_it_off_again(explorer):
+    picked = Picked(("a", "b"), ("c",))
+    assert picked.toggled("like", "c") == {"like": ("a", "b", "c"), "unlike": ()}
+    assert picked.toggled("like", "a") == {"like": ("b",), "unlike": ("c",)}
+    page = html.unescape(show(explorer, page="search", like="10000003"))
+    assert "Picked: 1 like, 0 unlike" in page and "Find what they share" in page
+
+
+# --- Compare
+
+
+def test_two_values_are_compared_as_in_python(explorer, world):
+    found = html.unescape(show(explorer, "compared", page="compare", column="background", a="night", b="sand"))
+    parts = [f"{world.store.path}:background={value}" for value in ("night", "sand")]
+    wanted = compare(world.first.folder, *parts)
+    assert wanted.verdict in found and wanted.standing_out
+    assert all(f"#{one.latent}<" in found or f"latent={one.latent}" in found for one in wanted.standing_out[:5])
+    page = show(explorer, page="compare", column="background", a="night", b="sand")
+    assert 'data-load="compared"' in page and "<option selected>night</option>" in page
+    assert "share" in show(explorer, "compared", page="compare", column="background", a="sand", b="sand")

@@ -295,11 +295,37 @@ def test_the_row_of_an_audit_has_a_region_that_a_box_switches_off(chromium, base
     assert found.wrong == []
 
 
+def test_rows_are_picked_by_clicking_and_become_a_concept(person):
+    page = person.open("?page=search")
+    for place in range(6):
+        page.locator("#part-found figure").nth(place).get_by_role("link", name="like", exact=True).click()
+        person.settle()
+        page.wait_for_selector(f"text=Picked: {place + 1} like")
+    page.get_by_role("link", name="Find what they share").click()
+    page.wait_for_selector("#part-learnt figure")
+    assert "msae name" in page.inner_text("#part-learnt pre")
+    page.get_by_role("link", name="Search with it").click()
+    person.settle()
+    assert page.locator(".slider").count() > 0 and page.locator(".problem").count() == 0
+
+
+def test_two_values_are_chosen_and_compared(person):
+    page = person.open("?page=compare")
+    page.get_by_label("column").select_option("background")
+    page.get_by_role("button", name="Choose values").click()
+    person.settle()
+    page.locator("select[name=a]").select_option("night")
+    page.locator("select[name=b]").select_option("sand")
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector("#part-compared table")
+    assert "stronger in" in page.inner_text("#part-compared") and page.locator("#part-compared img").count() > 4
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
+@pytest.mark.parametrize("page", ["concepts", "concept", "search", "find", "compare", "audit", "models"])
 def test_every_page_fits_a_phone_in_both_themes(chromium, base, page, scheme):
     found = Person(chromium, base, viewport={"width": 390, "height": 800}, color_scheme=scheme)
-    shown = found.open(f"?page={page}&target=background")
+    shown = found.open(f"?page={page}&target=background&column=background&a=night&b=sand")
     assert shown.evaluate("document.documentElement.scrollWidth") <= 390
     ground, ink = (shown.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}") for where, what in
                    (("body", "backgroundColor"), (".msae h1", "color")))  # fmt: skip
@@ -324,7 +350,7 @@ def test_the_keyboard_reaches_the_content_and_every_control(person):
         "[...document.querySelectorAll('main input:not([type=hidden]), main select')]"
         ".filter(field => !field.labels.length && !field.ariaLabel).length"
     )
-    for address in ("?page=concepts", "?page=search", "?page=audit"):
+    for address in ("?page=concepts", "?page=search", "?page=find", "?page=compare&column=frame", "?page=audit"):
         assert person.open(address).evaluate(unlabelled) == 0
 
 

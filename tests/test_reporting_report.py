@@ -20,6 +20,7 @@ from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.measure.evaluate import evaluate
 from msae.sae.train import train
 from msae.use.audit import Audit, audit
+from msae.use.compare import compare
 from msae.web.report import document, report
 from msae.web.report.facts import facts_of
 from msae.web.report.views import Looked, nodes_of, standing_out
@@ -84,8 +85,10 @@ def full(made):
     """The report of everything."""
     store = made / "pairs.store"
     found = audit(made / "run", store, "label", names={EVIL: [0]}, concept=[EVIL], n_permutations=50)
+    both = compare(made / "run", f"{store}:label=<b>a", f"{store}:label=<b>b")
     out = made.parent / "full.html"
-    made_report = report(made / "run", store, out=out, beside=[made / "beside", made / "bare"], audit=found)
+    beside = [made / "beside", made / "bare"]
+    made_report = report(made / "run", store, out=out, beside=beside, audit=found, compare=both)
     return made_report, out.read_text(encoding="utf-8")
 
 
@@ -116,7 +119,7 @@ def test_every_section_is_there_and_nothing_is_missing(full):
     assert page.count("Not in this report: neither ") == 1 and 'class="region"' not in page
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
-    assert headings == links[: len(headings)] and len(headings) == 10
+    assert headings == links[: len(headings)] and len(headings) == 11
     assert page.count("<caption") == 2 and page.count("data:image/jpeg") > 8
     assert "beside" in page and 'class="best"' in page and 'class="tree"' in page
 
@@ -179,7 +182,7 @@ def test_a_bare_run_says_what_to_type(world):
     found = report(world / "bare")
     page = (world / "bare/report.html").read_text(encoding="utf-8")
     commands = {missing.section: missing.command for missing in found.missing}
-    assert set(commands) == {"quality", "recovery", "names", "samples", "audit"}
+    assert set(commands) == {"quality", "recovery", "names", "samples", "audit", "compare"}
     for command in commands.values():
         assert command.startswith("msae ") and f"<code>{command}" in page.replace("&#39;", "'")
     assert all(line in found.to_text() for line in commands.values())
@@ -191,7 +194,7 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
         with pytest.raises(SystemExit) as left:
             main(missing[section].replace("STORE", str(world / "pairs.store")).split()[1:])
         assert left.value.code == 0, capsys.readouterr().err
-    assert {one.section for one in report(world / "bare").missing} == {"names", "audit", "regions"}
+    assert {one.section for one in report(world / "bare").missing} == {"names", "audit", "regions", "compare"}
 
 
 def test_the_glossary_is_in_the_page_with_every_word_once(full):
@@ -329,7 +332,7 @@ def test_the_command_says_where_and_its_json_what(world, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("run/report.html: ")
     data = json.loads(Path("made.json").read_text())
     assert data["report"] == "run/report.html" and data["card"] == "run/README.md"
-    assert [missing["section"] for missing in data["missing"]] == ["regions", "audit"]
+    assert [missing["section"] for missing in data["missing"]] == ["regions", "audit", "compare"]
 
 
 def test_too_many_runs_are_refused(world):

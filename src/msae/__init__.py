@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from msae.base.errors import MsaeError
     from msae.cli.info import info
     from msae.concepts.activations import Activations, activations
+    from msae.concepts.examples import ExampleConcept, learn_concept
+    from msae.concepts.find import Found, find
     from msae.concepts.gallery import Gallery, gallery
     from msae.concepts.names import ConceptNames
     from msae.concepts.naming import NameSettings, name
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from msae.use.audit import Audit, audit
     from msae.use.codes import encode
     from msae.use.export import export
+    from msae.use.compare import Comparison, compare
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.hub import push
@@ -50,9 +53,15 @@ _HOME = {
     "Evaluation": "measure.evaluate",
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
+    "Comparison": "use.compare",
+    "compare": "use.compare",
     "explore": "web.explorer",
     "export": "use.export",
     "import_sae": "sae.formats",
+    "ExampleConcept": "concepts.examples",
+    "learn_concept": "concepts.examples",
+    "Found": "concepts.find",
+    "find": "concepts.find",
     "demo": "world.chain",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
@@ -94,11 +103,14 @@ __all__ = [
     "SAE",
     "Activations",
     "Audit",
+    "Comparison",
     "ConceptNames",
     "Embedder",
     "EmbeddingStore",
     "Evaluation",
     "Evaluations",
+    "ExampleConcept",
+    "Found",
     "Gallery",
     "MsaeError",
     "NameSettings",
@@ -110,6 +122,7 @@ __all__ = [
     "TrainSettings",
     "activations",
     "audit",
+    "compare",
     "concept_tree",
     "demo",
     "embed",
@@ -118,10 +131,12 @@ __all__ = [
     "evaluate",
     "explore",
     "export",
+    "find",
     "gallery",
     "import_sae",
     "info",
     "kernels",
+    "learn_concept",
     "losses",
     "metrics",
     "name",

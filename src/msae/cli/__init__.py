@@ -111,16 +111,15 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
 
     verb = VERBS[name]
     options = verb_options(name)
-    positional = dict([verb.positional, *([verb.second] if verb.second else [])])
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = parse(name, description(verb.function), options, positional, _renamed(verb, arguments))
+            given = parse(name, description(verb.function), options, verb.places, _renamed(verb, arguments))
     except SystemExit as leave:
         if leave.code == 2:
             raise _UsageError(_usage_line(complaint.getvalue())) from None
         raise
-    for argument, metavar in positional.items():
+    for argument, metavar in verb.places.items():
         if argument and not given.get(argument):
             raise _UsageError(f"{metavar} is missing")
     return functools.partial(_show, verb, given)

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
 METAVARS = {
-    "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE", "column": "COLUMN",
-    "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL", "fix": "FILE",
-    "groups": "COLUMN", "html": "FILE.html",
-    "image": "FILE", "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE",
-    "out": "PATH", "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE", "words": "FILE",
+    "as_": "NAME", "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE",
+    "column": "COLUMN", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL",
+    "fix": "FILE", "from_": "STORE:COLUMN=VALUE", "groups": "COLUMN", "html": "FILE.html", "image": "FILE",
+    "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE", "out": "PATH",
+    "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
+    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
+    "vocabulary": "STORE", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
 APPENDED = ("concept", "set")
@@ -59,11 +60,11 @@ def parse(
     """The options that are given in `arguments`, and only those; a flag is always among them.
 
     Args:
-        positional: The metavars of the arguments that need no option, by name.
+        positional: The arguments that need no option, with what help calls them.
     """
     import tyro
 
-    shown = {name: f"--{name.replace('_', '-')}" for name in options} | dict(positional)
+    shown = {name: _flag(name) for name in options} | dict(positional)
 
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -77,6 +78,7 @@ def parse(
             defaults[option.name] = ()
             markers.append(tyro.conf.UseAppendAction)
         about = tyro.conf.arg(
+            name=_flag(option.name).removeprefix("--"),
             metavar=positional[option.name] if is_positional else None if hint is bool else _metavar(option),
             help=_help(option, shown),
             help_behavior_hint=_default(option),
@@ -107,6 +109,11 @@ def _from_words(hint: Any) -> Any:
         inner = _from_words(arguments[0])
         return None if inner is None else tuple[inner, ...]  # type: ignore[valid-type]
     return None
+
+
+def _flag(name: str) -> str:
+    """How a parameter is written on the command line; Python's `as_` is `--as`."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _metavar(option: Option) -> str:

@@ -36,10 +36,15 @@ class Verb:
     """MODULE:NAME of the dataclass whose fields the function takes as `**options`."""
     hidden: tuple[str, ...] = ()
     """Parameters that only Python has."""
-    second: tuple[str, str] | None = None
-    """Another parameter that needs no option."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
+    others: tuple[tuple[str, str], ...] = ()
+    """Further parameters that need no option, after `positional`."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every parameter that needs no option, in its place."""
+        return dict([self.positional, *self.others])
 
 
 def load(place: str) -> Any:
@@ -106,6 +111,42 @@ def evaluate(call: Call, *, poster: bool = False, latex: bool = False) -> Shown:
     return results.to_text(), results.to_json()
 
 
+def name(
+    call: Call,
+    *,
+    as_: str | None = None,
+    from_: str | None = None,
+    like: tuple[str, ...] = (),
+    unlike: tuple[str, ...] = (),
+) -> Shown:
+    """
+    Args:
+        as_: Instead of words for latents, learn one concept of this name from examples: a few latents that together
+            fire for them. The examples are `from_`, or rows of `on` that `like` and `unlike` pick.
+        from_: The rows of a store with a value in a column are the examples, those with another value show what it is
+            not.
+        like: Ids of rows that show the concept.
+        unlike: Ids of rows that do not; without them, random other rows.
+    """
+    given = dict(call.keywords)
+    if as_ is None:
+        for option, value in (("--from", from_), ("--like", like), ("--unlike", unlike)):
+            if value:
+                raise ConfigError(f"{option} belongs to a concept from examples; add --as NAME")
+        return show(call)
+    from msae.concepts.examples import learn_concept
+
+    sae, on = given.pop("sae"), given.pop("on", None)
+    common = {key: given.pop(key) for key in ("modality", "device", "seed") if key in given}
+    ignored = [f"--{key.replace('_', '-')}" for key, value in given.items() if not isinstance(value, bool)]
+    if ignored:
+        raise ConfigError(f"--as learns a concept from examples and takes no {', '.join(ignored)}; leave it out")
+    if (from_ is None) == (on is None):
+        raise ConfigError("the examples are given by --from STORE:column=value, or by --on STORE and --like ID ...")
+    found = learn_concept(sae, as_, from_ if from_ is not None else on, like=like, unlike=unlike, **common)
+    return found.to_text(), found.to_json()
+
+
 def gallery(
     call: Call,
     *,
@@ -167,6 +208,14 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     return found.to_text(), found.to_json()
 
 
+def compare(call: Call, *, html: Path | None = None) -> Shown:
+    """
+    Args:
+        html: Also write a page with pictures of both sides to this file; it opens offline.
+    """
+    return _with_page(call(), html, "msae.web.report.comparison:write_html")
+
+
 def search(call: Call, *, html: Path | None = None) -> Shown:
     """
     Args:
@@ -223,7 +272,8 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",
                      "msae.measure.evaluate:evaluate", ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
     "name": Verb("a run -> names for its latents, with evidence", "msae.concepts.naming:name",
-                 ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
+                 ("sae", RUN), name, settings="msae.concepts.naming:NameSettings"),
+    "find": Verb("which latents go with the values of a column", "msae.concepts.find:find", ("sae", RUN), show),
     "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",
                     "msae.concepts.gallery:gallery", ("sae", RUN), gallery),
     "stability": Verb("which latents come back in runs from other seeds", "msae.concepts.stability:stability",
@@ -233,6 +283,8 @@ VERBS: dict[str, Verb] = {
                    renamed={"--no-residual": "--no-keep-residual"}),
     "audit": Verb("which concepts a classifier relies on, and what removing them does", "msae.use.audit:audit",
                   ("sae", RUN), audit, renamed={"--permutations": "--n-permutations"}),
+    "compare": Verb("which concepts set two stores, or two parts of one, apart", "msae.use.compare:compare",
+                    ("sae", RUN), compare, others=(("a", "A"), ("b", "B"))),
     "report": Verb("a run as one HTML file that opens offline, and as a model card", "msae.web.report:report",
                    ("run", RUN), show),
     "explore": Verb("runs and a store in a browser on this machine", "msae.web.explorer:explore", ("runs", RUNS),
@@ -243,6 +295,6 @@ VERBS: dict[str, Verb] = {
     "import": Verb("an SAE of another library -> a run; in Python: msae.import_sae", "msae.sae.formats:import_sae",
                    ("file", "FILE"), show),
     "push": Verb("a run -> a repository of the Hugging Face hub", "msae.web.hub:push", ("run", RUN), show,
-                 second=("repo", "REPO")),
+                 others=(("repo", "REPO"),)),
     "info": Verb("what a store or a run holds", "msae.cli.info:info", ("path", "PATH"), info),
 }  # fmt: skip

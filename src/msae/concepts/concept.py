@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError, nearest
+from msae.concepts.examples import ExampleConcept, from_column
 from msae.concepts.names import ConceptNames
 from msae.sae.view import View
 
@@ -172,13 +173,26 @@ class LatentGroup:
     natural: Natural = field(repr=False)
     correlated: Float[Tensor, " d_sae"] | None = field(default=None, repr=False)
     """What every other latent gains or loses with one unit of strength; None edits these latents alone."""
+    against: tuple[int, ...] = ()
+    """Latents that speak against a concept from examples. An edit leaves them to `correlated`."""
+    against_reader: Float[Tensor, " a"] | None = field(default=None, repr=False)
+    """What each of their activations takes from the strength."""
+    offset: float = 0.0
+    """The strength of a row in which none of the latents fires."""
+    threshold: float | None = None
+    """The strength from which a concept from examples is present."""
 
     def strength(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, " n"]:
         """Of the concept in each row of activations."""
-        return z[:, list(self.latents)] @ self.reader.to(z)
+        found = z[:, list(self.latents)] @ self.reader.to(z)
+        if self.against_reader is not None:
+            found = found - z[:, list(self.against)] @ self.against_reader.to(z) + self.offset
+        return found
 
     def is_present(self, strength: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Where the concept is clearly present, at these strengths."""
+        if self.threshold is not None:
+            return strength > self.threshold
         return (strength > PRESENT * self.natural.quantile(99)) & (strength > 0)
 
 
@@ -203,6 +217,27 @@ def make_group(
         raise ConfigError(f"the concept {name!r} (latents {numbers}) never fires on these rows; it cannot be edited")
     reader = (rows @ (common / length)).float()
     return LatentGroup(name, tuple(latents), (mean / length).float(), reader, natural_of(z @ reader))
+
+
+def make_example_group(example: ExampleConcept, z: Float[Tensor, "n d_sae"]) -> LatentGroup:
+    """The group of a concept from examples, with what is natural in the activations `z` of all latents on real rows.
+
+    The weights are those that tell the examples apart. Its latents are raised as they rise on average.
+
+    Raises:
+        ConfigError: None of the latents ever fires.
+    """
+    reader = torch.tensor(example.weights)
+    mean = z[:, list(example.latents)].double().mean(0).float()
+    at_mean = float(mean @ reader)
+    if not at_mean > 0:
+        raise ConfigError(f"the concept {example.name!r} never fires on these rows; it cannot be edited")
+    group = LatentGroup(
+        example.name, example.latents, mean / at_mean, reader, natural_of(torch.zeros(0)),
+        against=example.against, against_reader=torch.tensor(example.against_weights),
+        offset=max(0.0, -example.threshold), threshold=max(0.0, example.threshold),
+    )  # fmt: skip
+    return replace(group, natural=natural_of(group.strength(z)))
 
 
 @torch.no_grad()
@@ -263,7 +298,7 @@ class ConceptSet:
     _made: dict[str, LatentGroup] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, concept: str) -> LatentGroup:
-        """The group of a name, a latent's number `#12`, or several of these divided by `|`.
+        """The group of a name, a latent's number `#12`, several of these divided by `|`, or `column:value`.
 
         A name is a concept, and its correlated latents move with it; a number means that latent alone.
 
@@ -278,10 +313,21 @@ class ConceptSet:
         return group
 
     def _make(self, concept: str) -> LatentGroup:
+        example = self._example(concept)
+        if example is not None:
+            group = make_example_group(example, torch.cat(list(self.sample_activations())))
+            return group if self.strict else with_correlated(group, self.sample_activations())
         latents = latents_of(concept, self.names, self.view.sae.d_sae)
         z = torch.cat(list(self._activations(SAMPLE, latents)))
         group = make_group(concept, latents, z, self.view.sae.W_dec.cpu())
         return group if self.strict or is_numbers(concept) else with_correlated(group, self.sample_activations())
+
+    def _example(self, concept: str) -> ExampleConcept | None:
+        """The concept from examples of that name, or that of a value of a column, written `column:value`."""
+        if self.names is not None and concept in self.names:
+            return self.names.example(concept)
+        column, colon, value = concept.partition(":")
+        return from_column(self.view, column, value) if colon and column in self.view.store.columns else None
 
     def rivals(self, group: LatentGroup) -> list[LatentGroup]:
         """The named concepts of the same kind: where one of them is, the other is not.

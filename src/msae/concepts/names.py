@@ -17,6 +17,7 @@ from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
 from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
+from msae.concepts.examples import ExampleConcept, load_examples
 from msae.data.store import EmbeddingStore
 from msae.sae.run import Run, RunLike
 
@@ -175,6 +176,8 @@ class ConceptNames(Result):
     """For every latent, named or not, its nearest words; empty where they were not kept."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """Settings, vocabulary and encoder, and a hash of the weights, `sae`."""
+    examples: Mapping[str, ExampleConcept] = field(default_factory=dict, repr=False)
+    """Concepts from examples, by their names in lower case. They lie in a file of their own."""
 
     def __len__(self) -> int:
         """Number of named latents."""
@@ -188,8 +191,12 @@ class ConceptNames(Result):
         return self.latents_of(name)
 
     def __contains__(self, name: object) -> bool:
-        """Whether a latent has that name, or a synonym of it."""
-        return isinstance(name, str) and name.casefold().strip() in self._by_name
+        """Whether a latent has that name, or a synonym of it, or it is a concept from examples."""
+        return isinstance(name, str) and (name.casefold().strip() in self._by_name or self.example(name) is not None)
+
+    def example(self, name: str) -> ExampleConcept | None:
+        """The concept from examples of that name, in any letter case; it goes before a latent's own name."""
+        return self.examples.get(name.casefold().strip())
 
     @property
     def by_name(self) -> dict[str, list[int]]:
@@ -197,7 +204,7 @@ class ConceptNames(Result):
         found: dict[str, list[int]] = {name: [] for name in sorted({concept.name for concept in self.concepts})}
         for concept in self.concepts:
             found[concept.name].append(concept.latent)
-        return found
+        return found | {one.name: list(one.latents) for one in self.examples.values()}
 
     def concept_of(self, latent: int) -> Concept | None:
         """The concept of a latent, or None where the latent is unnamed.
@@ -231,7 +238,7 @@ class ConceptNames(Result):
 
         A name of several latents is confirmed where that of one of them is.
         """
-        latents = self.latents_of(name) if name in self else []
+        latents = self.latents_of(name) if name in self and self.example(name) is None else []
         if not latents or any(self._by_latent[latent].is_confirmed for latent in latents):
             return name
         return nearest_word(name)
@@ -279,9 +286,12 @@ class ConceptNames(Result):
         Raises:
             ConfigError: No latent bears it; the message names the nearest name that one bears.
         """
+        example = self.example(name)
+        if example is not None:
+            return list(example.latents)
         found = self._by_name.get(name.casefold().strip())
         if found is None:
-            known = [concept.name for concept in self.concepts]
+            known = [*(one.name for one in self.concepts), *(one.name for one in self.examples.values())]
             hint = nearest(name.casefold(), known) or f"; {len(set(known))} names are known, such as {known[:3]}"
             raise ConfigError(f"no latent is named {name!r}{hint if known else '; no latent of this SAE is named'}")
         return list(found)
@@ -408,7 +418,7 @@ def _file(path: str | Path) -> Path:
 
 
 def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | None:
-    """The names in a run folder, if there are any and they belong to the weights that are there now.
+    """The names and the concepts from examples in a run folder, if they belong to the weights that are there now.
 
     A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
 
@@ -420,12 +430,13 @@ def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | N
         RunError: The file is damaged, or of another SAE.
     """
     run = Run.open(run)
+    examples = load_examples(run)
     if on is not None and (file := run.names_file_on(on.fingerprint)) and file.exists():
         names = ConceptNames.load(file)
         if names.record.get("sae") == run.weights:
-            return names
+            return dataclasses.replace(names, examples=examples)
     if run.names_file is None or not run.names_file.exists():
-        return None
+        return ConceptNames("evidence", run.sae.d_sae, (), examples=examples) if examples else None
     names, d_sae = ConceptNames.load(run.names_file), run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
@@ -436,6 +447,7 @@ def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | N
             f"{run.names_file} names the latents of other weights or thresholds than {run.folder} has now; "
             f"type: msae name {run.folder}"
         )
+    names = dataclasses.replace(names, examples=examples)
     tested = names.record.get("on_fingerprint")
     return names if on is None or tested in (None, on.fingerprint) else names.elsewhere(on)
 

@@ -23,7 +23,7 @@ from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View, placed
-from msae.use.edits import Change, Edit
+from msae.use.edits import Change, Edit, parse_change
 from msae.use.filters import Filter
 from msae.use.neighbours import Neighbourhood, Neighbours, open_index
 from msae.use.search.query import Ask, EditedQuery, Query, edit_query, read_query
@@ -33,6 +33,10 @@ SHARED = 5
 """Concepts that are named with a hit."""
 USUAL_ROWS = 2000
 """Rows, evenly spread over the store, that tell how strong a concept usually is."""
+LITTLE = 0.25
+"""An edit that brings a smaller share of new rows changed little."""
+STRONGER = ("p99", "2xp99", "4xp99")
+"""Strengths that are tried, to say what would change more."""
 TINY = 1e-9
 COMMON = 0.5
 """A concept that fires in more than this share of the rows says nothing of two rows that share it."""
@@ -146,6 +150,7 @@ class Searcher:
             found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
         else:
             found = search_embeddings(self.index, edited, how.n, keep)
+        warnings = [*edited.warnings, *self._changed_little(query, how, edits, edited, found, keep)]
         sharing = _Sharing(self.concepts(self.searched, strict=True).view, query.modality, self.names, edited.z_edited)
         describe = partial(_hits, store, how.show, sharing)
         return SearchResult(
@@ -158,10 +163,52 @@ class Searcher:
             edits=edited.edits,
             hits=describe(found.after, flipped=False),
             before=describe(found.before, flipped=True) if edited.is_changed else (),
-            warnings=edited.warnings,
+            warnings=tuple(warnings),
             roots=store.picture_roots,
             query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
         )
+
+    def _changed_little(
+        self,
+        query: Query,
+        how: How,
+        edits: Sequence[Edit],
+        edited: EditedQuery,
+        found: Both,
+        keep: NDArray[np.bool_] | None,
+    ) -> list[str]:
+        """A line where an edit brought hardly any new row: how many, and what would bring more."""  # fmt: skip
+        n = len(found.after.rows)
+        n_new = _n_new(found)
+        if not edits or how.space == "latent" or n_new >= LITTLE * n:
+            return []
+        said = f"the edit brought {n_new} new of {n} rows"
+        raised = {one.concept for one in edited.edits if one.after > one.before}
+        if not raised:
+            absent = [one.concept for one in edited.edits if one.before <= 0]
+            why = (
+                f"the query has no {' and no '.join(absent)}" if absent else "the query has little of what was lessened"
+            )
+            return [f"{said}: {why}; to raise a concept instead, give for example p99"]
+        for value in STRONGER:
+            change = parse_change(value)
+            stronger = [Edit(one.group, change) if one.group.name in raised else one for one in edits]
+            more = edit_query(
+                self.sae, query, stronger, self.concepts(query.modality, strict=how.strict),
+                exclusive=how.exclusive, keep_residual=how.keep_residual,
+            )  # fmt: skip
+            went_up = all(new.after > old.after for new, old in zip(more.edits, edited.edits, strict=True)
+                          if old.concept in raised)  # fmt: skip
+            n_more = _n_new(search_embeddings(self.index, more, how.n, keep)) if went_up else 0
+            if n_more >= LITTLE * n:
+                sets = " ".join(f"--set '{concept}={value}'" for concept in sorted(raised))
+                return [f"{said}; {sets} would bring {n_more}"]
+        return [f"{said}, and four times its 99th percentile hardly more: these rows are near in all else"]
+
+
+def _n_new(found: Both) -> int:
+    """Rows of the answer that are not among as many before the edits."""
+    return int((found.after.other_ranks > len(found.after.rows)).sum())
 
 
 def _kept(store: EmbeddingStore, filter: Filter | None, query: Query) -> NDArray[np.bool_] | None:

@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 SIDES = {"96": 96, "320": 320}
 """Pixels of the two sizes in which pictures are served, as they stand in addresses."""
-SLOW = ("relations", "result", "evaluated")
+SLOW = ("relations", "result", "evaluated", "values", "learnt", "compared")
 """Parts that may take seconds: one of them at a time, so that the quick ones are never waited for."""
 MAX_UPLOAD = 30_000_000
 """Bytes of a picture or an audit that is sent here; it is kept in memory and never written."""
@@ -56,11 +56,12 @@ class Explorer:
     """Answers what a browser asks of a world; keeps nothing of who asked."""
 
     def __init__(self, world: World) -> None:
-        from msae.web.explorer import audit, concept, concepts, models, search
+        from msae.web.explorer import audit, compare, concept, concepts, find, models, search
 
         self.world = world
         self.pages: Mapping[str, Any] = {
-            "concepts": concepts, "concept": concept, "search": search, "audit": audit, "models": models
+            "concepts": concepts, "concept": concept, "search": search, "find": find, "compare": compare,
+            "audit": audit, "models": models,
         }  # fmt: skip
         self._quick = threading.BoundedSemaphore(max(2, os.cpu_count() or 2))
         self._slow = threading.Lock()

@@ -21,6 +21,7 @@ from msae.use.search import Ask, How, SearchResult
 from msae.use.search.query import Query, read_query
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw
+from msae.web.explorer.find import Picked
 from msae.web.explorer.session import LoadedRun, World
 
 SLIDERS = 8
@@ -65,6 +66,7 @@ class Slider(NamedTuple):
 def page(world: World, run: LoadedRun, address: Address) -> Markup:
     """The whole page."""
     values: dict[str, Any] = {"query": None, "sliders": [], "problem": None, "row": None, "next_row": None}
+    values["picked"] = Picked.of(address)
     if world.store is not None:
         world.warm()
         values |= _rows(world, address) | {"searched": searched(run, address)}
@@ -203,12 +205,14 @@ def found(world: World, run: LoadedRun, address: Address) -> Markup:
 def _found(world: World, run: LoadedRun, address: Address) -> dict[str, Any]:
     if world.store is None:
         return {"answer": None}
+    picked = Picked.of(address)
     answer = result(world, run, address)
     sides = {"Before": answer.before, "After": answer.hits}
     if not answer.before:
         sides = {f"Nearest {answer.modality}s": answer.hits}
     return {
         "answer": answer,
+        "picked": picked,
         "sides": sides.items(),
         "n_new": sum(hit.rank_before > HITS for hit in answer.hits),
         "hits": HITS,

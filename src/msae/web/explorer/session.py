@@ -33,6 +33,7 @@ from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit import Audit, Sweeper, audit
 from msae.use.audit.subjects import refused_columns, target_columns
+from msae.use.compare import Comparison, compare
 from msae.use.search import Searcher
 from msae.web.explorer.catalogue import Catalogue
 from msae.web.report.facts import read_trained
@@ -64,6 +65,7 @@ class LoadedRun:
         self.slow, self.preparing = threading.RLock(), threading.RLock()
         self._searchers: dict[Modality, Searcher] = {}
         self._audits: dict[str, Audit] = {}
+        self._comparisons: dict[tuple[str, str, tuple[str, ...]], Comparison] = {}
         self._sweepers: dict[str, Sweeper] = {}
         self._locator: Locator | None = None
 
@@ -130,6 +132,14 @@ class LoadedRun:
                 check_pictures(self.store)
                 self._locator = Locator(View(self.opened, self.store, "image", device=self.device), embedder())
             return self._locator
+
+    def compared(self, a: str, b: str, within: tuple[str, ...]) -> Comparison:
+        """The comparison of two parts, made once; raises what `msae.compare` raises."""
+        with self.slow:
+            if (a, b, within) not in self._comparisons:
+                found = compare(self.opened, a, b, within=within, modality=self.modalities[0], device=self.device)
+                self._comparisons[a, b, within] = found
+            return self._comparisons[a, b, within]
 
     def sweeper(self, target: str) -> Sweeper:
         """What sweeps samples under the classifier of that audit."""

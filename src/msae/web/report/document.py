@@ -25,9 +25,11 @@ from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit import Audit
+from msae.use.compare import Comparison
 from msae.web import page
 from msae.web.glossary import glossary
 from msae.web.report import audit as audit_page
+from msae.web.report import comparison as comparison_page
 from msae.web.report import figures
 from msae.web.report import search as search_page
 from msae.web.report.card import write_card
@@ -102,6 +104,7 @@ def report(
     out: str | Path | None = None,
     beside: Sequence[str | Path] = (),
     audit: Audit | str | Path | None = None,
+    compare: Comparison | str | Path | None = None,
     show: str | Sequence[str] = (),
     device: str = "auto",
 ) -> Report:
@@ -116,13 +119,14 @@ def report(
         out: The file to write. Without it, report.html in the run folder.
         beside: Other run folders to show beside this one in tables and curves.
         audit: An audit to include, as msae audit --json wrote it.
+        compare: A comparison to include, as msae compare --json wrote it.
         show: Columns of the metadata to show beside the captions, such as title,colour.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         RunError: A run is missing or damaged.
         StoreError: The store is missing, damaged, or does not fit the run.
-        ConfigError: `out` is no place for a page, `audit` no audit, or there are too many runs.
+        ConfigError: `out` is no place for a page, `audit` or `compare` is none, or there are too many runs.
     """
     folder = Path(run)
     facts = facts_of(folder)
@@ -131,13 +135,15 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
+    if compare is not None and not isinstance(compare, Comparison):
+        compare = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
     looked = _look(facts, on, device)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
         facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
-    text, missing = _fitting(partial(_Draft, facts, others, looked, given))
+    text, missing = _fitting(partial(_Draft, facts, others, looked, given, compare))
     page.write_page(text, path)
     card = None
     try:
@@ -153,11 +159,14 @@ def read_audit(file: Path) -> Audit:
     Raises:
         ConfigError: It is missing, or no audit.
     """
+    return Audit.from_json(_text(file, "audit"), where=str(file))
+
+
+def _text(file: Path, verb: str) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{file} cannot be read ({err}); make it with msae audit --json {file}") from err
-    return Audit.from_json(text, where=str(file))
+        raise ConfigError(f"{file} cannot be read ({err}); make it with msae {verb} --json {file}") from err
 
 
 def _place(path: Path) -> Path:
@@ -224,10 +233,11 @@ class _Draft:
         others: list[Facts],
         looked: Looked | None,
         audit: Audit | None,
+        comparison: Comparison | None,
         n_concepts: int,
         room: int,
     ) -> None:
-        self.facts, self.looked, self.audit = facts, looked, audit
+        self.facts, self.looked, self.audit, self.comparison = facts, looked, audit, comparison
         self.runs = dict(zip(_names([facts, *others]), [facts, *others], strict=True))
         self.n_concepts = n_concepts
         self.album = Album(looked.store.picture_roots if looked else (), SIDE, room=room)
@@ -252,6 +262,7 @@ class _Draft:
             tree=self._tree(),
             search=self._search(),
             audit=self._audit(),
+            comparison=self._comparison(),
             missing={one.section: one for one in self.missing},
             album=self.album,
         )
@@ -389,6 +400,16 @@ class _Draft:
             self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
         return audit_page.section(self.audit, n_plotted=3, brief=True)
+
+    def _comparison(self) -> str | None:
+        if self.comparison is None:
+            part = f"{self.store_word}:COLUMN="
+            words = ("compare", self.facts.folder, f"{part}VALUE", f"{part}OTHER", "--json", "compare.json")
+            self._lacks(
+                "compare", "nothing was compared; compare, then add --compare compare.json to msae report", *words
+            )
+            return None
+        return comparison_page.section(self.comparison, n_rows=12, n_pictured=3)
 
 
 def _names(runs: list[Facts]) -> list[str]:

@@ -1,0 +1,348 @@
+"""`compare`: which concepts set two stores, or two parts of one, apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from msae.base import statistics
+from msae.base.errors import ConfigError
+from msae.base.records import of_record, to_record
+from msae.base.results import Result, shorten, text_table
+from msae.concepts.examples import ExampleConcept
+from msae.concepts.names import ConceptNames, names_of
+from msae.data.parts import Part, read_part
+from msae.data.rows import Row
+from msae.data.store import EmbeddingStore
+from msae.sae.model import Inference
+from msae.sae.run import Run, RunLike
+from msae.sae.standardize import Modality
+from msae.sae.view import View
+
+FEWEST = 10
+"""Rows of both sides together in which a concept must fire to be compared."""
+MAX_ROWS, MAX_ENTRIES = 20_000, 1 << 27
+"""Rows, and activations of them, that are read of both sides; of more a random sample."""
+DRAWS = 40
+"""Permutations for each concept that is compared: so many that one alone can have a q-value of .025."""
+ALPHA = 0.05
+PICTURED = 4
+"""Rows of either side that are kept to look at, of each of the first `MOST_PICTURED` concepts."""
+MOST_PICTURED = 40
+MEANINGS = (
+    "effect: of the pairs of a row of A and one of B, the share in which A has more of it less that in which B has; "
+    "0 is no difference",
+    "q: of all concepts with a q at most as large, the share that differ by chance",
+)
+"""What the columns mean."""
+
+
+@dataclass(frozen=True)
+class ComparedConcept:
+    """A concept in the rows of both sides."""
+
+    latent: int
+    latents: tuple[int, ...]
+    name: str | None
+    share_a: float
+    """Share of the rows of A in which it fires; with strata each weighs as it does in the effect size."""
+    share_b: float
+    effect_size: float
+    """Cliff's delta: of the pairs of a row of A and one of B, of one stratum, the share in which the row of A has more
+    of it less the share in which that of B has."""
+    low: float
+    """Lower end of the 95 % interval of `effect_size`."""
+    high: float
+    p: float
+    """Two-sided, by permutation of the sides within the strata."""
+    q: float
+    """`p` adjusted for the number of concepts (Benjamini and Hochberg)."""
+    rows_a: tuple[Row, ...] = ()
+    """The rows of A that have most of it, where the concept is among the first."""
+    rows_b: tuple[Row, ...] = ()
+
+    @property
+    def stands_out(self) -> bool:
+        return self.q < ALPHA
+
+    @property
+    def shown(self) -> str:
+        return self.name or f"#{self.latent}"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
+    """Which concepts set A and B apart; those that do first, by effect size."""
+
+    run: str
+    a: str
+    b: str
+    n_a: int
+    n_b: int
+    modality: Modality
+    inference: Inference
+    within: tuple[str, ...]
+    """Columns whose values are the strata."""
+    n_strata: int
+    concepts: tuple[ComparedConcept, ...]
+    too_rare: int
+    """Concepts that fire in fewer than ten rows."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows that were not used, by reason."""
+    roots: tuple[Path, ...] = ()
+    """Folders that the paths of pictures may be relative to."""
+
+    @property
+    def standing_out(self) -> list[ComparedConcept]:
+        return [one for one in self.concepts if one.stands_out]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how many concepts set the sides apart."""
+        n = len(self.standing_out)
+        among = f" within {' and '.join(self.within)}" if self.within else ""
+        if not n:
+            return f"nothing sets {self.a} and {self.b} apart{among}: no concept of {len(self.concepts):,} has q < .05"
+        more = sum(one.effect_size > 0 for one in self.standing_out)
+        return (
+            f"{n:,} of {len(self.concepts):,} concepts set {self.a} and {self.b} apart{among} (q < .05): "
+            f"{more:,} are stronger in {self.a}, {n - more:,} in {self.b}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        record = dict(to_record(self))
+        record["concepts"] = [
+            {**to_record(one), "rows_a": [row.to_json() for row in one.rows_a],
+             "rows_b": [row.to_json() for row in one.rows_b]}
+            for one in self.concepts
+        ]  # fmt: skip
+        return record
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Comparison:
+        """The comparison in a text that `msae compare --json` wrote.
+
+        Raises:
+            ConfigError: It is no such text; the message begins with `where`.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as err:
+            raise ConfigError(f"{where} is not what msae compare writes ({err}); make it with --json") from err
+        return of_record(cls, data, where=where, error=ConfigError, remedy="make it with msae compare --json")
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record for each concept."""
+        return [
+            {key: value for key, value in to_record(one).items() if key not in ("rows_a", "rows_b", "latents")}
+            for one in self.concepts
+        ]
+
+    def to_text(self, n: int = 20) -> str:
+        """The verdict, and the concepts that set the sides apart in a table of six columns."""
+        lines = [self.verdict]
+        lines.append(f"  {self.n_a:,} and {self.n_b:,} {self.modality} rows, {self.n_strata:,} strata" if self.within
+                     else f"  {self.n_a:,} and {self.n_b:,} {self.modality} rows")  # fmt: skip
+        lines += [f"  left out: {count:,} rows {why}" for why, count in self.left_out.items()]
+        if self.too_rare:
+            lines.append(f"  left out: {self.too_rare:,} concepts that fire in fewer than {FEWEST} rows")
+        found = self.standing_out
+        if found:
+            head = ("concept", "stronger in", "fires in A", "fires in B", "effect (95 % interval)", "q")
+            cells = [
+                [
+                    shorten(one.shown, 32), "A" if one.effect_size > 0 else "B", f"{one.share_a:.0%}",
+                    f"{one.share_b:.0%}", f"{one.effect_size:+.2f} ({one.low:+.2f} to {one.high:+.2f})", f"{one.q:.2g}",
+                ]
+                for one in found[:n]
+            ]  # fmt: skip
+            lines += ["", f"A: {self.a}", f"B: {self.b}", "", *text_table(head, cells, right=(2, 3, 5))]
+            if len(found) > n:
+                lines.append(f"and {len(found) - n:,} more; --json has all")
+            lines += ["", *MEANINGS]
+        return "\n".join(lines)
+
+
+def compare(
+    sae: RunLike,
+    a: EmbeddingStore | str | Path,
+    b: EmbeddingStore | str | Path,
+    *,
+    within: Sequence[str] = (),
+    modality: Modality | None = None,
+    n_permutations: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Comparison:
+    """Which concepts set two stores, or two parts of one, apart.
+
+    Args:
+        sae: A run folder, or a Hugging Face repository that holds an SAE.
+        a: A store, or a part of it as STORE:column=value.
+        b: The other.
+        within: Columns of both; only rows with the same values in them are compared with each other.
+        modality: Which embeddings of the stores. Without it, images where they have them.
+        n_permutations: How often the sides are shuffled. Without it, forty times for each concept.
+        seed: Random seed.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
+
+    Raises:
+        StoreError: A store does not fit the SAE, or has no such column or value.
+        ConfigError: The sides share rows, or no stratum has rows of both.
+    """
+    if n_permutations is not None and n_permutations < 1:
+        raise ConfigError(f"n_permutations is {n_permutations}; give at least 1, for example --n-permutations 10000")
+    run, columns = Run.open(sae), [within] if isinstance(within, str) else list(within)
+    parts = (read_part(a), read_part(b))
+    _check_apart(*parts)
+    inference: Inference = "threshold" if run.sae.thresholds is not None else "trained"
+    views = [View(run, part.store, modality, inference=inference, device=device) for part in parts]
+    rng = np.random.default_rng(seed)
+    chosen = _choose(views, parts, columns, rng)
+    columns_of = _columns(names_of(run, parts[0].store), run.sae.d_sae)
+    strengths = np.concatenate(
+        [_strengths(view, rows, columns_of) for view, rows in zip(views, chosen.rows, strict=True)]
+    )
+    fires = strengths > 0
+    often = np.flatnonzero(fires.sum(0) >= FEWEST)
+    if not len(often):
+        raise ConfigError(f"no concept fires in {FEWEST} rows of {parts[0].shown} and {parts[1].shown}")
+    strengths, fires = strengths[:, often], fires[:, often]
+    is_a = np.arange(len(strengths)) < len(chosen.rows[0])
+    wins = statistics.net_wins(strengths, chosen.strata)
+    p = statistics.permutation_p(
+        wins, is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
+        n_permutations=n_permutations or max(10_000, DRAWS * len(often)),
+    )  # fmt: skip
+    q = statistics.q_values(p)
+    effect = statistics.cliffs_delta(wins, is_a, chosen.strata)
+    assert effect is not None
+    ends = statistics.cliffs_delta_interval(strengths, is_a, chosen.strata)
+    shares = _shares(fires, is_a, chosen.strata)
+    order = np.lexsort((-np.abs(effect), np.where(q < ALPHA, 0, p), q >= ALPHA))
+    found = []
+    for place, i in enumerate(order):
+        own = columns_of[often[i]]
+        pictured = place < MOST_PICTURED and q[i] < ALPHA
+        found.append(ComparedConcept(
+            latent=own.latents[0], latents=own.latents, name=own.name,
+            share_a=float(shares[0][i]), share_b=float(shares[1][i]),
+            effect_size=float(effect[i]), low=float(ends.low[i]), high=float(ends.high[i]),
+            p=float(p[i]), q=float(q[i]),
+            rows_a=_strongest(views[0], chosen.rows[0], strengths[is_a, i]) if pictured else (),
+            rows_b=_strongest(views[1], chosen.rows[1], strengths[~is_a, i]) if pictured else (),
+        ))  # fmt: skip
+    return Comparison(
+        run=run.name, a=parts[0].shown, b=parts[1].shown, n_a=len(chosen.rows[0]), n_b=len(chosen.rows[1]),
+        modality=views[0].modality, inference=inference, within=tuple(columns),
+        n_strata=len(np.unique(chosen.strata)), concepts=tuple(found), too_rare=len(columns_of) - len(often),
+        left_out=chosen.left_out, roots=tuple(dict.fromkeys(r for part in parts for r in part.store.picture_roots)),
+    )  # fmt: skip
+
+
+class _Chosen(NamedTuple):
+    """The rows that are compared."""
+
+    rows: tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]
+    strata: Int64[np.ndarray, " n"]
+    """Of the rows of A, then of B."""
+    left_out: dict[str, int]
+
+
+def _check_apart(a: Part, b: Part) -> None:
+    if a.store.path != b.store.path:
+        return
+    n = len(np.intersect1d(a.rows, b.rows))
+    if n:
+        raise ConfigError(
+            f"{a.shown} and {b.shown} share {n:,} rows; give two parts that share none, as STORE:column=value"
+        )
+
+
+def _choose(views: Sequence[View], parts: Sequence[Part], within: Sequence[str], rng: np.random.Generator) -> _Chosen:
+    """Rows that have a value in every column of `within`, in strata that have rows of both sides."""
+    keys: list[list[tuple[str | None, ...]]] = []
+    for part in parts:
+        labels = [part.store.labels(column, option="--within") for column in within]
+        keys.append([tuple(own[row] for own in labels) for row in part.rows])
+    number = {key: i for i, key in enumerate(sorted({k for k in keys[0] if None not in k} & set(keys[1]), key=str))}
+    if not number:
+        raise ConfigError(
+            f"{parts[0].shown} and {parts[1].shown} have no value of {' and '.join(within)} in common; "
+            f"give other columns to --within"
+        )
+    strata = [np.array([number.get(key, -1) for key in own]) for own in keys]
+    kept = [np.flatnonzero(own >= 0) for own in strata]
+    most = max(2, min(MAX_ROWS, MAX_ENTRIES // views[0].sae.d_sae) // 2)
+    taken = [np.sort(rng.permutation(own)[:most]) for own in kept]
+    left_out = {
+        "without a partner of the same values": sum(len(part.rows) for part in parts) - sum(map(len, kept)),
+        "beyond the number that is read": sum(map(len, kept)) - sum(map(len, taken)),
+    }
+    rows = (parts[0].rows[taken[0]], parts[1].rows[taken[1]])
+    joined = np.concatenate([own[one] for own, one in zip(strata, taken, strict=True)])
+    return _Chosen(rows, joined, {why: n for why, n in left_out.items() if n})
+
+
+class _Column(NamedTuple):
+    """A concept as it is compared."""
+
+    latents: tuple[int, ...]
+    name: str | None
+    example: ExampleConcept | None = None
+
+
+def _columns(names: ConceptNames | None, d_sae: int) -> list[_Column]:
+    """Every name and concept from examples, then every latent without a name."""
+    examples = names.examples if names is not None else {}
+    named = {name: tuple(own) for name, own in (names.by_name if names is not None else {}).items()}
+    found = [
+        _Column(own, names.shown_name(name) if names else name, examples.get(name.casefold()))
+        for name, own in named.items()
+    ]
+    taken = {latent for one in found if one.example is None for latent in one.latents}
+    return found + [_Column((latent,), None) for latent in range(d_sae) if latent not in taken]
+
+
+def _strengths(view: View, rows: Int64[np.ndarray, " n"], columns: Sequence[_Column]) -> Float32[np.ndarray, "n c"]:
+    """How much of each concept is in each row; above zero where it fires."""
+    found = np.empty((len(rows), len(columns)), np.float32)
+    first_of = np.array([column.latents[0] for column in columns])
+    others = [(i, column) for i, column in enumerate(columns) if len(column.latents) > 1 or column.example is not None]
+    start = 0
+    for block in view.activations(rows=rows, title="comparing"):
+        z = block.cpu().numpy()
+        own = found[start : start + len(z)]
+        own[:] = z[:, first_of]
+        for i, column in others:
+            if column.example is None:
+                own[:, i] = z[:, list(column.latents)].sum(1)
+            else:
+                own[:, i] = np.maximum(column.example.strength(z) - column.example.threshold, 0)
+        start += len(z)
+    return found
+
+
+def _shares(
+    fires: Bool[np.ndarray, "n c"], is_a: Bool[np.ndarray, " n"], strata: Int64[np.ndarray, " n"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """In which share of the rows of A and of B each fires; strata weigh by their pairs, as in the effect size."""
+    shares, total = np.zeros((2, fires.shape[1])), 0
+    for stratum in np.unique(strata):
+        sides = [fires[(strata == stratum) & (is_a == side)] for side in (True, False)]
+        pairs = len(sides[0]) * len(sides[1])
+        if pairs:
+            shares += pairs * np.stack([side.mean(0) for side in sides])
+            total += pairs
+    return shares[0] / total, shares[1] / total
+
+
+def _strongest(view: View, rows: Int64[np.ndarray, " n"], strength: np.ndarray) -> tuple[Row, ...]:
+    best = [i for i in np.argsort(-strength, kind="stable")[:PICTURED] if strength[i] > 0]
+    return tuple(view.store.describe_rows(rows[best].tolist()))
