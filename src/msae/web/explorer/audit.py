@@ -12,10 +12,13 @@ from msae.use.audit.subjects import MAX_CLASSES
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.explorer.standing import face, seen_in
 from msae.web.page import render
 from msae.web.report import figures
 from msae.web.report.audit import section
 
+PLOTTED = 4
+"""Concepts of an audit that are drawn."""
 SWEPT = 4
 """Concepts of a loaded audit whose sweeps are drawn."""
 
@@ -30,9 +33,10 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
     found = _audit(world, run, address)
     swept = _sweepable(found)
     first = swept[0].sweep if swept else None
-    values: dict[str, Any] = _sweep(run, found, address) if swept else {}
+    values: dict[str, Any] = _sweep(world, run, found, address) if swept else {}
     return draw(
-        "result", world, run, address, audit=found, section=section(found, n_plotted=4, brief=True),
+        "result", world, run, address, audit=found,
+        section=section(found, n_plotted=PLOTTED, brief=True, faces=_faces(world, run, found)),
         concepts=[concept.name for concept in swept], concept=address.one("concept") or (swept and swept[0].name),
         row=address.one("row") or (first and first.id), **values,
     )  # fmt: skip
@@ -40,7 +44,7 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
 
 def sweep(world: World, run: LoadedRun, address: Address) -> Markup:
     """The chosen row with the chosen concept at several strengths."""
-    return draw("sweep", world, run, address, **_sweep(run, _audit(world, run, address), address))
+    return draw("sweep", world, run, address, **_sweep(world, run, _audit(world, run, address), address))
 
 
 def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
@@ -50,12 +54,29 @@ def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
     return run.audit(target)
 
 
-def _sweep(run: LoadedRun, found: Audit, address: Address) -> dict[str, Any]:
+def _faces(world: World, run: LoadedRun, found: Audit) -> dict[str, tuple[str, Markup]]:
+    """The label of each concept and, for one without a confirmed name, a picture of the row that fires it most."""
+    faces = {}
+    for concept in found.concepts:
+        shown = face(world, run, concept.name, concept.latents, run.modalities[0])
+        drawn = Markup() if shown.picture is None else render("explorer/thumb.html", world=world, row=shown.picture)
+        faces[concept.name] = (shown.label, drawn)
+    return faces
+
+
+def _sweep(world: World, run: LoadedRun, found: Audit, address: Address) -> dict[str, Any]:
+    """The drawing of a sweep, and what stands out in its row."""
+    assert world.store is not None
     concepts = _sweepable(found)
     concept = next((c for c in concepts if c.name == address.one("concept")), concepts[0])
     id = address.one("row") or (concept.sweep.id if concept.sweep else "")
     drawn = run.sweeper(str(found.target)).of(concept, id)
-    return {"drawn": None if drawn is None else sweep_drawing(concept, drawn)}
+    number = world.store.ids.row_of(id)
+    return {
+        "drawn": None if drawn is None else sweep_drawing(concept, drawn),
+        "row_shown": world.rows([number])[0],
+        "seen": seen_in(world, run, [number], run.modalities[0]),
+    }
 
 
 def _sweepable(found: Audit) -> list[ConceptAudit]:

@@ -13,6 +13,7 @@ from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import Slice, draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.explorer.standing import seen_in
 from msae.web.page import number
 from msae.web.report import figures
 
@@ -57,11 +58,18 @@ def _facts(run: LoadedRun, latent: int) -> list[tuple[Modality, int, float, floa
 def _samples(world: World, run: LoadedRun, address: Address, modality: Modality) -> dict[str, Any]:
     """The strongest samples of one modality, a page of them."""
     assert world.store is not None
-    top = run.samples[modality].top(_latent(run, address))
+    latent = _latent(run, address)
+    top = run.samples[modality].top(latent)
     shown = Slice.of(address, len(top), SHOWN, modality, f"strongest {modality}s", f"from_{modality}")
     samples = top[shown.first : shown.last]
-    rows = world.rows([sample.row for sample in samples])
-    return {"modality": modality, "shown": shown, "samples": list(zip(samples, rows, strict=True))}
+    numbers = [sample.row for sample in samples]
+    own = (run.names.name_of(latent) if run.names else None) or f"#{latent}"
+    return {
+        "modality": modality,
+        "shown": shown,
+        "samples": list(zip(samples, world.rows(numbers), strict=True)),
+        "seen": seen_in(world, run, numbers, modality, without=(own,)),
+    }
 
 
 def samples(modality: Modality, world: World, run: LoadedRun, address: Address) -> Markup:

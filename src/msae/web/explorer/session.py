@@ -28,6 +28,7 @@ from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.audit import Audit, Sweeper, audit
 from msae.use.audit.subjects import refused_columns, target_columns
 from msae.use.search import Searcher
@@ -58,6 +59,7 @@ class LoadedRun:
             self.opened.check_fit(store)
         self.slow, self.preparing = threading.RLock(), threading.RLock()
         self._searchers: dict[Modality, Searcher] = {}
+        self._views: dict[Modality, View] = {}
         self._audits: dict[str, Audit] = {}
         self._sweepers: dict[str, Sweeper] = {}
 
@@ -84,6 +86,18 @@ class LoadedRun:
     @cached_property
     def catalogue(self) -> Catalogue:
         return Catalogue.of(self.sae, self.names, self.samples)
+
+    def natural(self, modality: Modality) -> TopSamples:
+        """The samples that say what is natural for rows of `modality`; those of another where the store has none."""
+        return self.samples.get(modality) or next(iter(self.samples.values()))
+
+    def activations(self, rows: Sequence[int], modality: Modality) -> NDArray[np.float32]:
+        """The activations of some rows of the store."""
+        assert self.store is not None
+        with self.preparing:
+            if modality not in self._views:
+                self._views[modality] = View(self.opened, self.store, modality, device=self.device)
+        return self._views[modality].table(np.asarray(rows, dtype=np.int64))
 
     @cached_property
     def tree(self) -> ConceptTree | None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,21 @@ def write_html(audit: Audit, path: str | Path) -> None:
     page.write_page(page.render("report/audit.html", audit=audit, section=section(audit)), Path(path))
 
 
-def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = None, brief: bool = False) -> Markup:
+def section(
+    audit: Audit,
+    *,
+    n_plotted: int = N_PLOTTED,
+    n_rows: int | None = None,
+    brief: bool = False,
+    faces: Mapping[str, tuple[str, Markup]] = MappingProxyType({}),
+) -> Markup:
     """The audit as a piece of HTML.
 
     Args:
         n_plotted: Concepts that are drawn.
         n_rows: Concepts in the table; None has all.
         brief: Only the columns that a first look needs.
+        faces: Of concepts by name, what is shown instead of it, and a picture or nothing.
     """
     plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
     chosen = BRIEF if brief else range(len(HEAD))
@@ -74,9 +83,10 @@ def section(audit: Audit, *, n_plotted: int = N_PLOTTED, n_rows: int | None = No
         head=[HEAD[i] for i in chosen],
         meanings={HEAD[i]: MEANINGS[HEAD[i]] for i in chosen if HEAD[i] in MEANINGS},
         rows=[
-            (concept.main is not None and concept.main.q < 0.05, [_cells(concept)[i] for i in chosen])
+            (concept, concept.main is not None and concept.main.q < 0.05, [_cells(concept)[i] for i in chosen[1:]])
             for concept in audit.concepts[:n_rows]
         ],
+        faces=faces,
         n_more=len(audit.concepts) - len(audit.concepts[:n_rows]),
         drawn=[] if audit.sample is None else [(concept, concept_svgs(audit, concept)) for concept in plotted],
     )
@@ -108,7 +118,7 @@ def _cells(concept: ConceptAudit) -> list[str]:
         groups.worst, groups.worst_levelled, groups.overall, groups.overall_levelled
     ]  # fmt: skip
     return [
-        concept.name + (" (target)" if concept.is_target else ""),
+        concept.name,
         latents,
         concept.class_ or "-",
         _number(concept.effect),
