@@ -70,7 +70,7 @@ def test_any_address_shows_a_page(explorer, text):
     assert "<h1>" in explorer.show(text)
 
 
-@pytest.mark.parametrize("page", ["concepts", "concept", "search", "audit", "models"])
+@pytest.mark.parametrize("page", ["concepts", "concept", "map", "search", "audit", "models"])
 @pytest.mark.parametrize("bad", [{"run": "../../etc"}, {"row": HOSTILE + "x"}, {"set": "red"}, {"set": "red=p99"},
                                  {"vector": "!!"}, {"latent": HOSTILE}, {"target": HOSTILE}, {"sort": HOSTILE},
                                  {"words": HOSTILE}, {"only": HOSTILE}, {"add": HOSTILE},
@@ -352,7 +352,7 @@ def test_without_a_store_the_pages_say_how_to_give_one(folder, tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps({**config, "store": "gone.store"}))
     explorer = Explorer(open_world([tmp_path / "run"], None))
-    for page in ("concepts", "concept", "search", "audit", "models"):
+    for page in ("concepts", "concept", "map", "search", "audit", "models"):
         assert "msae explore" in show(explorer, page=page) and "--on STORE" in show(explorer, page=page)
     assert "Nearest decoder rows" in show(explorer, "relations", page="concept")
 
@@ -505,7 +505,7 @@ def test_its_own_origin_may_post_and_what_is_too_large_is_refused(base):
 def test_the_security_policy_allows_no_code_or_style_inside_a_page(base, explorer):
     policy = get(base, "/")[2]["content-security-policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy and "script-src" not in policy
-    for page in ("concepts", "concept", "search", "audit", "models"):
+    for page in ("concepts", "concept", "map", "search", "audit", "models"):
         tags = Tags(show(explorer, page=page)).tags
         assert not [tag for tag, values in tags if tag == "style" or (tag == "script" and "src" not in values)]
         assert not [key for _, values in tags for key in values if key == "style" or key.startswith("on")]

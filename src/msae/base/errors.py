@@ -62,6 +62,7 @@ EXTRAS: Mapping[str, str] = {
     "numba": "fast",
     "llvmlite": "fast",
     "faiss": "index",
+    "umap": "map",
     "tensorboard": "loggers",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""

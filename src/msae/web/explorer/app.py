@@ -31,7 +31,12 @@ SLOW = ("relations", "result", "evaluated")
 """Parts that may take seconds: one of them at a time, so that the quick ones are never waited for."""
 MAX_UPLOAD = 30_000_000
 """Bytes of a picture or an audit that is sent here; it is kept in memory and never written."""
-FILES = {"style.css": "text/css", "page.js": "text/javascript"}
+VENDOR = TEMPLATES.parent / "vendor"
+FILES = {
+    **{name: TEMPLATES / name for name in ("style.css", "page.js", "map.js")},
+    **{name: VENDOR / name for name in ("sigma.min.js", "graphology.umd.min.js")},
+}
+TYPES = {".css": "text/css", ".js": "text/javascript"}
 LAST_WORDS = 5.0
 """Seconds in which a page that waits for the explorer can fetch why it did not start."""
 HEADERS = {
@@ -55,11 +60,12 @@ class Explorer:
     """Answers what a browser asks of a world; keeps nothing of who asked."""
 
     def __init__(self, world: World) -> None:
-        from msae.web.explorer import audit, concept, concepts, models, search
+        from msae.web.explorer import audit, concept, concepts, map, models, search
 
         self.world = world
         self.pages: Mapping[str, Any] = {
-            "concepts": concepts, "concept": concept, "search": search, "audit": audit, "models": models
+            "concepts": concepts, "concept": concept, "map": map, "search": search, "audit": audit,
+            "models": models,
         }  # fmt: skip
         self._quick = threading.BoundedSemaphore(max(2, os.cpu_count() or 2))
         self._slow = threading.Lock()
@@ -98,6 +104,12 @@ class Explorer:
         with self._quick:
             vector: str = self.pages["search"].as_vector(self.world.embed_picture(picture))
             return vector
+
+    def places(self, query: str) -> dict[str, Any]:
+        """The points of the map of the run that an address names; raises `MsaeError` where there are none."""
+        run = self.world.runs.get(Address.parse(query).one("run"), self.world.first)
+        found: dict[str, Any] = self.pages["map"].places(run)
+        return found
 
     def audit(self, text: str) -> str:
         """An audit's JSON as a part of the page Audit."""
@@ -214,6 +226,15 @@ def build(opening: Opening) -> App:
     def state(_: Request) -> Response:
         return JSONResponse(opening.state(), headers={"cache-control": "no-store"})
 
+    def places(request: Request) -> Response:
+        explorer = opening.explorer
+        if explorer is None:
+            return gone
+        try:
+            return JSONResponse(explorer.places(request.url.query))
+        except MsaeError as err:
+            return JSONResponse({"problem": _problem(str(err))})
+
     async def embed(request: Request) -> Response:
         data = await _body(request)
         if data is None:
@@ -251,7 +272,7 @@ def build(opening: Opening) -> App:
         if name not in FILES:
             return Response("no such file", status_code=404, media_type="text/plain")
         headers = {"cache-control": "no-cache"}
-        return Response((TEMPLATES / name).read_bytes(), media_type=FILES[name], headers=headers)
+        return Response(FILES[name].read_bytes(), media_type=TYPES[FILES[name].suffix], headers=headers)
 
     @asynccontextmanager
     async def started(_: Starlette) -> AsyncIterator[None]:
@@ -262,6 +283,7 @@ def build(opening: Opening) -> App:
         Route("/", page),
         Route("/part/{name}", part),
         Route("/state", state),
+        Route("/places", places),
         Route("/embed", embed, methods=["POST"]),
         Route("/audit", audit, methods=["POST"]),
         Route("/picture/{row}/{side}", picture),

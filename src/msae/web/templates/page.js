@@ -47,6 +47,7 @@ async function change(part, address, history_ = "replace") {
     shown = location.search;
     const focused = target.contains(document.activeElement) && document.activeElement.textContent;
     target.innerHTML = html;
+    target.dispatchEvent(new CustomEvent("msae-part", { bubbles: true }));
     // A link that was followed by keyboard is a new one now: stay on it.
     if (focused) [...target.querySelectorAll("a")].find((a) => a.textContent[0] === focused[0])?.focus();
   }
