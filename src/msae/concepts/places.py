@@ -85,7 +85,8 @@ def place(rows: Float[np.ndarray, "n d_in"], method: Method) -> Places:
 
 def _scaled(xy: Float[np.ndarray, "n 2"]) -> Float32[np.ndarray, "n 2"]:
     low = xy.min(0)
-    return ((xy - low) / max(float((xy.max(0) - low).max()), 1e-12)).astype(np.float32)
+    scaled: Float32[np.ndarray, "n 2"] = ((xy - low) / max(float((xy.max(0) - low).max()), 1e-12)).astype(np.float32)
+    return scaled
 
 
 def _save(places: Places, file: Path, weights: str) -> None:

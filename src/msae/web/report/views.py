@@ -170,10 +170,9 @@ def _doubt(concept: Concept | None) -> int:
 
 
 def tree_of(facts: Facts, looked: Looked) -> ConceptTree:
-    """How latents nest, at the smallest level at which more than a few do."""
-    levels = (facts.config.levels or ())[:4]
+    """How latents nest, at the first level at which more than a few do."""
     best = concept_tree(facts.folder, looked.store, device=looked.device)
-    for level in levels[1:]:
+    for level in [level for level in facts.config.levels or () if level > (best.k or 0)][:3]:
         if len(best.hierarchy.parent) >= ENOUGH_CHILDREN:
             break
         deeper = concept_tree(facts.folder, looked.store, k=level, device=looked.device)
