@@ -79,7 +79,8 @@ def main() -> None:
             refilter = filtered(page)
             renderer = page.evaluate(
                 "(() => { const gl = document.createElement('canvas').getContext('webgl');"
-                " return gl.getParameter(gl.RENDERER) })()"
+                " const known = gl.getExtension('WEBGL_debug_renderer_info');"
+                " return gl.getParameter(known ? known.UNMASKED_RENDERER_WEBGL : gl.RENDERER) })()"
             )
             browser.close()
     lines = [
