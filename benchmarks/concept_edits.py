@@ -27,10 +27,10 @@ from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.store import EmbeddingStore
-from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
 from msae.sae.view import View
 from msae.use.edits import Edit, apply, parse_change
+from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY
 from results import write_section
 
 TOP = 20
@@ -118,8 +118,8 @@ def make_demo(arguments: argparse.Namespace) -> None:
     """Scenes through the CLIP that ships with the package, the words of its captions, and an SAE of each seed."""
     from concept_recovery import DISTRACTORS
     from msae.data.embed import embed
-    from msae.demo.chain import write_scenes
     from msae.sae.train import train
+    from msae.world.chain import write_scenes
 
     folder, first = arguments.demo, arguments.first_scene
     for part, n in SCENES.items():

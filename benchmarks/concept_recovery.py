@@ -26,9 +26,9 @@ from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, StorePart, write_store
-from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from msae.sae.model import SAE
 from msae.sae.train import train
+from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
 from results import FIGURES, write_section
 
 SCENES = {"train": 12_000, "captions": 3_000, "judge": 3_000}
@@ -99,7 +99,7 @@ def open_world(folder: Path, first_scene: int = FIRST_SCENE) -> World:
 
 def make_world(folder: Path, words: list[str], first: int) -> None:
     from msae.data.embed import embed
-    from msae.demo.chain import write_scenes
+    from msae.world.chain import write_scenes
 
     for key, n in SCENES.items():
         write_scenes(folder / key, range(first, first + n))

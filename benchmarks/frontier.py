@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py choose TRAIN --work FOLDER [--only NAME…]   recipes on rows held out of TRAIN
     python benchmarks/frontier.py score TRAIN TEST --work FOLDER              the chosen ones, once, on TEST
-    python benchmarks/frontier.py table --work FOLDER                         what is there, into RESULTS.md
+    python benchmarks/frontier.py table --work FOLDER                         what is there: RESULTS.md and figure
 
 Each run writes one JSON file into FOLDER; what is there already is not computed again.
 """
@@ -21,7 +21,12 @@ import scipy.sparse as sp
 import torch
 
 import msae
+from msae.measure.evaluate.untrained import untrained_like
+from msae.sae.run import Run
+from msae.sae.view import View
 from results import write_section
+
+FIGURE = Path(__file__).parent / "figures" / "frontier.svg"
 
 KEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FIRING = (8, 16, 32, 64)
@@ -35,11 +40,14 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(first * 2**i for i in range((last // first).bit_length()))
 
 
-MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka"}
+MATRYOSHKA: dict[str, Any] = {"kind": "matryoshka", "weighting": "uniform", "level_scales": False}
+WEIGHTED: dict[str, Any] = {"kind": "matryoshka", "level_scales": False}
 RECIPES: dict[str, dict[str, Any]] = {
+    "untrained": {},
     "default": {},
     "faithful": {"recipe": "faithful"},
     "poster-reverse": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse"},
+    "poster-uniform": {**MATRYOSHKA, "recipe": "poster"},
     "first-default": {**MATRYOSHKA, "recipe": "poster", "weighting": "reverse", "lr": 5e-4, "warmup": 0.05},
     "8-64": {**MATRYOSHKA, "levels": doubling(8, 64), "lr": 2e-3},
     "8-128": {**MATRYOSHKA, "levels": doubling(8, 128), "lr": 2e-3},
@@ -49,30 +57,30 @@ RECIPES: dict[str, dict[str, Any]] = {
     "8-512-decay": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "decay": 1.0},
     "8-512-revived": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 2e-3, "auxiliary": 1 / 32, "dead_after": 20_000},
     "16-512-rising": {
-        **MATRYOSHKA, "levels": doubling(16, 512), "weights": (1.0, 1.25, 1.5, 1.75, 2.0, 2.25), "lr": 2e-3,
+        **WEIGHTED, "levels": doubling(16, 512), "weights": (1.0, 1.25, 1.5, 1.75, 2.0, 2.25), "lr": 2e-3,
     },
     "8-512-rising-decay": {
-        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 2e-3,
+        **WEIGHTED, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 2e-3,
         "decay": 1.0,
     },
     "8-512-fast": {**MATRYOSHKA, "levels": doubling(8, 512), "lr": 4e-3},
     "8-512-rising-fast": {
-        **MATRYOSHKA, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 4e-3,
+        **WEIGHTED, "levels": doubling(8, 512), "weights": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "lr": 4e-3,
     },
     "8-1024-rising-fast": {
-        **MATRYOSHKA, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
+        **WEIGHTED, "levels": doubling(8, 1024), "weights": (2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.0, 3.0), "lr": 4e-3,
     },
     "8-4096-root": {
-        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2 ** (i / 2) for i in range(10)), "lr": 1e-3,
+        **WEIGHTED, "levels": doubling(8, 4096), "weights": tuple(2 ** (i / 2) for i in range(10)), "lr": 1e-3,
     },
     "8-4096-linear": {
-        **MATRYOSHKA, "levels": doubling(8, 4096), "weights": tuple(2.0**i for i in range(10)), "lr": 1e-3,
+        **WEIGHTED, "levels": doubling(8, 4096), "weights": tuple(2.0**i for i in range(10)), "lr": 1e-3,
     },
     "8-4096": {**MATRYOSHKA, "levels": doubling(8, 4096), "lr": 2e-3},
     "8-4096-last": {**MATRYOSHKA, "levels": (*doubling(8, 512), 4096), "lr": 2e-3},
     **{
         f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr}
-        for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 4e-3)
+        for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
     },
 }  # fmt: skip
 
@@ -124,6 +132,9 @@ def halves(train: str, work: Path) -> tuple[Path, Path]:
 def measured(name: str, seed: int, fit: str, judged: str, arguments: argparse.Namespace) -> dict[str, Any]:
     out = arguments.work / "runs" / f"{arguments.what}-{name}-x{arguments.expansion:g}-e{arguments.epochs}-s{seed}"
     began = time.process_time()
+    if name == "untrained":
+        return {"recipe": name, "seed": seed, "epochs": 0, "expansion": arguments.expansion, "cpu_seconds": 0.0,
+                **untrained(fit, judged, arguments.labels, arguments.expansion, seed)}  # fmt: skip
     sae = msae.train(
         fit, out=out, resume=True, epochs=arguments.epochs, batch_size=arguments.batch_size,
         expansion=arguments.expansion, seed=seed, **RECIPES[name],
@@ -131,6 +142,17 @@ def measured(name: str, seed: int, fit: str, judged: str, arguments: argparse.Na
     seconds = time.process_time() - began
     return {"recipe": name, "seed": seed, "epochs": arguments.epochs, "expansion": arguments.expansion,
             "cpu_seconds": seconds, **figures(sae, fit, judged, arguments.labels)}  # fmt: skip
+
+
+def untrained(fit: str, judged: str, labels: str, expansion: float, seed: int) -> dict[str, Any]:
+    """The null: random decoder rows, the encoder their transpose, scaled for the smallest error at each k."""
+    known, new = (msae.EmbeddingStore.open(path, modality="image") for path in (fit, judged))
+    sae = msae.SAE(msae.SAEConfig(d_in=known.d_in, d_sae=round(expansion * known.d_in), kind="relu"), seed=seed)
+    sae.standardizer = View(Run.open(sae), known, "image").standardizer
+    view = View(Run.open(sae), new, "image", inference="relu")
+    at_64 = untrained_like(view, k=64, seed=seed).view.sae
+    errors = {str(k): untrained_like(view, k=k, seed=seed).fvu_per_sample for k in KEPT if k <= sae.d_sae}
+    return {**figures(at_64, fit, judged, labels), "fvu_per_sample": errors}
 
 
 @torch.no_grad()
@@ -206,7 +228,45 @@ def write_tables(work: Path) -> None:
         records = [json.loads(file.read_text()) for file in sorted(work.glob(f"{what}-*.json"))]
         if records:
             parts.append(f"{title}\n\n{table(records)}")
+    scored = [json.loads(file.read_text()) for file in sorted(work.glob("score-*-x8-e10-*.json"))]
+    if scored:
+        draw(scored)
+        parts.append(f"![error against latents kept](figures/{FIGURE.name})")
     write_section("frontier", "One SAE at every number of latents kept", "\n\n".join(parts))
+
+
+def draw(records: list[dict[str, Any]]) -> None:
+    """Error against latents kept: a line for each recipe that works at any k, a point for each TopK at its own."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "msae"  # the same figure gives the same bytes
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    own: dict[int, list[tuple[float, float]]] = {}
+    for name in [one for one in RECIPES if any(record["recipe"] == one for record in records)]:
+        runs = [record["fvu_per_sample"] for record in records if record["recipe"] == name]
+        kept = [k for k in KEPT if str(k) in runs[0]]
+        errors = np.array([[run[str(k)] for k in kept] for run in runs])
+        if name.startswith("topk-"):
+            k = int(name.split("-")[1])
+            column = errors[:, kept.index(k)]
+            own.setdefault(k, []).append((float(column.mean()), float(np.ptp(column) / 2)))
+            continue
+        line = axes.plot(kept, errors.mean(0), marker=".", label=name)[0]
+        axes.fill_between(kept, errors.min(0), errors.max(0), color=line.get_color(), alpha=0.3)
+    best = {k: min(found) for k, found in sorted(own.items())}
+    axes.errorbar(
+        list(best), [mean for mean, _ in best.values()], yerr=[spread for _, spread in best.values()],
+        fmt="kx", label="TopK trained for that k",
+    )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="latents kept in a row", ylabel="share of the variance that is lost")
+    axes.set_xticks(kept, [str(k) for k in kept], rotation=45)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(FIGURE, metadata={"Date": None})
+    plt.close(figure)
 
 
 def table(records: list[dict[str, Any]]) -> str:

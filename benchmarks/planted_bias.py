@@ -27,12 +27,12 @@ from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embedder import Embedder
 from msae.data.store import EmbeddingStore, StorePart, write_store
-from msae.demo.drawing import render
-from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from msae.sae.model import SAE
 from msae.sae.view import View
 from msae.use.audit import Audit, ConceptAudit, audit
 from msae.use.classifier import LinearClassifier
+from msae.world.drawing import render
+from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from results import write_section
 
 SHAPES = ("square", "cross")

@@ -73,10 +73,10 @@ def speed(folder: Path, n_rows: int, width: int, n_queries: int) -> str:
     before = anonymous_mb()
     with Peak() as peak:
         began = time.perf_counter()
-        open_index(store, "image")
+        open_index(store, "image", folder)
         building = time.perf_counter() - began
     began = time.perf_counter()
-    index = open_index(store, "image")
+    index = open_index(store, "image", folder)
     opening = time.perf_counter() - began
     queries = np.random.default_rng(1).normal(size=(n_queries, width)).astype(np.float32)
     queries += np.float32(10) * store.take(np.arange(n_queries) * (n_rows // n_queries), "image")

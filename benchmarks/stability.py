@@ -1,9 +1,11 @@
 """Seed stability: how far SAEs that differ only in their seed agree, beside the poster's appendix.
 
     python benchmarks/stability.py STORE [--d-sae 2048] [--epochs 10] [--seeds 2] [--out runs/stability] [--json FILE]
+    python benchmarks/stability.py STORE --runs "default=FOLDER/default-*" "topk-64=FOLDER/topk-64-*"
     python benchmarks/stability.py --size 24576 [--d-in 768]
 
-Trains what is not there yet and writes a section of RESULTS.md. With --size nothing is trained: two random decoders of
+Trains what is not there yet and writes a section of RESULTS.md; with --runs, of runs that were trained before.
+With --size nothing is trained: two random decoders of
 that many rows, half of whose rows are noisy copies of each other in another order, are matched, and it is measured in
 how much time and memory; and two of 4,096 rows against scipy's answer on the whole matrix.
  The poster's figures are of ViT-L/14 at d_sae 6144 on 2.9 million rows.
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="default", choices=("default", "poster"))
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--runs", nargs="+", help="NAME=PATTERN of the folders of runs that differ only in their seed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,6 +63,9 @@ def main() -> None:
         return
     if options.store is None:
         parser.error("wanted a STORE to train on, or --size")
+    if options.runs:
+        measure_trained(options.runs, options.threshold)
+        return
     records = [measure(name, options) for name in options.kinds]
     columns = ("kind", "decoder", "p5", "p50", "p95", "encoder", "consensus", "chance", "published")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -80,6 +86,31 @@ def main() -> None:
     write_section("stability", "Seed stability on real vectors", body)
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def measure_trained(patterns: list[str], threshold: float) -> None:
+    """The same of runs that are there."""
+    lines = ["| kind | seeds | d_sae | decoder | p50 | p95 | encoder | consensus | chance |", "|---" * 9 + "|"]
+    for pattern in patterns:
+        name, _, folders = pattern.partition("=")
+        runs = sorted(Path(folders).parent.glob(Path(folders).name))
+        found, sae = stability(runs, threshold=threshold), SAE.load(runs[0])
+        quantiles = [pair.decoder.quantiles() for pair in found.pairs]
+        figures = [
+            np.mean([pair.decoder.mean for pair in found.pairs]),
+            *(np.mean([shares[which] for shares in quantiles]) for which in ("p50", "p95")),
+            np.mean([pair.encoder.mean for pair in found.pairs]),
+        ]
+        cells = [name, str(len(runs)), str(sae.d_sae), *(f"{x:.3f}" for x in figures), str(len(found.consensus))]
+        lines.append("| " + " | ".join([*cells, f"{chance(sae):.3f}"]) + " |")
+        print(lines[-1], flush=True)
+    told = (
+        "Mean over pairs of seeds of the cosine of matched rows of the decoder, with quantiles, and of the encoder; "
+        f"*consensus*: latents whose decoder rows have a cosine of {threshold} at least in all seeds; "
+        "*chance* matches random rows with the "
+        "decoder's own covariance."
+    )
+    write_section("stability-trained", "Seed stability of the default recipe", told + "\n\n" + "\n".join(lines))
 
 
 def measure_size(n: int, d_in: int) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 
 import msae
 from msae.concepts.gallery import gallery
-from msae.demo.chain import write_scenes
-from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
 from msae.web.report.sheet import PAPER, draw_sheet
+from msae.world.chain import write_scenes
+from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 

@@ -1,6 +1,6 @@
 """Train the CLIP of the demo's world and write it, with its model card, as a transformers folder.
 
-    python scripts/train_demo_clip.py --out src/msae/demo/clip
+    python scripts/train_demo_clip.py --out src/msae/world/clip
 
 Needs transformers, tokenizers and Pillow; a C++ compiler makes it 1.6 times as fast (`--no-compile` without).
 """
@@ -36,8 +36,8 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from msae.base.files import atomic_folder
-from msae.demo.drawing import draw
-from msae.demo.scenes import (
+from msae.world.drawing import draw
+from msae.world.scenes import (
     ATTRIBUTES,
     SHAPES,
     TRAINING_SEEDS,
@@ -49,7 +49,7 @@ from msae.demo.scenes import (
     caption,
     sample_scene,
 )
-from msae.demo.yardstick import Scores, measure
+from msae.world.yardstick import Scores, measure
 
 CARD = Path(__file__).with_name("demo_clip_card.md")
 PIXELS = 64

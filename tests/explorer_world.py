@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msae
-from msae.demo.chain import write_scenes
-from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY
+from msae.world.chain import write_scenes
+from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY
 
 N = 360
 HOSTILE = '<img src=x onerror="window.hurt=1">'

@@ -347,6 +347,21 @@ def test_without_a_classifier_half_the_rows_train_one_and_the_other_half_is_audi
     assert result.n == result.classifier["n_train"] == N // 2
 
 
+def test_a_store_of_texts_alone_is_audited_as_texts(sae, folder):
+    x, labels = world(seed=1)
+    table = pa.table({"id": [f"row {i}" for i in range(len(x))], "y": labels})
+    texts = write_store(folder / "texts.store", [StorePart({"text": x}, table)])
+    images = make_store(folder / "same.store", x, labels)
+    own = make_sae()
+    own.standardizer = Standardizer(dict.fromkeys(("image", "text"), sae.standardizer.statistics["image"]))
+    found, same = (audit(own, one, "y", names=NAMES, n_permutations=50) for one in (texts, images))
+    assert found.settings["modality"] == "text" and same.settings["modality"] == "image"
+    of_texts, of_images = (
+        [(one["name"], one["p"], one["remove"]) for one in each.to_json()["concepts"]] for each in (found, same)
+    )
+    assert of_texts == of_images
+
+
 def test_without_names_every_latent_is_audited(sae, store, biased):
     result = audit(sae, store, "y", train_store=biased, n_permutations=20)
     assert len(result.concepts) == D_SAE and "every latent" in result.notes[0]

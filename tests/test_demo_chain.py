@@ -6,8 +6,8 @@ import pytest
 
 from msae.base.errors import ConfigError
 from msae.cli import main
-from msae.demo import chain
-from msae.demo.scenes import attributes, sample_scene
+from msae.world import chain
+from msae.world.scenes import attributes, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,13 @@ def test_it_makes_everything_it_names(small_world):
         assert run in result.to_text()
     assert all(e.n == 200 and 0 <= e.sparsity < 1 and e.probe_accuracy > 0.9 for e in result.evaluations)
     assert (folder / "runs" / chain.NAMED_RUN / "names.json").exists()
+    assert result.report.exists() and str(result.report) == result.to_json()["report"]
 
 
 def test_a_second_demo_makes_no_scene_store_or_run_again(small_world):
     _, result, _, again, before, after = small_world
     changed = {p.name for p in before if before[p] != after.get(p)}
-    assert changed <= {"words.txt", "names.json"}
+    assert changed <= {"words.txt", "names.json", "report.html", "README.md"}
     assert again.to_json()["evaluations"] == result.to_json()["evaluations"]
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
-from msae.demo import ATTRIBUTES, CLIP_FOLDER, VOCABULARY, caption, render, sample_scene
-from msae.demo.scenes import UNSEEN_SEEDS
-from msae.demo.yardstick import Scores, measure
+from msae.data.embedder import find_folder, is_folder
+from msae.world import ATTRIBUTES, CLIP_FOLDER, VOCABULARY, caption, render, sample_scene
+from msae.world.scenes import UNSEEN_SEEDS
+from msae.world.yardstick import Scores, measure
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,3 +109,9 @@ def test_pixels_are_what_the_model_was_trained_on(clip: Clip) -> None:
     small = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
     pixels = clip.processor(picture, return_tensors="pt")["pixel_values"][0].numpy()
     np.testing.assert_allclose(pixels, small.transpose(2, 0, 1) / 127.5 - 1, atol=1e-5)
+
+
+def test_a_store_of_an_earlier_version_finds_the_clip_where_it_is_now() -> None:
+    """The folder was msae/demo/clip; a store may have recorded that path."""
+    assert find_folder("/somewhere/site-packages/msae/demo/clip") == find_folder("demo") == CLIP_FOLDER
+    assert is_folder("/somewhere/site-packages/msae/demo/clip") and not is_folder("/somewhere/demo/clip")

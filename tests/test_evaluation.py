@@ -2,6 +2,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -410,6 +411,20 @@ def test_wrong_options_are_refused_in_one_line(world, options, error, message):
     with pytest.raises(error, match=message) as caught:
         evaluate(world[2], world[1], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_modality_rows_are_what_the_store_or_else_the_run_says(world, tmp_path):
+    """A store of texts alone is evaluated as texts; a file that does not say what it holds, as what was trained on."""
+    _, holdout, run = world
+    texts = tmp_path / "texts.npy"
+    shutil.copy(holdout, texts)
+    assert evaluate(run, texts).modality == "text"
+    assert evaluate(run, holdout) == evaluate(run, holdout, modality="image")
+    captioned = tmp_path / "captioned.npy"
+    shutil.copy(holdout, captioned)
+    rows = len(np.load(captioned))
+    captioned.with_suffix(".csv").write_text("id,caption\n" + "".join(f"{i},a cat\n" for i in range(rows)))
+    assert evaluate(run, captioned).modality == "image" and evaluate(SAE.load(run), captioned).modality == "text"
 
 
 def test_another_width_names_both(world, tmp_path):

@@ -511,6 +511,15 @@ def test_the_security_policy_allows_no_code_or_style_inside_a_page(base, explore
         assert not [key for _, values in tags for key in values if key == "style" or key.startswith("on")]
 
 
+def test_the_glossary_is_a_page_that_every_page_links_to(base, explorer):
+    status, body, _ = get(base, "/glossary")
+    page = body.decode()
+    assert status == 200 and '<p id="word-latent"><strong>Latent.</strong>' in page and "<td>FVU ↓</td>" in page
+    assert "**" not in page and "](" not in page and "(naming.md)" not in page
+    for name in ("concepts", "concept", "search", "audit", "models"):
+        assert '<a href="/glossary">' in show(explorer, page=name)
+
+
 def test_over_http_no_file_but_thumbnails_of_listed_pictures(folder, world, base):
     secret = (folder / "secret.png").read_bytes()
     status, body, headers = get(base, "/picture/5/96")

@@ -19,7 +19,7 @@ from torch import nn
 from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.sae import activations, kernels, losses
 from msae.sae.kernels import Selection, adamw_step_, loading, reference, sae_loss
-from msae.sae.kernels.selection import Objective
+from msae.sae.kernels.selection import Objective, Parameters
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 needs_interpreter = pytest.mark.skipif(
@@ -436,9 +436,58 @@ def test_a_kernel_that_fails_to_launch_leaves_the_loss_to_the_reference_with_one
     assert "the cuda kernel cannot be used (RuntimeError: PassManager::run failed), going on" in done.stderr
 
 
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("cpu", marks=needs_numba)])
+@pytest.mark.parametrize("levels", [(4, 16, 60), (4, 16), (8,)])
+def test_level_scales_are_the_formula_and_have_its_gradient(kernel, levels):
+    x, weights = rows_of(37, 20), parameters(20, 60, with_threshold=False)
+    scales = torch.tensor([1.5, 1.2, 0.9][: len(levels)])
+    shares = [1.0, 2.0, 4.0][: len(levels)]
+
+    def gradients(dtype, loss_of):
+        leaves = [nn.Parameter(p.detach().to(dtype)) for p in (*weights, scales)]
+        loss = loss_of(x.to(dtype), *leaves)
+        loss.backward()
+        return loss, [leaf.grad for leaf in leaves]
+
+    def formula(x, W_enc, b_enc, W_dec, b_dec, scales):
+        h = (x - b_dec) @ W_enc + b_enc
+        total = 0
+        for k, share, scale in zip(levels, shares, scales, strict=True):
+            z = torch.where(h >= h.sort(1, descending=True).values[:, k - 1 : k], h, 0).relu()
+            total = total + share * (x - b_dec - scale * z @ W_dec).square().mean()
+        return total / sum(shares)
+
+    def ours(x, *leaves):
+        return sae_loss(
+            x, *leaves[:4], selection=Selection(levels=levels), weights=shares, level_scales=leaves[4], kernel=kernel
+        ).total
+
+    wanted, found = gradients(torch.float64, formula), gradients(torch.float32, ours)
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=0)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+
+
+@needs_numba
+def test_level_scales_of_one_change_nothing():
+    x, weights = rows_of(50, 24), parameters(24, 200, with_threshold=False)
+    plain, gradients = run("cpu", x, weights, **MATRYOSHKA)
+    scaled, others = run("cpu", x, weights, **MATRYOSHKA, level_scales=torch.ones(4))
+    torch.testing.assert_close(scaled.errors, plain.errors, rtol=1e-6, atol=0)
+    for one, other in zip(others, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_as_many_level_scales_as_levels_are_wanted():
+    weights = parameters(8, 20, with_threshold=False)
+    levels = {"selection": Selection(levels=(1, 2, 3)), "weights": (1, 1, 1)}
+    with pytest.raises(ConfigError, match=r"level_scales is \(2,\), wanted \(3,\)"):
+        sae_loss(rows_of(3, 8), *weights, **levels, level_scales=torch.ones(2))
+
+
 def test_auto_never_takes_triton_which_has_not_run_on_a_gpu():
     on_gpu = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))  # all that the choice asks of rows
-    assert kernels._choose("auto", on_gpu, Objective(Selection(), (1.0,))) is reference
+    assert kernels._choose("auto", on_gpu, Parameters(*[None] * 5), Objective(Selection(), (1.0,))) is reference
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")

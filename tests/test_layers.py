@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from msae.cli.verbs import VERBS, load
+
 SRC = Path(__file__).parents[1] / "src" / "msae"
-WINGS = ("base", "data", "sae", "measure", "concepts", "use", "web", "demo", "cli")
+WINGS = ("base", "data", "sae", "measure", "concepts", "use", "web", "world", "cli")
 """In the order in which data passes; a wing imports only from itself and from those before it."""
 
 FILES = sorted(SRC.rglob("*.py"))
@@ -75,14 +77,16 @@ def test_no_two_files_import_each_other_in_a_circle():
         visit(module, ())
 
 
+HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "PIL", "pyarrow", "numba", "rich", "tyro", "starlette"}
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_import_msae_is_light():
-    heavy = ["transformers", "matplotlib", "gradio", "sklearn", "scipy", "PIL", "pyarrow", "numba", "rich", "tyro"]
     loaded = run("import msae, msae.sae.train, msae.measure.evaluate, sys; print(*sys.modules)").split()
-    assert not set(heavy) & set(loaded)
+    assert not HEAVY & set(loaded)
 
 
 def test_help_loads_no_torch():
@@ -90,6 +94,21 @@ def test_help_loads_no_torch():
         "import sys\nfrom msae.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     ).split()
     assert "torch" not in loaded and "numpy" not in loaded
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_loads_nothing_heavy(verb):
+    told = run(
+        f"import sys\nfrom msae.cli import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass\n"
+        "print(*sys.modules)"
+    )
+    loaded = set(told.splitlines()[-1].split())
+    assert (
+        "--json" in told
+        and "tyro" in loaded
+        and not {"torch", "numpy", "msgspec"} & loaded
+        and not HEAVY - {"tyro"} & loaded
+    )
 
 
 def test_dir_lists_what_is_public_and_nothing_else():
@@ -103,9 +122,8 @@ def test_dir_lists_what_is_public_and_nothing_else():
 
 def test_every_verb_of_the_command_line_is_a_function_of_msae():
     import msae
-    from msae.cli.verbs import VERBS, load
 
-    for verb in set(VERBS) - {"demo"}:  # msae.demo is the package of the drawn world; its verb is msae.demo.chain.demo
+    for verb in VERBS:
         assert getattr(msae, verb) is load(VERBS[verb].function)
 
 

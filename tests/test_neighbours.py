@@ -147,10 +147,10 @@ def test_a_row_that_was_overwritten_is_found(tmp_path):
     x = np.random.default_rng(5).normal(size=(3000, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     wanted = np.eye(8, dtype=np.float32)[0]
-    before = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    before = open_store_index(as_store(tmp_path / "x.npy"), "image", tmp_path).search(wanted, 1)
     x[1230] = 3 * wanted
     np.save(tmp_path / "x.npy", x)
-    found = open_store_index(as_store(tmp_path / "x.npy"), "image").search(wanted, 1)
+    found = open_store_index(as_store(tmp_path / "x.npy"), "image", tmp_path).search(wanted, 1)
     assert before.rows.tolist() != [1230]
     assert found.rows.tolist() == [1230] and found.scores[0] == pytest.approx(1)
 
@@ -162,6 +162,16 @@ def test_where_nothing_can_be_written_the_users_cache_is_used(tmp_path, monkeypa
     index = open_index(place)
     assert (tmp_path / "cache") in index.path.parents
     assert open_index(place, batches=unbuildable).path == index.path
+
+
+def test_without_a_run_folder_the_index_lies_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "x.npy", X if folder == "a" else -X)
+    a, b = (open_store_index(as_store(tmp_path / folder / "x.npy"), "image") for folder in ("a", "b"))
+    assert a.path != b.path and a.path.parent == b.path.parent == tmp_path / "cache" / "msae" / "index"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.npy"]
 
 
 def test_a_build_that_is_killed_leaves_no_index(tmp_path):

@@ -114,7 +114,7 @@ def test_python_for_vectors_gives_what_the_commands_give(folder, named, tmp_path
 def test_every_named_file_of_the_package_exists():
     architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     named = set(
-        re.findall(r"`((?:base|data|sae|measure|concepts|use|web|demo|cli)/[\w/]*(?:\.py)?)`", architecture + README)
+        re.findall(r"`((?:base|data|sae|measure|concepts|use|web|world|cli)/[\w/]*(?:\.py)?)`", architecture + README)
     )
     assert len(named) > 30
     assert [name for name in sorted(named) if not exists(name)] == []

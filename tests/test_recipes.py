@@ -15,8 +15,8 @@ import pytest
 
 from msae.cli import main
 from msae.concepts.names import Concept, ConceptNames
-from msae.demo import chain
-from msae.demo.scenes import ATTRIBUTES
+from msae.world import chain
+from msae.world.scenes import ATTRIBUTES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 DEMO = "The form, on the demo's world"

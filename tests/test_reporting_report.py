@@ -113,7 +113,7 @@ def test_every_section_is_there_and_nothing_is_missing(full):
     assert made_report.missing == ()
     headings = re.findall(r"<h2 id=\"(\w+)\">", page)
     links = re.findall(r"<a href=\"#(\w+)\">", page)
-    assert headings == links[: len(headings)] and len(headings) == 9
+    assert headings == links[: len(headings)] and len(headings) == 10
     assert page.count("<caption") == 2 and page.count("data:image/jpeg") > 8
     assert "beside" in page and 'class="best"' in page and 'class="tree"' in page
 
@@ -189,6 +189,12 @@ def test_what_it_says_to_type_is_what_makes_it(world, capsys):
             main(missing[section].replace("STORE", str(world / "pairs.store")).split()[1:])
         assert left.value.code == 0, capsys.readouterr().err
     assert {one.section for one in report(world / "bare").missing} == {"names", "audit"}
+
+
+def test_the_glossary_is_in_the_page_with_every_word_once(full):
+    page = full[1]
+    words = re.findall(r'<p id="(word-[^"]+)"><strong>', page)
+    assert len(words) == len(set(words)) > 40 and "word-latent" in words and 'href="#glossary"' in page
 
 
 def test_an_unnamed_run_shows_its_strongest_latents(world):

@@ -371,15 +371,29 @@ def test_where_the_store_lacks_the_querys_modality_the_other_tells_what_is_natur
     assert "natural strengths are those of its image rows" in found.warnings[0]
 
 
-def test_the_index_lies_beside_the_store_and_is_rebuilt_when_the_store_changes(run, tmp_path, caplog):
+def test_the_index_lies_beside_the_run_and_is_rebuilt_when_the_store_changes(run, tmp_path, caplog):
     np.save(tmp_path / "x.npy", IMAGES)
     search(run, tmp_path / "x.npy", like="7")
-    assert (tmp_path / "x.npy.msae-index" / "image.faiss").exists()
+    assert len(list((run / "index").glob("x.npy-image-*.faiss"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     np.save(tmp_path / "x.npy", IMAGES[::-1])
     found = search(run, tmp_path / "x.npy", like="7")
     rows, _ = oracle.nearest(IMAGES[::-1], IMAGES[::-1][7], 20, np.arange(N) != 7)
     assert [hit.row for hit in found.hits] == rows.tolist()
     assert "built from other rows" in caplog.text
+
+
+def test_a_search_writes_nothing_into_the_store_and_uses_no_index_of_an_earlier_version(run, store, caplog):
+    old = store.path / "index"
+    old.mkdir()
+    for name in ("image.faiss", "image.json"):
+        (old / name).write_text("an earlier msae built its index here")
+    before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*")}
+    found = search(run, store.path, like="row7")
+    rows, _ = oracle.nearest(IMAGES, IMAGES[7], 20, np.arange(N) != 7)
+    assert [hit.row for hit in found.hits] == rows.tolist() and not caplog.text
+    assert {path: path.stat().st_mtime_ns for path in store.path.rglob("*")} == before
+    assert (run / "index").is_dir()
 
 
 def test_json_and_table_hold_the_answer(run, store):

@@ -44,6 +44,28 @@ def test_a_reloaded_sae_encodes_and_decodes_the_same_bits(kind, cap, tmp_path):
     assert torch.equal(again.encode(X, k=3), sae.encode(X, k=3))
 
 
+def test_level_scales_multiply_activations_by_how_many_latents_take_part(tmp_path):
+    plain, sae = make(), make(level_scales=True)
+    sae.log_level_scales.data = torch.tensor([2.0, 1.0, 0.5]).log()
+    assert [sae.scale_at(float(k)) for k in (1, 4, 16, 48)] == pytest.approx([2, 2, 1, 0.5])
+    assert sae.scale_at(8.0) == pytest.approx(2**0.5)  # half-way between 4 and 16
+    assert plain.scale_at(8.0) == 1
+    h = torch.randn(9, 48)
+    for k, scale in ((4, 2), (8, 2**0.5), (48, 0.5)):
+        assert torch.allclose(sae.activate(h, inference="topk", k=k), scale * plain.activate(h, inference="topk", k=k))
+    assert torch.allclose(sae.activate(h, inference="relu"), 0.5 * h.relu())
+    fitted, unscaled = sae.with_l0(4, X), plain.with_l0(4, X)
+    assert torch.allclose(fitted.encode(X), 2 * unscaled.encode(X))  # the same latents fire
+    assert torch.allclose(fitted.with_l0(8).encode(X), 2**0.5 * unscaled.with_l0(8).encode(X))
+    fitted.save(tmp_path)
+    assert torch.equal(SAE.load(tmp_path).encode(X), fitted.encode(X))
+
+
+def test_an_sae_without_levels_has_no_level_scales():
+    with pytest.raises(ConfigError, match="level scales without levels"):
+        make("topk", level_scales=True)
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     make().save(tmp_path / "a")
     make().save(tmp_path / "b")

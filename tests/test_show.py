@@ -9,7 +9,8 @@ import pytest
 import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.cli import main
-from msae.data.store import EmbeddingStore, Row, names_to_show
+from msae.data.rows import Row, names_to_show
+from msae.data.store import EmbeddingStore
 from msae.web.report.search import render
 from msae.web.report.sheet import as_html
 

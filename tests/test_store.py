@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from msae.base.errors import MissingDependencyError, StoreError
-from msae.data.store import EmbeddingStore, StorePart, as_store, find_picture, write_store
+from msae.data.rows import find_picture
+from msae.data.store import EmbeddingStore, StorePart, as_store, write_store
 
 N, D = 25, 6
 
@@ -215,6 +216,12 @@ def test_a_guess_from_captions_is_said_in_one_line_and_the_option_settles_it(tmp
     assert not caplog.records
     assert as_store(captioned(tmp_path / "y.npy", "id,caption,label")).modalities == ("image",)
     assert "taken for image embeddings" in caplog.text and "--modality text" in caplog.text
+
+
+def test_what_the_caller_knows_of_unnamed_rows_comes_before_the_guess_and_after_the_name(tmp_path, caplog):
+    assert as_store(captioned(tmp_path / "x.npy"), unnamed="image").modalities == ("image",)
+    assert as_store(captioned(tmp_path / "texts.npy"), unnamed="image").modalities == ("text",)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

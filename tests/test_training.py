@@ -21,6 +21,7 @@ from msae.data.store import as_store
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.run import Run
 from msae.sae.train import TrainOptions, TrainSettings, learning_rate, shuffled_batches, train, train_step
+from msae.sae.train.rows import TrainingRows
 from msae.sae.train.training import Training
 from msae.web.report.figures import training_curves
 
@@ -204,7 +205,7 @@ def test_a_checkpoint_is_kept_until_the_loss_after_the_next_one_is_sound(store, 
     """Steps 1 to 30 are sound; then the rate jumps, the update of step 31 ruins the weights and is checkpointed."""
     options = {**SMALL, "kind": "topk", "k": 8, "checkpoint_every": 1}
     settings = TrainSettings(**options).resolve(as_store(store))
-    run = _JumpsAt(30, tmp_path / "run", as_store(store), settings)
+    run = _JumpsAt(30, tmp_path / "run", TrainingRows(store, "image"), settings)
     with pytest.raises(TrainingError, match=r"diverged at step 31 of 60 .*step-000030 is kept; .*lower --lr") as caught:
         run.train(resume=False)
     assert "\n" not in str(caught.value)
@@ -220,7 +221,7 @@ def test_a_checkpoint_of_spoilt_weights_does_not_replace_a_good_one(store, tmp_p
     """The update of step 31 makes the error 6,205, and that of step 32 a diverged one, also after a resumption."""
     settings = TrainSettings(**{**SMALL, "kind": "topk", "k": 8, "checkpoint_every": 1}).resolve(as_store(store))
     for resume in (False, True):
-        run = _JumpsAt(30, tmp_path / "run", as_store(store), settings, lr=4.0)
+        run = _JumpsAt(30, tmp_path / "run", TrainingRows(store, "image"), settings, lr=4.0)
         with pytest.raises(TrainingError, match=r"diverged at step 32 of 60 .*step-000030 is kept"):
             run.train(resume=resume)
     kept = SAE.load(tmp_path / "run/checkpoints/step-000030")
@@ -245,7 +246,7 @@ class _JumpsAt(Training):
 def test_a_run_that_diverges_in_its_last_step_is_an_error_and_saves_no_sae(store, tmp_path):
     settings = TrainSettings(**{**SMALL, "checkpoint_every": 7}).resolve(as_store(store))
     with pytest.raises(TrainingError, match=r"diverged at step 60 of 60 .*step-000056 is kept"):
-        _JumpsAt(59, tmp_path / "run", as_store(store), settings).train(resume=False)
+        _JumpsAt(59, tmp_path / "run", TrainingRows(store, "image"), settings).train(resume=False)
     assert not (tmp_path / "run/sae.json").exists()
 
 
@@ -339,17 +340,18 @@ def sized(d_in, n_rows=50_000):
     return Rows()
 
 
-def test_default_levels_double_up_to_half_of_the_dimensions():
+def test_default_levels_double_up_to_the_dimensions():
     wide = TrainSettings().resolve(sized(512))
-    assert wide.levels == (8, 16, 32, 64, 128, 256) and wide.weights == (1,) * 6
-    assert (wide.lr, wide.inference_l0, wide.d_sae, wide.batch_size) == (2e-3, 64, 4096, 128)
+    assert wide.levels == (8, 16, 32, 64, 128, 256, 512) and wide.level_scales is True
+    assert wide.weights == pytest.approx([(k / 8) ** 0.25 for k in wide.levels])
+    assert (wide.lr, wide.inference_l0, wide.d_sae, wide.batch_size) == (3e-3, 64, 4096, 256)
     demo = TrainSettings().resolve(sized(128))
-    assert demo.levels == (2, 4, 8, 16, 32, 64) and demo.inference_l0 == 16
-    assert TrainSettings().resolve(sized(768)).levels == (12, 24, 48, 96, 192, 384)
+    assert demo.levels == (2, 4, 8, 16, 32, 64, 128) and demo.inference_l0 == 16
+    assert TrainSettings().resolve(sized(768)).levels == (12, 24, 48, 96, 192, 384, 768)
     assert TrainSettings(d_sae=40).resolve(sized(128)).levels == (2, 4, 8, 16, 32, 40)
     assert TrainSettings(d_sae=1).resolve(sized(7)).levels == (1,)
     reverse = TrainSettings(weighting="reverse").resolve(sized(512))
-    assert reverse.levels == wide.levels and reverse.weights == tuple(range(6, 0, -1))
+    assert reverse.levels == wide.levels and reverse.weights == tuple(range(7, 0, -1))
 
 
 def test_the_faithful_recipe_has_levels_up_to_all_latents():

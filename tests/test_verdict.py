@@ -112,8 +112,8 @@ def test_recovery_is_printed_by_k(world):
 def scenes(tmp_path_factory):
     """Embeddings of drawn pictures by the demo's CLIP."""
     pytest.importorskip("transformers")
-    from msae.demo.chain import write_scenes
-    from msae.demo.scenes import UNSEEN_SEEDS
+    from msae.world.chain import write_scenes
+    from msae.world.scenes import UNSEEN_SEEDS
 
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder / "scenes", range(UNSEEN_SEEDS.start, UNSEEN_SEEDS.start + 400))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.report import Report, report
+    from msae.world.chain import demo
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOME = {
     "evaluate": "measure.evaluate",
     "poster_table": "measure.evaluate",
     "explore": "web.explorer",
+    "demo": "world.chain",
     "Gallery": "concepts.gallery",
     "concept_tree": "concepts.tree",
     "gallery": "concepts.gallery",
@@ -101,6 +103,7 @@ __all__ = [
     "activations",
     "audit",
     "concept_tree",
+    "demo",
     "embed",
     "errors",
     "evaluate",

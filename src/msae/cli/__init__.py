@@ -92,9 +92,7 @@ def verb_options(name: str) -> dict[str, Option]:
     """The options of a verb by name, with the argument that needs none."""
     from msae.cli.options import options_of
 
-    verb = VERBS[name]
-    settings = load(verb.settings) if verb.settings else None
-    return options_of(load(verb.function), verb.finish, settings=settings, hidden=verb.hidden)
+    return options_of(VERBS[name])
 
 
 class _UsageError(Exception):
@@ -107,15 +105,15 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
     Raises:
         SystemExit: Help was asked for and is shown.
     """
-    from msae.cli.options import description_of, parse
+    from msae.cli.options import parse
+    from msae.cli.signatures import description
 
     verb = VERBS[name]
-    function = load(verb.function)
     options = verb_options(name)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = parse(name, description_of(function), options, verb.positional, _renamed(verb, arguments))
+            given = parse(name, description(verb.function), options, verb.positional, _renamed(verb, arguments))
     except SystemExit as leave:
         if leave.code == 2:
             raise _UsageError(_usage_line(complaint.getvalue())) from None
@@ -123,7 +121,7 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
     argument, metavar = verb.positional
     if argument and not given.get(argument):
         raise _UsageError(f"{metavar} is missing")
-    return functools.partial(_show, verb, function, given)
+    return functools.partial(_show, verb, given)
 
 
 def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
@@ -132,14 +130,14 @@ def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
     return [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
 
 
-def _show(verb: Verb, function: Callable[..., Any], given: dict[str, Any]) -> None:
+def _show(verb: Verb, given: dict[str, Any]) -> None:
     """Call the function, print what it found, and write it where --json says."""
     json = given.pop("json", None)
     check_target(json)
     of_finish = {key: given.pop(key) for key in inspect.signature(verb.finish).parameters if key in given}
     if "json" in inspect.signature(verb.finish).parameters:
         of_finish["json"] = json
-    shown = verb.finish(functools.partial(function, **given), **of_finish)
+    shown = verb.finish(functools.partial(load(verb.function), **given), **of_finish)
     if shown is not None:
         report(*shown, json)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import collections.abc
-import dataclasses
 import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Required, TypedDict, Union
+
+from msae.cli import signatures
+
+if TYPE_CHECKING:
+    from msae.cli.verbs import Verb
 
 JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
 METAVARS = {
@@ -36,40 +40,16 @@ class Option(NamedTuple):
     help: str
 
 
-def options_of(
-    function: Callable[..., Any],
-    finish: Callable[..., Any],
-    *,
-    settings: type | None,
-    hidden: Sequence[str],
-) -> dict[str, Option]:
-    """The options of a verb, by name, in the order of the function's parameters.
-
-    Args:
-        finish: Shows the result; its own parameters are options too.
-        settings: The dataclass whose fields the function takes as `**options`.
-        hidden: Parameters that are for Python alone.
-    """
-    docs = _docs(function)
-    found = [
-        Option(name, hint, parameter.default, docs.get(name, ""))
-        for name, parameter, hint in _parameters(function)
-        if name not in hidden
-    ]
-    if settings is not None:
-        hints, docs = typing.get_type_hints(settings), _docs(settings)
-        found += [
-            Option(field.name, _from_words(hints[field.name]), field.default, docs.get(field.name, ""))
-            for field in dataclasses.fields(settings)
-        ]
-    docs = _docs(finish)
-    found += [
-        Option(name, hint, parameter.default, docs.get(name, ""))
-        for name, parameter, hint in _parameters(finish)
-        if name not in ("call", "json")
-    ]
-    found.append(Option("json", str, None, JSON_HELP))
-    return {option.name: option for option in found}
+def options_of(verb: Verb) -> dict[str, Option]:
+    """The options of a verb, by name, in the order of the function's parameters."""
+    found = [one for one in signatures.parameters(verb.function) if one.name not in verb.hidden]
+    if verb.settings is not None:
+        found += signatures.fields(verb.settings)
+    finish = signatures.parameters(f"{verb.finish.__module__}:{verb.finish.__name__}")
+    found += [one for one in finish if one.name not in ("call", "json")]
+    words = [(one, _from_words(one.type)) for one in found]
+    options = [Option(one.name, hint, one.default, one.text) for one, hint in words if hint is not None]
+    return {option.name: option for option in [*options, Option("json", str, None, JSON_HELP)]}
 
 
 def parse(
@@ -107,39 +87,6 @@ def parse(
     config = (tyro.conf.FlagCreatePairsOff,)
     given = tyro.cli(record, prog=f"msae {verb}", args=arguments, default=defaults, config=config)
     return {name: value for name, value in given.items() if name in options}
-
-
-def description_of(function: Callable[..., Any]) -> str:
-    """A function's docstring without its sections."""
-    import docstring_parser
-
-    return docstring_parser.parse(inspect.getdoc(function) or "").description or ""
-
-
-def _docs(documented: Any) -> dict[str, str]:
-    """What a docstring says of each parameter, or of each field of a dataclass."""
-    import docstring_parser
-
-    found = docstring_parser.parse_from_object(documented).params
-    return {one.arg_name: " ".join((one.description or "").split()) for one in found}
-
-
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, inspect.Parameter, Any]]:
-    """Each parameter that words can give, with its type."""
-    found = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        hint = parameter.annotation
-        if isinstance(hint, str):
-            try:
-                hint = eval(hint, vars(inspect.getmodule(function)))  # noqa: S307  # our own annotations
-            except NameError:  # a type that is imported for the type checker alone is no word
-                continue
-        hint = _from_words(hint)
-        if hint is not None:
-            found.append((name, parameter, hint))
-    return found
 
 
 def _from_words(hint: Any) -> Any:

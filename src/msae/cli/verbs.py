@@ -49,15 +49,7 @@ def load(place: str) -> Any:
 def demo(call: Call, *, json: str | None) -> Shown:
     tell: Callable[[str], object] = say if json == "-" else functools.partial(print, flush=True)
     result = call(say=tell)
-    tell("writing the report, with an audit of a classifier of hats")
-    from msae.use.audit import audit
-    from msae.web.report import report as make_report
-
-    run, holdout = result.named_run, result.holdout
-    hats = audit(run, holdout, "hat") if len(result.names) else None
-    page = make_report(run, holdout, beside=result.runs, audit=hats).path
-    closing = f"{result.to_text()}\n\nall of it, to look at  {page}"
-    return closing, {**result.to_json(), "report": str(page)}
+    return result.to_text(), result.to_json()
 
 
 def embed(call: Call) -> Shown:
@@ -69,26 +61,31 @@ def embed(call: Call) -> Shown:
 
 
 def train(call: Call) -> Shown:
-    from msae.data.store import as_store
     from msae.measure.evaluate.untrained import glance
+    from msae.sae.train.rows import TrainingRows
     from msae.sae.view import View
 
     sae = call()
     out = Path(call.keywords["out"])
     last = json_format.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]
-    store = as_store(call.keywords["store"], settings["modality"])
-    view = View(out, store, settings["modality"], device=call.keywords.get("device", "auto"))
-    seen = glance(view, seed=settings["seed"])
-    text = "\n".join(
-        [
-            f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps",
-            f"on {seen.n:,} of its {len(store):,} training rows (unseen rows lose more), inference {seen.inference}:",
-            *(f"  {line}" for line in seen.to_text().splitlines()),
-            f"next, on rows that it was not trained on: msae evaluate {out} --on STORE",
-        ]
-    )
-    return text, {"run": str(out), "settings": settings, "last": last, "training_sample": seen._asdict()}
+    rows = TrainingRows(call.keywords["store"], settings["modality"])
+    lines = [f"{out}: {sae.config.kind} SAE {sae.d_in} -> {sae.d_sae}, {last['step']:,} steps"]
+    samples: dict[str, Any] = {}
+    for modality in rows.trained:
+        store = next(store for store in rows.stores if modality in store.modalities)
+        view = View(out, store, modality, device=call.keywords.get("device", "auto"))
+        seen = glance(view, seed=settings["seed"])
+        what = "" if len(rows.trained) == 1 else f"{modality} "
+        of = "its" if len(rows.stores) == 1 else f"{store.path.name}'s"
+        lines.append(
+            f"on {seen.n:,} of {of} {len(store):,} {what}training rows (unseen rows lose more), "
+            f"inference {seen.inference}:"
+        )
+        lines += [f"  {line}" for line in seen.to_text().splitlines()]
+        samples[f"training_sample{'' if not samples else f'_{modality}'}"] = seen._asdict()
+    lines.append(f"next, on rows that it was not trained on: msae evaluate {out} --on STORE")
+    return "\n".join(lines), {"run": str(out), "settings": settings, "last": last, **samples}
 
 
 def evaluate(call: Call, *, poster: bool = False, latex: bool = False) -> Shown:
@@ -160,12 +157,7 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page with plots to this file; it opens offline.
     """
-    found = call()
-    if html is not None:
-        from msae.web.report.audit import write_html
-
-        write_html(found, html)
-    return found.to_text(), found.to_json()
+    return _with_page(call(), html, "msae.web.report.audit:write_html")
 
 
 def search(call: Call, *, html: Path | None = None) -> Shown:
@@ -173,11 +165,12 @@ def search(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page of what was found before and after the edits; it opens offline.
     """
-    result = call()
-    if html is not None:
-        from msae.web.report.search import write_page
+    return _with_page(call(), html, "msae.web.report.search:write_page")
 
-        write_page(result, html)
+
+def _with_page(result: Any, html: Path | None, write: str) -> Shown:
+    if html is not None:
+        load(write)(result, html)
     return result.to_text(), result.to_json()
 
 
@@ -208,17 +201,17 @@ def info(call: Call) -> Shown:
     return "\n".join(lines), data
 
 
-RUN, RUNS = "RUN", "RUN..."
+RUN, RUNS, STORES = "RUN", "RUN...", "STORE..."
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "the whole chain on a small world of drawn pictures that comes with the package, offline",
-        "msae.demo.chain:demo",
+        "msae.world.chain:demo",
         ("", ""),
         demo,
     ),
     "embed": Verb("images or captions -> a store of embeddings", "msae.data.embed:embed", ("source", "SOURCE"), embed,
                   hidden=("shard_rows", "workers")),
-    "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", "STORE"), train,
+    "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", STORES), train,
                   settings="msae.sae.train:TrainSettings"),
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",
                      "msae.measure.evaluate:evaluate", ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),

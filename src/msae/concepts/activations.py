@@ -15,7 +15,8 @@ from msae.base.errors import ConfigError, StoreError
 from msae.base.results import Result, shorten, text_table
 from msae.concepts.concept import latents_of
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, Row
+from msae.data.rows import Row
+from msae.data.store import EmbeddingStore
 from msae.sae.model import Inference
 from msae.sae.run import RunLike
 from msae.sae.standardize import Modality

@@ -27,7 +27,8 @@ from msae.concepts.samples import (
     histogram_quantiles,
     top_samples,
 )
-from msae.data.store import EmbeddingStore, Row, as_store
+from msae.data.rows import Row
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
 from msae.sae.run import Run, RunLike
@@ -143,7 +144,8 @@ def gallery(
     if (latent is None) == (concept is None):
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
-    run, store = Run.open(sae), as_store(on)
+    run = Run.open(sae)
+    store = as_store(on, unnamed=run.modality)
     run.check_fit(store)
     d_sae = run.sae.d_sae
     names = names_of(run)
@@ -286,6 +288,7 @@ def all_magnitudes(
     sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
 ) -> AllMagnitudes:
     """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
-    run, store = Run.open(sae), as_store(on)
+    run = Run.open(sae)
+    store = as_store(on, unnamed=run.modality)
     found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
     return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})

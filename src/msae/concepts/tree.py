@@ -393,7 +393,8 @@ def concept_tree(
         ConfigError: `k` or `max_rows` is below 1, the pairs cannot be read, or there are no names to compare with them.
         StoreError: The store does not fit the SAE.
     """
-    run, store = Run.open(sae), as_store(on, modality)
+    run = Run.open(sae)
+    store = as_store(on, modality, unnamed=run.modality)
     model, folder = run.sae, run.folder
     if max_rows < 1 or (k is not None and k < 1):
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")

@@ -41,6 +41,7 @@ _NPZ_ERRORS = (*NPY_ERRORS, zipfile.BadZipFile, zlib.error, NotImplementedError,
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 Error = Callable[[str], MsaeError]
+Refuse = Callable[[int], MsaeError]
 ModalityT = TypeVar("ModalityT", bound=str)
 
 
@@ -57,7 +58,7 @@ class Rows:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
-    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+    def floats(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """The chosen rows as float32: a number that float32 cannot hold becomes infinite."""
         chosen = self.values[rows]
         if self.dtype == "bfloat16":  # the upper half of a float32
@@ -93,8 +94,12 @@ class ShardedRows:
     def __len__(self) -> int:
         return self.offsets[-1]
 
-    def take(self, rows: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n d_in"]:
-        """The given rows in the given order, with one sorted read of each shard touched."""
+    def take(self, rows: Int64[np.ndarray, " n"], refuse: Refuse) -> Float32[np.ndarray, "n d_in"]:
+        """The given rows in the given order, with one sorted read of each shard touched.
+
+        Raises:
+            MsaeError: Made by `refuse` of the number of the first row that holds a NaN or an infinity.
+        """
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         out = np.empty((len(rows), self.d_in), dtype=np.float32)
@@ -102,19 +107,26 @@ class ShardedRows:
         for number, shard in enumerate(self.shards):
             first, last = cuts[number], cuts[number + 1]
             if first < last:
-                out[order[first:last]] = shard.read(ascending[first:last] - self.offsets[number])
+                out[order[first:last]] = shard.floats(ascending[first:last] - self.offsets[number])
+        bad = first_bad_row(out)
+        if bad is not None:
+            raise refuse(int(rows[bad]))
         return out
 
-    def between(self, start: int, stop: int) -> Float32[np.ndarray, "n d_in"]:
-        """The rows from `start` up to `stop`, read contiguously."""
-        stop = min(stop, len(self))
+    def between(self, start: int, stop: int, refuse: Refuse) -> Float32[np.ndarray, "n d_in"]:
+        """The rows from `start` up to `stop`, read contiguously; raises as `take` does."""
+        begin, stop = start, min(stop, len(self))
         pieces = []
         number = bisect.bisect_right(self.offsets, start) - 1
         while start < stop:
             first, last = self.offsets[number], min(stop, self.offsets[number + 1])
-            pieces.append(self.shards[number].read(slice(start - first, last - first)))
+            pieces.append(self.shards[number].floats(slice(start - first, last - first)))
             start, number = last, number + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        bad = first_bad_row(x)
+        if bad is not None:
+            raise refuse(begin + bad)
+        return x
 
 
 def first_bad_row(x: Float32[np.ndarray, "n d_in"]) -> int | None:
@@ -272,28 +284,28 @@ def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[st
     return rows, strings
 
 
-def open_arrays(path: Path, error: Error) -> dict[str, Rows]:
-    """The arrays of a `.npy`, `.npz` or `.safetensors` file by their names; the one of a `.npy` is called "".
+def open_arrays(files: Mapping[str, Sequence[Path]], error: Error) -> dict[str, ShardedRows]:
+    """The arrays in files: several `.npy` of one name are one array; a `.npz` or `.safetensors` names its own.
 
     Raises:
-        MsaeError: Of the kind made by `error`: what `open_npy`, `open_npz` and `open_safetensors` raise.
+        MsaeError: Of the kind made by `error`: what `open_npy`, `open_npz` and `open_safetensors` raise, or the widths
+            or dtypes of one array's files differ.
     """
-    match path.suffix.lower():
-        case ".npy":
-            return {"": open_npy(path, error)}
-        case ".npz":
-            return {name: Rows(path, array, array.dtype.name) for name, array in open_npz(path, error).items()}
-        case _:
-            return open_safetensors(path, error)[0]
+    found: dict[str, ShardedRows] = {}
+    for name, paths in files.items():
+        path = paths[0]
+        match path.suffix.lower():
+            case ".npz":
+                arrays = open_npz(path, error)
+                found |= {own: ShardedRows((Rows(path, x, x.dtype.name),)) for own, x in arrays.items()}
+            case ".safetensors":
+                found |= {own: ShardedRows((x,)) for own, x in open_safetensors(path, error)[0].items()}
+            case _:
+                found[name] = _one_array([open_npy(shard, error) for shard in paths], error)
+    return found
 
 
-def open_shards(files: Sequence[Path], error: Error) -> ShardedRows:
-    """Several `.npy` files as one array.
-
-    Raises:
-        MsaeError: Of the kind made by `error`: what `open_npy` raises, or their widths or dtypes differ.
-    """
-    shards = [open_npy(file, error) for file in files]
+def _one_array(shards: Sequence[Rows], error: Error) -> ShardedRows:
     first = shards[0]
     for shard in shards[1:]:
         if shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:

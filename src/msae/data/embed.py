@@ -31,9 +31,10 @@ from msae.base.progress import progress
 from msae.data.arrays import first_bad_row, open_safetensors
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
+from msae.data.layout import MODALITIES, PARTIAL, Modality
 from msae.data.sources import Source, open_source
 from msae.data.sources.members import SourceItem
-from msae.data.store import MODALITIES, PARTIAL, EmbeddingStore, Modality, Skipped, StorePart, write_store
+from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
 from msae.data.tables import array_of, common_schema, conform, unique_ids
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-DEMO = Path(__file__).parents[1] / "demo" / "clip"
+DEMO = Path(__file__).parents[1] / "world" / "clip"
 """The folder of the encoder called `demo`."""
 
 _MODEL_TYPES = ("clip", "siglip", "siglip2")
@@ -283,7 +283,12 @@ def told_encoder(encoder: EncoderId) -> str:
 
 def is_folder(id: str | Path) -> bool:
     """Whether an encoder is a folder on this machine, and no model of the hub."""
-    return str(id) == "demo" or Path(id).is_dir()
+    return _place(id).is_dir()
+
+
+def _place(id: str | Path) -> Path:
+    """Where an encoder lies if it is a folder. Stores of earlier versions may name `demo` by the path it had then."""
+    return DEMO if str(id) == "demo" or Path(id).parts[-3:] == ("msae", "demo", "clip") else Path(id)
 
 
 def full_name(id: str | Path) -> str:
@@ -297,7 +302,7 @@ def find_folder(id: str, revision: str | None = None, *, local: bool = False) ->
     Raises:
         EmbedderError: There is no such folder, or the hub cannot be reached and the cache lacks it.
     """
-    path = DEMO if id == "demo" else Path(id)
+    path = _place(id)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise EmbedderError(f"{path} holds no config.json; wanted a model folder in the format of transformers")

@@ -5,71 +5,29 @@ The disk format is defined in docs/store-format.md.
 
 from __future__ import annotations
 
-import json
-import math
-import os.path
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 
-from msae.base.errors import StoreError, nearest, nearest_beside
-from msae.base.files import atomic_path, read_json, write_json
+from msae.base.errors import StoreError, nearest
+from msae.base.files import atomic_path, write_json
 from msae.base.notices import notice
-from msae.base.records import to_record
 from msae.base.results import import_pandas
-from msae.data.arrays import (
-    Rows,
-    ShardedRows,
-    fingerprint,
-    first_bad_row,
-    hash_files,
-    is_sampled_fingerprint,
-    open_arrays,
-    open_shards,
-    zero_rows,
-)
-from msae.data.tables import CAPTION_COLUMNS, IMAGE_PATH_COLUMNS, Metadata, conform, text_column, unique_ids
+from msae.data.arrays import ShardedRows, fingerprint, hash_files, is_sampled_fingerprint, open_arrays, zero_rows
+from msae.data.contents import Embeddings, contents_of, summary
+from msae.data.layout import FOLDERS, MODALITIES, SCHEMA_VERSION, Kind, Modality, StoreFiles, files_of, shards_of
+from msae.data.rows import Row, class_names, names_to_show, no_column
+from msae.data.tables import Metadata, conform, text_column, unique_ids
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
     import pyarrow as pa
-
-Modality = Literal["image", "text"]
-MODALITIES: tuple[Modality, ...] = get_args(Modality)
-
-FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
-_ENDINGS = ("embedding", "embeddings", "embeds", "emb", "features")
-EMBEDDING_NAMES: dict[Modality | None, tuple[str, ...]] = {
-    "image": (*(f"{what}_{ending}" for ending in _ENDINGS for what in ("image", "img")), "image"),
-    "text": (*(f"text_{ending}" for ending in _ENDINGS), "text"),
-    None: (*_ENDINGS, "vector", "vectors", "arr_0"),
-}
-"""Names under which a .parquet, .npz or .safetensors file may hold embeddings, the first that is there wins.
-
-`image_embeds` and `text_embeds` are those of transformers, `arr_0` that of `numpy.savez` without names.
-"""
-_MODALITY_WORDS: dict[Modality, frozenset[str]] = {
-    "image": frozenset(("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures")),
-    "text": frozenset(("text", "texts", "txt", "txts", "caption", "captions", "word", "words")),
-}
-"""Words in a file's name that say what its rows are."""
-
-PATH_COLUMNS = ("image_path", "path")
-_WRITTEN_NAN = ("nan", "<na>")
-"""What a missing value becomes when it is written as text, in lower case."""
-MAX_SHOWN = 100
-"""Characters of a value in the repr of a row."""
-
-SCHEMA_VERSION = 1
-PARTIAL = ".partial"
-"""The folder inside a store in which `msae embed` works until the store is finished."""
 
 _ROWS_DESCRIBED = 4096
 """Rows described at once while a store is iterated over."""
@@ -98,14 +56,16 @@ class EmbeddingStore:
     """
 
     path: Path
-    kind: Literal["store", "clip-retrieval", "npy", "npz", "parquet", "safetensors"]
-    rows: Mapping[Modality, ShardedRows] = field(repr=False)
+    files: StoreFiles = field(repr=False)
+    rows: Embeddings = field(repr=False)
     _metadata: Metadata = field(repr=False)
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Any] = field(repr=False)
     """What store.json says; empty for files that msae did not make."""
 
     @classmethod
-    def open(cls, path: str | Path, *, modality: Modality | None = None) -> EmbeddingStore:
+    def open(
+        cls, path: str | Path, *, modality: Modality | None = None, unnamed: Modality | None = None
+    ) -> EmbeddingStore:
         """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .npz, .parquet or .safetensors file.
 
         Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet or .npz are held in memory:
@@ -115,6 +75,7 @@ class EmbeddingStore:
             modality: What the rows of a plain file with one modality are. Without it the file's name says (image,
                 img, text, txt); else they are text where the metadata has captions, no image paths and no labels, and
                 images otherwise. Where captions make this a guess, one line on stderr says so.
+            unnamed: Instead of that guess, what rows are that neither the file nor its name says.
 
         Raises:
             StoreError: Nothing is there, it is damaged or unfinished, its parts do not fit each other, or it
@@ -123,15 +84,14 @@ class EmbeddingStore:
         path = Path(path)
         if modality is not None and modality not in MODALITIES:
             raise StoreError(f"modality {modality!r} is unknown; wanted one of {', '.join(MODALITIES)}")
-        if path.is_dir():
-            store = cls._open_folder(path)
-        elif path.is_file():
-            store = cls._open_file(path, modality)
-        else:
-            raise StoreError(f"{path} does not exist{nearest_beside(path)}; msae embed makes a store")
-        if modality is not None:
-            store._of(modality)
-        return store
+        files = files_of(path)
+        arrays, table = open_arrays(files.arrays, StoreError), Metadata.open(files.tables, StoreError)
+        rows, metadata = contents_of(path, files, arrays, table, modality=modality, unnamed=unnamed)
+        return cls(path, files, rows, metadata, files.record)
+
+    @property
+    def kind(self) -> Kind:
+        return self.files.kind
 
     @property
     def d_in(self) -> int:
@@ -198,16 +158,12 @@ class EmbeddingStore:
         Raises:
             StoreError: A row is out of range or holds a NaN or an infinity, or `modality` is not there.
         """
-        source = self._of(modality)
+        source, refuse = self.rows[modality], partial(self._not_finite, modality)
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             outside = int(rows.min() if rows.min() < 0 else rows.max())
             raise StoreError(f"row {outside} is asked of {self.path}, which has the rows 0 to {len(self) - 1}")
-        x = source.take(rows)
-        bad = first_bad_row(x)
-        if bad is not None:
-            raise self._not_finite(int(rows[bad]), modality)
-        return x
+        return source.take(rows, refuse)
 
     def batches(
         self, modality: Modality, batch_size: int, *, start: int = 0
@@ -219,14 +175,11 @@ class EmbeddingStore:
         Raises:
             StoreError: A row holds a NaN or an infinity, or `modality` is not there.
         """
-        source = self._of(modality)
+        source, refuse = self.rows[modality], partial(self._not_finite, modality)
         zeros: list[int] = []
         for first in range(start, len(self), batch_size):
-            x = source.between(first, first + batch_size)
-            bad, zero = first_bad_row(x), zero_rows(x)
-            if bad is not None:
-                raise self._not_finite(first + bad, modality)
-            zeros += (first + zero).tolist()
+            x = source.between(first, first + batch_size, refuse)
+            zeros += (first + zero_rows(x)).tolist()
             yield x
         if zeros and start == 0:
             notice(
@@ -272,7 +225,7 @@ class EmbeddingStore:
     @cached_property
     def metadata_fingerprint(self) -> str:
         """A hash of the files that hold ids, captions, labels and all other metadata."""
-        return hash_files(metadata_files(self.path))
+        return hash_files(self.files.metadata)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -357,50 +310,7 @@ class EmbeddingStore:
             "skipped": self.record.get("counts", {}).get("skipped", 0),
         }
 
-    @classmethod
-    def _open_folder(cls, path: Path) -> EmbeddingStore:
-        """msae's or clip-retrieval's folder; its shards are memory-mapped."""
-        is_ours = (path / "store.json").exists()
-        if not is_ours:
-            _check_is_clip_retrieval(path)
-        tables = metadata_files(path)
-        record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError) if is_ours else {}
-        rows = _open_shards(path)
-        metadata = Metadata.open(tables, StoreError)
-        _check_together(path, rows, metadata)
-        for key, value in _content(rows).items() if is_ours else ():
-            if record.get(key) != value:
-                raise StoreError(
-                    f"{path} is damaged: its {key} is {value!r} where store.json says {record.get(key)!r}; "
-                    f"copy the store again or embed again"
-                )
-        return cls(path, "store" if is_ours else "clip-retrieval", rows, metadata, record)
-
-    @classmethod
-    def _open_file(cls, path: Path, modality: Modality | None) -> EmbeddingStore:
-        """A file of another tool; embeddings that it does not name are of `modality`."""
-        suffix = path.suffix.lower()
-        if suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
-            raise StoreError(
-                f"{path} has the unknown suffix {suffix!r}; wanted a store folder, .npy, .npz, .parquet or .safetensors"
-            )
-        is_table = suffix == ".parquet"
-        tables = [path] if is_table else _table_beside(path)
-        arrays = {} if is_table else open_arrays(path, StoreError)
-        table = Metadata.open(tables, StoreError)
-        named, metadata = _in_columns(path, table) if is_table else _in_arrays(path, arrays, table)
-        unnamed = modality or _modality_of(path, metadata.names, is_asked=None in named)
-        rows = {name or unnamed: ShardedRows((array,)) for name, array in named.items()}
-        _check_together(path, rows, metadata)
-        kind = cast("Literal['npy', 'npz', 'parquet', 'safetensors']", suffix[1:])
-        return cls(path, kind, rows, metadata)
-
-    def _of(self, modality: Modality) -> ShardedRows:
-        if modality not in self.rows:
-            raise StoreError(f"{self.path} has no {modality} embeddings, only {' and '.join(self.modalities)}")
-        return self.rows[modality]
-
-    def _not_finite(self, row: int, modality: Modality) -> StoreError:
+    def _not_finite(self, modality: Modality, row: int) -> StoreError:
         return StoreError(
             f"row {row} (id {self.ids[row]!r}) of the {modality} embeddings in {self.path} holds NaN or "
             f"infinity; remove the row or embed again"
@@ -456,26 +366,19 @@ class RowIds(Sequence[str]):
         raise StoreError(f"{self._store.path} has no row with the id {id!r}{nearest(id, self[:10_000])}")
 
 
-def as_store(store: EmbeddingStore | str | Path, modality: Modality | None = None) -> EmbeddingStore:
-    """`store` itself, or the store at that path; with `modality`, one that has it.
+def as_store(
+    store: EmbeddingStore | str | Path, modality: Modality | None = None, *, unnamed: Modality | None = None
+) -> EmbeddingStore:
+    """`store` itself, or what `EmbeddingStore.open` opens at that path; with `modality`, one that has it.
 
     Raises:
         StoreError: It cannot be opened, or lacks `modality`.
     """
-    if not isinstance(store, EmbeddingStore):
-        return EmbeddingStore.open(store, modality=modality)
-    if modality is not None:
-        store._of(modality)
-    return store
-
-
-def resume_command(path: Path) -> str:
-    """The command that goes on with the interrupted embedding in the folder `path`."""
-    try:
-        command = json.loads((path / PARTIAL / "state.json").read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"msae embed SOURCE --encoder ID --out {path}"
-    return str(command)
+    if isinstance(store, EmbeddingStore):
+        if modality is not None:
+            _ = store.rows[modality]
+        return store
+    return EmbeddingStore.open(store, modality=modality, unnamed=unnamed)
 
 
 def write_store(
@@ -510,30 +413,10 @@ def write_store(
         with atomic_path(path / "metadata" / f"metadata_{number}.parquet") as temporary:
             # combined: the bytes of the file must not depend on how the rows came in
             pq.write_table(table.combine_chunks(), temporary, compression="zstd")
-    rows = _open_shards(path)
-    found = {**_content(rows), "fingerprint": fingerprint(rows)}
+    rows = cast("dict[Modality, ShardedRows]", open_arrays(shards_of(path), StoreError))
+    found = {**summary(rows), "fingerprint": fingerprint(rows)}
     write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
     return EmbeddingStore.open(path)
-
-
-def _content(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
-    """What store.json records of the arrays, and what must still hold when they are opened."""
-    first = next(iter(rows.values()))
-    return {
-        "modalities": [modality for modality in MODALITIES if modality in rows],
-        "rows": len(first),
-        "d_in": first.d_in,
-        "dtype": first.dtype,
-    }
-
-
-def _check_is_clip_retrieval(path: Path) -> None:
-    if (path / PARTIAL).is_dir():
-        raise StoreError(f"{path} is unfinished: embedding was interrupted; to go on, type: {resume_command(path)}")
-    if not any((path / folder).is_dir() for folder in FOLDERS.values()):
-        is_run = (path / "sae.json").exists()
-        hint = "it is a run: give the store to use it on" if is_run else "to make one, type: msae embed"
-        raise StoreError(f"{path} is no store: neither img_emb/ nor text_emb/ is in it; {hint}")
 
 
 def _regroup(
@@ -562,292 +445,3 @@ def _regroup(
                 waiting, n_waiting = [], 0
     if waiting:
         yield shard()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a store: its number, id, picture, caption and other metadata."""
-
-    row: int
-    id: str
-    path: str | None
-    """Of the picture, as the store lists it; `find_picture` says where it lies."""
-    caption: str | None
-    columns: Mapping[str, Any]
-    """What else the metadata says, such as labels, in values that JSON can hold."""
-    show: tuple[str, ...] = field(default=(), kw_only=True)
-    """Columns that a person asked to see."""
-
-    @property
-    def words(self) -> str:
-        """What a person reads: the caption, else the label, else the id; then the columns of `show`."""
-        label = self.columns.get("label")
-        text = self.caption or ("" if is_missing(label) else str(label)) or self.id
-        return f"{text} · {self.note}" if self.note else text
-
-    @property
-    def note(self) -> str:
-        """The columns of `show`, as in `colour: red · size: 3`; those without a value are left out."""
-        known = {"id": self.id, **dict.fromkeys(PATH_COLUMNS, self.path), **self.columns}
-        return " · ".join(f"{name}: {known[name]}" for name in self.show if not is_missing(known.get(name)))
-
-    def to_json(self) -> dict[str, Any]:
-        record = dict(to_record(self))
-        del record["show"]  # how to print it, not what it is
-        return record
-
-    def __repr__(self) -> str:
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        more = {name: value for name, value in own.items() if name not in Row.__dataclass_fields__}
-        known = {"id": self.id, "image_path": self.path, "caption": self.caption, **more, **self.columns}
-        shown = [
-            f"{name if name.isidentifier() else repr(name)}={_shortened(value)}"
-            for name, value in known.items()
-            if value is not None
-        ]
-        return f"{type(self).__name__}({', '.join([str(self.row), *shown])})"
-
-    @classmethod
-    def of(cls, row: int, metadata: Mapping[str, Any], show: tuple[str, ...] = ()) -> Row:
-        """The row with these metadata, `id` among them. A title is its caption where it can have no other."""
-        columns = {name: _plain(value) for name, value in metadata.items() if name not in ("id", *PATH_COLUMNS)}
-        path = next((metadata[name] for name in PATH_COLUMNS if metadata.get(name) is not None), None)
-        caption = next((columns.pop(name) for name in (*CAPTION_COLUMNS, "title") if name in columns), None)
-        return cls(row, str(metadata["id"]), _text(path), _text(caption), columns, show=show)
-
-
-def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: Path) -> tuple[str, ...]:
-    """The columns that `--show` names: one a word, or several divided by commas.
-
-    Raises:
-        StoreError: There is no such column.
-    """
-    found: list[str] = []
-    for word in [show] if isinstance(show, str) else show:
-        found += [word] if word in columns else [name.strip() for name in word.split(",") if name.strip()]
-    unknown = next((name for name in found if name not in columns and name != "id"), None)
-    if unknown is not None:
-        raise StoreError(no_column(where, unknown, columns, "--show"))
-    return tuple(dict.fromkeys(found))
-
-
-def no_column(where: Path, name: str, columns: Sequence[str], option: str | None = None) -> str:
-    """The message about a column that is not there, with the option that takes one."""
-    near = nearest(name, columns)
-    if near or not columns:
-        return f"{where} has no column {name!r}{near or '; it has no metadata'}"
-    give = f": give {option} one of these" if option else ""
-    return f"{where} has no column {name!r}; it has {', '.join(columns)}{give}"
-
-
-def find_picture(path: str | None, roots: Iterable[Path]) -> Path | None:
-    """The file of a picture that a store lists, or None where none of its folders has it.
-
-    A relative path that climbs out of its folder is not followed: it is no picture of that store.
-    """
-    if path is None or Path(os.path.normpath(path)).parts[:1] == ("..",):
-        return None
-    places = [Path(path)] if Path(path).is_absolute() else [root / path for root in roots]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 2]}…{text[-1]}"
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a row with this value has no label: null, NaN, blank text, or NaN written as text."""
-    if isinstance(value, str):
-        text = value.strip()
-        return not text or text.casefold() in _WRITTEN_NAN
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def class_names(values: Iterable[Any]) -> list[str | None]:
-    """The name of each value's class: the value as text; None where the label is missing.
-
-    Classes are compared by their names, so the number 1 and the text `1` are one class.
-    """
-    return [None if is_missing(value) else str(value) for value in values]
-
-
-def labelled_rows(names: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
-    """The rows that have a label."""
-    return np.array([row for row, name in enumerate(names) if name is not None], dtype=np.int64)
-
-
-def _open_shards(path: Path) -> dict[Modality, ShardedRows]:
-    """The rows of a folder in clip-retrieval's layout."""
-    files = {modality: _numbered(path / folder, ".npy") for modality, folder in FOLDERS.items()}
-    if not any(files.values()):
-        raise StoreError(f"{path} is an empty store: no .npy file in img_emb/ or text_emb/; embed again")
-    return {modality: open_shards(shards, StoreError) for modality, shards in files.items() if shards}
-
-
-def metadata_files(path: Path) -> list[Path]:
-    """The files from which the metadata of the STORE at `path` are read."""
-    if path.is_dir():
-        return _numbered(path / "metadata", ".parquet")
-    if path.suffix.lower() == ".parquet":
-        return [path]
-    return _table_beside(path) or ([path] if path.suffix.lower() == ".npz" else [])
-
-
-def _table_beside(path: Path) -> list[Path]:
-    """The table with the stem of `path`, if there is one."""
-    return [file for suffix in (".csv", ".parquet") if (file := path.with_suffix(suffix)).is_file()][:1]
-
-
-def _check_together(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
-    """Refuse modalities of different widths, and modalities and metadata that are not of the same rows."""
-    if len({array.d_in for array in rows.values()}) > 1:
-        widths = " and ".join(f"{array.d_in} ({modality})" for modality, array in rows.items())
-        raise StoreError(f"{path} holds embeddings of different widths: {widths}; wanted one encoder: embed again")
-    counts = {f"{modality} rows": [shard.shape[0] for shard in array.shards] for modality, array in rows.items()}
-    if metadata.counts:
-        counts["metadata rows"] = metadata.counts
-    first, *others = counts.items()
-    for name, found in others:
-        if found != first[1]:
-            where = "" if sum(found) != sum(first[1]) else ", cut into other shards"
-            raise StoreError(
-                f"{path} holds {sum(first[1]):,} {first[0]} but {sum(found):,} {name}{where}; "
-                f"wanted one for each: make both again from one source"
-            )
-
-
-def _numbered(folder: Path, suffix: str) -> list[Path]:
-    """The files `NAME_NUMBER.suffix` of a folder in the order of their numbers, 10 after 9."""
-    pattern = re.compile(rf"{re.escape(folder.name)}_(\d+){re.escape(suffix)}")
-    entries = folder.iterdir() if folder.is_dir() else []
-    found = {int(match[1]): entry for entry in entries if (match := pattern.fullmatch(entry.name))}
-    return [found[number] for number in sorted(found)]
-
-
-def _modality_of(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
-    """What rows of unnamed modality are: as the file's name says, else by the columns beside them.
-
-    Captions alone are text; a caption beside an image's path or label describes the image. Where captions are all that
-    there is to judge by, this is a guess and is said.
-    """
-    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", path.stem).lower()))
-    named: list[Modality] = [modality for modality, known in _MODALITY_WORDS.items() if words & known]
-    if len(named) == 1:
-        return named[0]
-    has_path = any(name in columns for name in IMAGE_PATH_COLUMNS)
-    caption = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if has_path or caption is None:
-        return "image"
-    guess: Modality = "image" if "label" in columns else "text"
-    if is_asked:
-        why = f"column {caption!r}" + (" and column 'label'" if guess == "image" else ", no image paths, no labels")
-        other = "text" if guess == "image" else "image"
-        notice(
-            f"{path}: its rows are taken for {guess} embeddings ({why}); "
-            f"if they are not, give --modality {other} or write {other!r} into the file's name"
-        )
-    return guess
-
-
-def _chosen(path: Path, candidates: Sequence[str], what: str) -> dict[Modality | None, str]:
-    """The name of each modality's embeddings: a known one, else the only candidate.
-
-    Args:
-        candidates: Names of what may be embeddings.
-        what: How these are called in errors, in the plural.
-    """
-    found: dict[Modality | None, str] = {}
-    for modality, names in EMBEDDING_NAMES.items():
-        known = next((name for name in names if name in candidates), None)
-        if known is not None and (modality is not None or not found):
-            found[modality] = known
-    if not found and len(candidates) == 1:
-        found = {None: candidates[0]}
-    if not found:
-        listed = f"{len(candidates)} {what}" + (f": {', '.join(candidates)}" if candidates else "")
-        raise StoreError(f"{path} has {listed}; wanted 'embeddings', or 'image' and 'text', or one alone")
-    return found
-
-
-def _in_arrays(
-    path: Path, arrays: Mapping[str, Rows], beside: Metadata
-) -> tuple[dict[Modality | None, Rows], Metadata]:
-    """The arrays of a file that are embeddings, and the table beside it.
-
-    Without a table, the one-dimensional arrays of a .npz that have a value for each row are its metadata.
-    """
-    suffix = path.suffix.lower()
-    candidates = [name for name, array in arrays.items() if len(array.shape) == 2]
-    if suffix == ".npz":
-        candidates = [name for name in candidates if arrays[name].values.dtype.kind == "f"] or candidates
-    what = "two-dimensional tensors" if suffix == ".safetensors" else "two-dimensional arrays"
-    named = {modality: _checked(arrays[name]) for modality, name in _chosen(path, candidates, what).items()}
-    if suffix == ".npz" and not beside.names:
-        return named, _columns_of(path, arrays, next(iter(named.values())).shape[0])
-    return named, beside
-
-
-def _columns_of(path: Path, arrays: Mapping[str, Rows], n_rows: int) -> Metadata:
-    import pyarrow as pa
-
-    columns = {}
-    for name, array in arrays.items():
-        if array.shape == (n_rows,):
-            try:
-                columns[name] = pa.array(array.values.tolist())
-            except (pa.ArrowException, OverflowError) as err:
-                raise StoreError(
-                    f"{path} has an array {name!r} of {array.values.dtype} that is no column; remove it"
-                ) from err
-    return Metadata.of(pa.table(columns)) if columns else Metadata.open([], StoreError)
-
-
-def _checked(rows: Rows) -> Rows:
-    """`rows`, if they are numbers of a kind that embeddings have, and not none."""
-    if rows.dtype not in ("float16", "bfloat16", "float32", "float64"):
-        raise StoreError(f"{rows.path} holds {rows.dtype}; wanted float16, bfloat16, float32 or float64")
-    if 0 in rows.shape:
-        raise StoreError(f"{rows.path} is empty: an array of shape {rows.shape}; wanted at least one row")
-    return rows
-
-
-def _in_columns(path: Path, table: Metadata) -> tuple[dict[Modality | None, Rows], Metadata]:
-    """The embedding columns of a .parquet file, in memory, and its other columns."""
-    candidates = table.vectors or [name for name in table.names if name.endswith(_ENDINGS)][:1]
-    columns = _chosen(path, candidates, "columns of float lists")
-    rows = {modality: _vectors(path, name, table) for modality, name in columns.items()}
-    others = tuple(name for name in table.names if name not in columns.values())
-    return rows, replace(table, names=others)
-
-
-def _vectors(path: Path, name: str, table: Metadata) -> Rows:
-    """A column of equally long float lists as one array."""
-    import pyarrow as pa
-
-    column = table.read([name]).column(name).combine_chunks()
-    if not len(column):
-        raise StoreError(f"{path} is empty: column {name!r} has no rows; wanted at least one")
-    if name not in table.vectors or column.null_count:
-        raise StoreError(
-            f"column {name!r} of {path} is {column.type} with {column.null_count} rows missing; "
-            f"wanted a list of floats in every row"
-        )
-    values = column.flatten()
-    is_fixed = pa.types.is_fixed_size_list(column.type)
-    if values.null_count or not len(values) or not (is_fixed or len(column.value_lengths().unique()) == 1):
-        raise StoreError(f"column {name!r} of {path} has rows of different lengths; wanted one width: embed again")
-    array = values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return Rows(path, array, array.dtype.name)

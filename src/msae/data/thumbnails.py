@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msae.base.errors import SourceError
 from msae.base.results import shorten
 from msae.data.images import read_picture
-from msae.data.store import Row, find_picture
+from msae.data.rows import Row, find_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

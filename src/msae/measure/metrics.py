@@ -235,10 +235,19 @@ class Recovery:
     NARROW = 64
     """Bands up to this many ranks gather decoder rows; wider ones are a product with a mostly zero matrix."""
 
-    def __init__(self, ks: Sequence[int], W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]) -> None:
+    def __init__(
+        self,
+        ks: Sequence[int],
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        """`scales`: for each k what the activations are multiplied by where no more are kept; 1 if left out."""
         if any(a >= b for a, b in itertools.pairwise(ks)) or not ks or not 1 <= ks[0] <= ks[-1] <= len(W_dec):
             raise ConfigError(f"recovery at k {list(ks)}; give increasing values from 1 to d_sae {len(W_dec)}")
         self.ks = tuple(ks)
+        self._scales = (1.0,) * len(self.ks) if scales is None else tuple(scales)
         self._W_dec, self._b_dec = W_dec, b_dec
         self._scores = {k: ReconstructionScore() for k in ks}
         self._best_rank = torch.full((len(W_dec),), len(W_dec), dtype=torch.int64, device=W_dec.device)
@@ -247,12 +256,12 @@ class Recovery:
     def update(self, x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> None:
         values, latents = z.sort(dim=1, descending=True, stable=True)
         n_active = int((values > 0).sum(1).max()) if len(z) else 0
-        x, x_hat = x.double(), self._b_dec.expand(len(x), -1).clone()
-        for low, k in zip((0, *self.ks), self.ks, strict=False):
+        x, decoded = x.double(), torch.zeros_like(x)
+        for low, k, scale in zip((0, *self.ks), self.ks, self._scales, strict=False):
             high = min(k, n_active)
             if low < high:
-                x_hat += self._decode_band(z.shape, values[:, low:high], latents[:, low:high])
-            self._scores[k].update(x, x_hat)
+                decoded += self._decode_band(z.shape, values[:, low:high], latents[:, low:high])
+            self._scores[k].update(x, self._b_dec + scale * decoded)
         self._note_ranks(values[:, :n_active], latents[:, :n_active])
 
     def score(self, k: int) -> ReconstructionScore:
@@ -279,6 +288,41 @@ class Recovery:
 
 
 @torch.no_grad()
+def pair_ranks(queries: Float[Tensor, "n d"], keys: Float[Tensor, "n d"], *, block: int = 1024) -> Int[Tensor, " n"]:
+    """How many other keys are at least as near to each query as its own, the one of the same row; 0 is best.
+
+    Keys that are equally near count against the query: rows that are all alike find nothing.
+    """
+    ranks = []
+    for first in range(0, len(queries), block):
+        near = queries[first : first + block] @ keys.T
+        rows = torch.arange(len(near), device=near.device)
+        own = near[rows, first + rows]
+        ranks.append((near >= own[:, None]).sum(1) - 1)
+    return torch.cat(ranks)
+
+
+def jaccard_of_pairs(
+    a: Float[Tensor, "n d_sae"], b: Float[Tensor, "n d_sae"], *, block: int = 1024
+) -> tuple[float, float]:
+    """Active latents that two rows have in common, over those of either: mean over pairs, and over all other pairs.
+
+    Row i of `a` and of `b` are a pair. Two rows without active latents have nothing in common.
+    """
+    fires_a, fires_b = (a != 0).to(a.dtype), (b != 0).to(b.dtype)
+    own, everything = 0.0, 0.0
+    for first in range(0, len(a), block):
+        rows = fires_a[first : first + block]
+        common = rows @ fires_b.T
+        either = rows.sum(1)[:, None] + fires_b.sum(1)[None, :] - common
+        share = (common / either.clamp_min(1)).double()
+        numbers = torch.arange(len(rows), device=a.device)
+        own += float(share[numbers, first + numbers].sum())
+        everything += float(share.sum())
+    n = len(a)
+    return own / n, (everything - own) / (n * (n - 1)) if n > 1 else math.nan
+
+
 def decoder_orthogonality(W_dec: Float[Tensor, "d_sae d_in"]) -> float:
     """Mean over all d_sae^2 pairs of the squared cosine of two different decoder rows; the diagonal counts as 0.
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from msae.base.errors import ConfigError
-from msae.data.store import EmbeddingStore, Modality, class_names, labelled_rows
+from msae.data.layout import Modality
+from msae.data.rows import class_names, labelled_rows
+from msae.data.store import EmbeddingStore
 
 C = 100.0
 """Inverse strength of the L2 penalty, as in scikit-learn: summed cross-entropy + ||weight||^2 / (2 C).

@@ -9,11 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from msae.base.errors import ConfigError
 from msae.sae import activations
 
-Weighting = Literal["uniform", "reverse", "rising"]
+Weighting = Literal["uniform", "reverse", "rising", "steep"]
+ALIGNMENT_TEMPERATURE = 0.1
+"""Cosines of activations are divided by it; they lie between 0 and 1."""
 
 
 def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
@@ -29,14 +32,13 @@ def default_levels(d_sae: int, *, smallest: int = 64) -> tuple[int, ...]:
 def level_weights(weighting: Weighting, n_levels: int) -> tuple[float, ...]:
     """One weight per level.
 
-    `uniform`: all 1. `reverse`: L, L-1, ..., 1, so the smallest level weighs most. `rising`: 1, 1.41, 2, 2.83, ..., so
-    levels that double weigh as the square root of the latents they keep.
+    `uniform`: all 1. `reverse`: L, L-1, ..., 1, so the smallest level weighs most. `rising`: 1, 1.19, 1.41, 1.68, ...,
+    so levels that double weigh as the fourth root of the latents they keep. `steep`: as their square root.
     """
-    if weighting == "uniform":
-        return (1.0,) * n_levels
-    if weighting == "rising":
-        return tuple(2 ** (i / 2) for i in range(n_levels))
-    return tuple(float(n_levels - i) for i in range(n_levels))
+    if weighting == "reverse":
+        return tuple(float(n_levels - i) for i in range(n_levels))
+    power = {"uniform": 0.0, "rising": 1 / 4, "steep": 1 / 2}[weighting]
+    return tuple(2 ** (power * i) for i in range(n_levels))
 
 
 def reconstruction_loss(x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:
@@ -52,6 +54,7 @@ def matryoshka_loss(
     *,
     levels: Sequence[int],
     weights: Sequence[float],
+    level_scales: Float[Tensor, " n_levels"] | None = None,
     soft_cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the reconstruction error at several sparsity levels.
@@ -64,6 +67,7 @@ def matryoshka_loss(
         h: Pre-activations of `x`, before any top-k.
         levels: Latents kept at each level, strictly increasing.
         weights: One non-negative weight per level; only their ratios matter.
+        level_scales: What the activations are multiplied by at each level: fewer latents have to be stronger.
         soft_cap: Largest activation, if there is to be one.
 
     Returns:
@@ -76,7 +80,8 @@ def matryoshka_loss(
     """
     check_levels(levels, weights)
     z = h.relu() if soft_cap is None else activations.soft_cap(h.relu(), soft_cap)
-    return nested_loss(x, z, rank_masks(h, levels), W_dec, b_dec, weights=_shares(weights)).total
+    masks = rank_masks(h, levels)
+    return nested_loss(x, z, masks, W_dec, b_dec, weights=_shares(weights), level_scales=level_scales).total
 
 
 def nested_widths_loss(
@@ -114,7 +119,7 @@ class NestedLoss(NamedTuple):
     x_hat: Float[Tensor, "n d_in"]
     """Reconstruction from the last set."""
     z: Float[Tensor, "n d_sae"]
-    """Activations of the last set."""
+    """Activations of the last set, before its scale."""
 
 
 def nested_loss(
@@ -125,6 +130,7 @@ def nested_loss(
     b_dec: Float[Tensor, " d_in"],
     *,
     weights: Sequence[float],
+    level_scales: Float[Tensor, " n_sets"] | None = None,
 ) -> NestedLoss:
     """What every kind of SAE minimises: the error of each nested set of latents, weighted and added up.
 
@@ -132,11 +138,14 @@ def nested_loss(
         z: Activations before they are cut into sets.
         masks: For each set 1 where a latent belongs to it, else 0.
         weights: One per set; they sum to one.
+        level_scales: What the activations of each set are multiplied by; 1 if left out.
     """
     total = x.new_zeros(())
     errors = []
-    for weight, mask in zip(weights, masks, strict=True):
-        x_hat = torch.addmm(b_dec, z * mask, W_dec)
+    scales = [None] * len(weights) if level_scales is None else level_scales.unbind()
+    for weight, mask, scale in zip(weights, masks, scales, strict=True):
+        taking_part = z * mask if scale is None else z * mask * scale
+        x_hat = torch.addmm(b_dec, taking_part, W_dec)
         errors.append(reconstruction_loss(x, x_hat))
         total = total + weight * errors[-1]
     return NestedLoss(total, torch.stack(errors).detach(), x_hat, z * mask)
@@ -205,6 +214,22 @@ def auxiliary_loss(
     error: Tensor = reconstruction_loss(residual, z @ W_dead)
     variance = (residual - residual.mean(0)).square().mean()
     return torch.nan_to_num(error / variance)
+
+
+def alignment_loss(images: Float[Tensor, "n d_sae"], texts: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
+    """How badly images and their texts find each other by their activations, from 0; chance is `log(n)`.
+
+    The cross-entropy of telling the own text of an image from the others of the batch, and the reverse, by the cosine
+    of the activations: it rewards latents that both of a pair have and others have not.
+
+    Args:
+        texts: Row i belongs to row i of `images`.
+
+    Source: Radford et al. 2021, arXiv:2103.00020, on activations instead of embeddings.
+    """
+    logits = functional.normalize(images) @ functional.normalize(texts).T / ALIGNMENT_TEMPERATURE
+    own = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
 
 
 def check_levels(levels: Sequence[int], weights: Sequence[float], *, noun: str = "levels") -> None:

@@ -20,17 +20,18 @@ from torch import Tensor, nn
 
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import atomic_path
+from msae.base.notices import notice
 from msae.base.records import read_record, write_record
 from msae.data.embedder import is_other_encoder, told_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
-from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics
+from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics, fit_statistics
 from msae.sae.thresholds import ThresholdTable, fit_on_store, fit_thresholds, rows_at_once
 
 Kind = Literal["matryoshka", "topk", "batchtopk", "jumprelu", "relu"]
 Inference = Literal["relu", "trained", "topk", "threshold"]
-SCHEMA_VERSION = 2
-"""Of sae.json. 2 adds `inference_l0`; files of version 1 are SAEs without thresholds."""
+SCHEMA_VERSION = 3
+"""Of sae.json. 2 adds `inference_l0`, 3 `level_scales` and `threshold_modalities`; older files are SAEs without."""
 THRESHOLD_BUFFERS = ("thresholds", "threshold_table", "threshold_table_l0")
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "sae.json"
@@ -49,10 +50,15 @@ class SAEConfig:
     """Sparsity levels of `matryoshka`; None for the others."""
     widths: tuple[int, ...] | None = None
     """Nested prefixes of the dictionary, instead of levels: the other Matryoshka SAE, by BatchTopK."""
+    level_scales: bool = False
+    """Whether each of the levels has a factor of its own for the activations."""
     soft_cap: float | None = None
     """Largest activation, by `c * tanh(z / c)`."""
     inference_l0: float | None = None
     """Mean active latents of a training row under the stored thresholds; None where there are none."""
+    threshold_modalities: tuple[Modality, ...] = ()
+    """Of which rows there are thresholds, what was trained on first. Older files do not say so: then one set of
+    thresholds serves all rows."""
     encoder: str | None = None
     """The CLIP-like model that made the embeddings, where the store said so."""
     encoder_revision: str | None = None
@@ -76,6 +82,10 @@ class SAEConfig:
                 f"widths {list(self.widths)} do not fit kind {self.kind}, d_sae {self.d_sae} and levels {self.levels}; "
                 "give them to matryoshka, without levels and none above d_sae"
             )
+        if self.level_scales and not self.levels:
+            raise ConfigError("level scales without levels; give kind matryoshka with levels, or no level scales")
+        if len(set(self.threshold_modalities)) < len(self.threshold_modalities):
+            raise ConfigError(f"thresholds of {' and '.join(self.threshold_modalities)}; wanted each modality once")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft cap {self.soft_cap} is not positive; give for example --soft-cap 30")
 
@@ -95,10 +105,13 @@ class SAE(nn.Module):
     b_dec: Float[Tensor, " d_in"]
     log_threshold: Float[Tensor, " d_sae"] | None
     """JumpReLU's learnt thresholds."""
+    log_level_scales: Float[Tensor, " n_levels"] | None
+    """Logarithm of what the activations are multiplied by at each level: fewer latents have to be stronger."""
     threshold: Float[Tensor, ""] | None
     """Running threshold of BatchTopK and of widths: makes inference independent of the batch; 0 before training."""
     thresholds: Float[Tensor, " d_sae"] | None
-    """Fitted after training: a latent fires where its pre-activation exceeds its own. None in older SAEs."""
+    """Fitted after training: a latent fires where its pre-activation exceeds its own. None in older SAEs. These are of
+    the first of `threshold_modalities`; those of another have its name behind theirs, such as `thresholds_text`."""
     threshold_table: Float[Tensor, "n d_sae"] | None
     """What `with_l0` takes thresholds from: a row for each of `threshold_table_l0`."""
     threshold_table_l0: Float[Tensor, " n"] | None
@@ -120,10 +133,14 @@ class SAE(nn.Module):
         self.log_threshold = None
         if config.kind == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((config.d_sae,), 0.1, dtype=torch.float32).log())
+        self.log_level_scales = None
+        if config.level_scales:
+            self.log_level_scales = nn.Parameter(torch.zeros(len(config.levels or ()), dtype=torch.float32))
         has_threshold = config.kind == "batchtopk" or config.widths
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if has_threshold else None)
         for name in THRESHOLD_BUFFERS:
-            self.register_buffer(name, None)
+            for suffix in ("", *(f"_{modality}" for modality in MODALITIES)):
+                self.register_buffer(name + suffix, None)
 
     @property
     def d_in(self) -> int:
@@ -138,7 +155,12 @@ class SAE(nn.Module):
         return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
 
     def activate(
-        self, h: Float[Tensor, "n d_sae"], *, inference: Inference = "trained", k: int | None = None
+        self,
+        h: Float[Tensor, "n d_sae"],
+        *,
+        inference: Inference = "trained",
+        k: int | None = None,
+        modality: Modality | None = None,
     ) -> Float[Tensor, "n d_sae"]:
         """`z` of pre-activations.
 
@@ -149,15 +171,39 @@ class SAE(nn.Module):
                 for batchtopk, jumprelu and a matryoshka of widths; for matryoshka and relu the stored thresholds, and
                 ReLU where an older SAE has none.
             k: For `topk`.
+            modality: Whose stored thresholds; None takes those of what the SAE was trained on. Where there are none of
+                this modality the others serve, and one line on stderr says so.
 
         Raises:
             ConfigError: `inference` is `topk` without `k`, or `threshold` where none are stored.
         """
         self.check_inference(inference)
-        z = self._uncapped(h, inference, k)
-        return z if self.config.soft_cap is None else activations.soft_cap(z, self.config.soft_cap)
+        z = self._uncapped(h, inference, k, modality)
+        if self.config.soft_cap is not None:
+            z = activations.soft_cap(z, self.config.soft_cap)
+        return z if self.log_level_scales is None else z * self.scale_at(self.active_latents(inference, k))
 
-    def _uncapped(self, h: Tensor, inference: Inference, k: int | None) -> Tensor:
+    def scale_at(self, n_active: float) -> float:
+        """What activations are multiplied by where `n_active` latents take part: 1 without level scales.
+
+        Between two levels its logarithm is linear in that of the number; below the first and above the last it is
+        theirs.
+        """
+        if self.log_level_scales is None:
+            return 1.0
+        assert self.config.levels is not None
+        known = self.log_level_scales.detach().double().cpu().numpy()
+        return float(np.exp(np.interp(np.log(n_active), np.log(self.config.levels), known)))
+
+    def active_latents(self, inference: Inference, k: int | None = None) -> float:
+        """How many latents an inference lets take part in a row: exactly, on average, or at most."""
+        if inference == "topk" and k is not None:
+            return float(k)
+        if inference == "relu" or self.config.inference_l0 is None:
+            return float(self.d_sae)
+        return float(self.config.inference_l0)
+
+    def _uncapped(self, h: Tensor, inference: Inference, k: int | None, modality: Modality | None) -> Tensor:
         if inference == "topk":
             if k is None or k < 1:
                 raise ConfigError(f"inference topk with k {k}; give a positive --k, for example --k 64")
@@ -170,8 +216,22 @@ class SAE(nn.Module):
             if self.log_threshold is not None:
                 return activations.threshold_relu(h, self.log_threshold.exp())
         if inference != "relu" and self.thresholds is not None:
-            return activations.threshold_relu(h, self.thresholds)
+            thresholds: Tensor = getattr(self, "thresholds" + self._suffix(modality))
+            return activations.threshold_relu(h, thresholds)
         return h.relu()
+
+    def _suffix(self, modality: Modality | None) -> str:
+        """What stands behind the names of the thresholds of `modality`."""
+        known = self.config.threshold_modalities
+        if modality in known[1:]:
+            return f"_{modality}"
+        if modality is not None and known and modality not in known:
+            notice(
+                f"this SAE has thresholds for {known[0]} rows alone, which serve for {modality} rows too: other than "
+                f"{self.config.inference_l0:.4g} latents are active in a row; to fit them: "
+                f"sae.with_l0({round(self.config.inference_l0 or 1)}, STORE, {modality!r}).save(RUN)"
+            )
+        return ""
 
     def check_inference(self, inference: Inference) -> None:
         """Refuse an unknown inference, and `threshold` where no thresholds are stored; raises `ConfigError`."""
@@ -191,7 +251,9 @@ class SAE(nn.Module):
     ) -> SAE:
         """A copy whose thresholds let `l0` latents fire in a row, on average over the rows that they are fitted on.
 
-        Without `on` they come from the table fitted after training, and nothing is computed.
+        Without `on` they come from the table fitted after training, and nothing is computed. With it, those of one
+        modality are fitted, and its mean and scale too where the SAE has none; those of another, where there are any,
+        come from their table.
 
         Args:
             on: Fit the thresholds anew on these rows of raw embeddings, or on those of this store: at most 65,536 of
@@ -204,18 +266,55 @@ class SAE(nn.Module):
         """
         if not 1 <= l0 <= self.d_sae:
             raise ConfigError(f"{l0} active latents a row is not between 1 and d_sae {self.d_sae}; give another number")
+        if on is not None and modality not in self.standardizer:
+            return self._with_statistics(on, modality).with_l0(l0, on, modality)
+        tables = self._threshold_tables()
         if on is None:
             self.check_inference("threshold")
-            assert self.threshold_table is not None and self.threshold_table_l0 is not None
-            table = ThresholdTable(self.threshold_table_l0, self.threshold_table)
         else:
-            table = self.fitted_thresholds(on, modality, l0=l0)
-        if l0 > table.largest:
+            tables = tables if self.config.threshold_modalities else {}  # of unknown rows: not kept beside known ones
+            tables[modality] = self.fitted_thresholds(on, modality, l0=l0)
+        largest = next(iter(tables.values())).largest if on is None else tables[modality].largest
+        if l0 > largest:
             raise ConfigError(
-                f"only {table.largest:.1f} latents a row are positive on average, so no thresholds let {l0} fire; "
-                f"give at most {int(table.largest)}"
+                f"only {largest:.1f} latents a row are positive on average, so no thresholds let {l0} fire; "
+                f"give at most {int(largest)}"
             )
-        return self.with_thresholds(table, float(l0))
+        sae = self.with_thresholds(tables, float(l0))
+        if on is None:  # whatever rows they were fitted on
+            sae.config = dataclasses.replace(sae.config, threshold_modalities=self.config.threshold_modalities)
+        return sae
+
+    def _with_statistics(self, on: Tensor | NDArray[Any] | EmbeddingStore | str | Path, modality: Modality) -> SAE:
+        """A copy that standardises `modality` by the mean and scale of these rows."""
+        if isinstance(on, EmbeddingStore | str | Path):
+            store = as_store(on, modality)
+            check_fit(self, store)
+            statistics = fit_statistics(lambda: map(torch.from_numpy, store.batches(modality, 8192)))
+        else:
+            x = self._checked_rows(on if isinstance(on, Tensor) else _as_tensor(on))
+            statistics = fit_statistics(lambda: [x])
+        sae = copy.deepcopy(self)
+        sae.standardizer = self.standardizer.with_statistics(modality, statistics)
+        return sae
+
+    def _suffixes(self) -> list[str]:
+        """What stands behind the names of all stored thresholds."""
+        if self.config.inference_l0 is None:
+            return []
+        return ["", *map(self._suffix, self.config.threshold_modalities[1:])]
+
+    def _threshold_tables(self) -> dict[Modality, ThresholdTable]:
+        """The stored tables; that of an older SAE, which does not say of which rows it is, as if of images."""
+        if self.thresholds is None:
+            return {}
+        return {
+            modality: ThresholdTable(
+                getattr(self, f"threshold_table_l0{suffix}"), getattr(self, f"threshold_table{suffix}")
+            )
+            for modality in self.config.threshold_modalities or MODALITIES[:1]
+            for suffix in [self._suffix(modality)]
+        }
 
     def fitted_thresholds(
         self, on: Tensor | NDArray[Any] | EmbeddingStore | str | Path, modality: Modality, *, l0: int
@@ -230,12 +329,20 @@ class SAE(nn.Module):
             raise ConfigError("there are no rows to fit thresholds on; give at least one")
         return fit_thresholds(self, lambda: torch.split(x, rows_at_once(self.d_sae)), len(x), l0=l0)
 
-    def with_thresholds(self, table: ThresholdTable, l0: float) -> SAE:
-        """A copy with the thresholds of a table for `l0`, or for all positive latents where those are fewer."""
+    def with_thresholds(self, tables: Mapping[Modality, ThresholdTable], l0: float) -> SAE:
+        """A copy with thresholds for `l0` from the tables, or for all positive latents where those are fewer.
+
+        Args:
+            tables: By the rows that they were fitted on, what was trained on first.
+        """
         sae = copy.deepcopy(self)
-        reached = min(float(l0), table.largest)
-        sae.config = dataclasses.replace(self.config, inference_l0=reached)
-        sae.thresholds, sae.threshold_table, sae.threshold_table_l0 = table.at(reached), table.thresholds, table.l0
+        modalities = tuple(tables)
+        reached = min(float(l0), tables[modalities[0]].largest)
+        sae.config = dataclasses.replace(self.config, inference_l0=reached, threshold_modalities=modalities)
+        for modality, table in tables.items():
+            thresholds = (table.at(min(float(l0), table.largest)), table.thresholds, table.l0)
+            for name, tensor in zip(THRESHOLD_BUFFERS, thresholds, strict=True):
+                setattr(sae, name + sae._suffix(modality), tensor)
         return sae
 
     def reconstruct(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
@@ -280,7 +387,8 @@ class SAE(nn.Module):
         """
         if isinstance(x, Tensor):
             rows = self._standardized(x, modality)
-            z = self.activate(self.pre_activations(rows), inference="topk" if k is not None else inference, k=k)
+            how: Inference = "topk" if k is not None else inference
+            z = self.activate(self.pre_activations(rows), inference=how, k=k, modality=modality)
             return z[0] if x.ndim == 1 else z
         if not isinstance(x, EmbeddingStore | str | Path):
             return self.encode(_as_tensor(x), modality, k, inference=inference).cpu().numpy()
@@ -291,11 +399,15 @@ class SAE(nn.Module):
 
     def _standardized(self, x: Tensor, modality: Modality) -> Tensor:
         """Rows of raw embeddings, or one, as this SAE reads them; raises `ConfigError` for another shape."""
+        return self.standardizer.apply(self._checked_rows(x).to(self.b_dec.device), modality)
+
+    def _checked_rows(self, x: Tensor) -> Tensor:
+        """Raw embeddings, or one, as rows; raises `ConfigError` for another shape."""
         if x.ndim not in (1, 2):
             raise ConfigError(f"embeddings of shape {tuple(x.shape)}; give rows, (n, {self.d_in}), or one vector")
         if x.shape[-1] != self.d_in:
             raise ConfigError(f"embeddings of width {x.shape[-1]}, but this SAE reads width {self.d_in}; give others")
-        return self.standardizer.apply(x.float().reshape(-1, self.d_in).to(self.b_dec.device), modality)
+        return x.float().reshape(-1, self.d_in)
 
     @overload
     def decode(self, z: Tensor, modality: Modality = ...) -> Tensor: ...
@@ -371,11 +483,11 @@ class SAE(nn.Module):
         except (SafetensorError, OSError) as err:
             raise RunError(f"{folder / WEIGHTS_FILE} is damaged ({err}); train again or restore it") from err
         sae = cls(config, _pop_standardizer(tensors))
-        if config.inference_l0 is not None:
-            n = tensors.get("threshold_table_l0", torch.empty(0)).numel()
+        for suffix in sae._suffixes():
+            n = tensors.get(f"threshold_table_l0{suffix}", torch.empty(0)).numel()
             for name, shape in zip(THRESHOLD_BUFFERS, ((config.d_sae,), (n, config.d_sae), (n,)), strict=True):
                 dtype = torch.float64 if name == "threshold_table_l0" else torch.float32
-                setattr(sae, name, torch.zeros(shape, dtype=dtype))
+                setattr(sae, name + suffix, torch.zeros(shape, dtype=dtype))
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -482,7 +594,7 @@ def read_config(folder: Path) -> SAEConfig:
     return read_record(
         folder / CONFIG_FILE,
         SAEConfig,
-        schema_version=(1, SCHEMA_VERSION),
+        schema_version=(1, 2, SCHEMA_VERSION),
         error=RunError,
         remedy=f"restore {CONFIG_FILE} or train again",
     )

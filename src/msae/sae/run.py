@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, Union
 from msae.base.errors import RunError, StoreError
 from msae.base.files import cache_folders, read_json, writable_cache
 from msae.data.arrays import is_sampled_fingerprint
+from msae.data.layout import MODALITIES, Modality
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, check_fit, folder_of, weights_hash
 
@@ -102,6 +103,12 @@ class Run:
             return {}
         return read_json(file, schema_version=SETTINGS_SCHEMA_VERSION, error=RunError)
 
+    @property
+    def modality(self) -> Modality | None:
+        """What it was trained on, where that is one modality and known."""
+        found = self.settings.get("modality")
+        return found if found in MODALITIES else None
+
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, a step of training each; none where it was not trained here.
@@ -186,17 +193,27 @@ class Run:
         wanted = (origin.fingerprint, origin.metadata)
         return found == wanted if metadata else found[0] == wanted[0]
 
-    def training_store(self) -> EmbeddingStore:
-        """The store that it was trained on.
+    def training_store(self, modality: Modality | None = None) -> EmbeddingStore:
+        """The store that it was trained on; of several, the first that has `modality`, else the first.
 
         Raises:
             NoTrainingStoreError: It is not known, not there, or no longer the same.
         """
-        path, promised = self.settings.get("store"), self.settings.get("store_fingerprint")
+        stores = self.training_stores()
+        return next((store for store in stores if modality in store.modalities), stores[0])
+
+    def training_stores(self) -> list[EmbeddingStore]:
+        """All stores that it was trained on; raises as `training_store` does."""
+        known = self.settings.get("stores") or [self.settings]
+        return [self._as_it_was(one.get("store"), one.get("store_fingerprint")) for one in known]
+
+    def _as_it_was(self, path: str | None, promised: str | None) -> EmbeddingStore:
+        """A store that it was trained on; raises as `training_store` does."""
         if path is None:
             raise NoTrainingStoreError(f"{self.name} does not say what it was trained on")
         try:
-            store = as_store(path, self.settings.get("modality"))
+            modality = self.settings.get("modality")
+            store = as_store(path, None if modality == "both" else modality)
             found = store.fingerprint
         except StoreError as err:
             raise NoTrainingStoreError(f"the training store cannot be opened ({err})") from err

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.progress import progress
-from msae.data.store import EmbeddingStore
 from msae.sae.standardize import Modality
 
 if TYPE_CHECKING:
@@ -89,7 +89,14 @@ def fit_thresholds(
     return ThresholdTable(l0s.to(device), torch.from_numpy(table).to(device))
 
 
-def fitting_rows(store: EmbeddingStore, *, seed: int = 0) -> Int64[np.ndarray, " n"]:
+class StoredRows(Protocol):
+    """What can be read like a store: one, or several that are joined."""
+
+    def __len__(self) -> int: ...
+    def take(self, rows: NDArray[np.int64], modality: Modality) -> NDArray[np.float32]: ...
+
+
+def fitting_rows(store: StoredRows, *, seed: int = 0) -> Int64[np.ndarray, " n"]:
     """The rows of a store that thresholds are fitted on, ascending."""
     if len(store) <= MAX_ROWS:
         return np.arange(len(store))
@@ -101,7 +108,7 @@ def rows_at_once(d_sae: int) -> int:
     return max(64, 2**22 // d_sae)
 
 
-def fit_on_store(sae: SAE, store: EmbeddingStore, modality: Modality, *, l0: int) -> ThresholdTable:
+def fit_on_store(sae: SAE, store: StoredRows, modality: Modality, *, l0: int) -> ThresholdTable:
     """`fit_thresholds` on the `fitting_rows` of a store."""
     chosen = fitting_rows(store)
     size = rows_at_once(sae.d_sae)

@@ -72,7 +72,7 @@ class View:
             ConfigError: `k` or `block_rows` is below 1, or above what there is.
         """
         self.run = Run.open(run)
-        self.store = as_store(on, modality)
+        self.store = as_store(on, modality, unnamed=self.run.modality)
         self.run.check_fit(self.store)
         self.modality: Modality = modality or self.store.modalities[0]
         sae = self.run.sae if device is None else placed(self.run.sae, device)
@@ -173,13 +173,13 @@ class View:
         """`z` of standardised embeddings, of all latents or of some."""
         sae = self.sae
         if latents is None:
-            return sae.activate(sae.pre_activations(x), inference=self.inference, k=self.k)
+            return sae.activate(sae.pre_activations(x), inference=self.inference, k=self.k, modality=self.modality)
         chosen = list(latents)
         if self.inference == "topk" or (self.inference == "trained" and sae.config.kind == "topk"):
             return self.activate(x)[:, chosen]  # what fires depends on every other latent
         h = x.new_full((len(x), sae.d_sae), -torch.inf)
         h[:, chosen] = torch.addmm(sae.b_enc[chosen], x - sae.b_dec, sae.W_enc[:, chosen])
-        return sae.activate(h, inference=self.inference)[:, chosen]
+        return sae.activate(h, inference=self.inference, modality=self.modality)[:, chosen]
 
     def _standardizer(self) -> Standardizer:
         """The SAE's own, with statistics of the modality fitted on the store where it has none."""

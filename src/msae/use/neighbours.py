@@ -1,20 +1,23 @@
 """The rows of a store by cosine: `NeighbourIndex`, a memory-mapped faiss file, and `ExactRows`, which reads every row.
 
-The index is built once and lies beside the store. It holds unit rows in float16, so its scores are off by up to
-`ERROR`. A search therefore asks it for more candidates than are wanted, scores those in float32 from the store, and
-asks for more still until no row that was left out can belong to the answer: what comes back is what a float32 search
-of every row would have found. Without faiss, as in a bare install, every row is read.
+The index is built once and lies beside the run or in the user's cache folder, never in the store. It holds unit rows
+in float16, so its scores are off by up to `ERROR`. A search therefore asks it for more candidates than are wanted,
+scores those in float32 from the store, and asks for more still until no row that was left out can belong to the answer:
+what comes back is what a float32 search of every row would have found. Without faiss, as in a bare install, every row
+is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,10 +26,11 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from msae.base.errors import MissingDependencyError, StoreError
-from msae.base.files import atomic_path, cache_folders, read_json, writable_cache, write_json
+from msae.base.files import atomic_path, cache_folders, read_json, user_cache, writable_cache, write_json
 from msae.base.progress import progress
 from msae.data.arrays import unit_rows
-from msae.data.store import EmbeddingStore, Modality
+from msae.data.layout import Modality
+from msae.data.store import EmbeddingStore
 
 SCHEMA_VERSION = 1
 ERROR = 6e-4
@@ -44,7 +48,10 @@ _log = logging.getLogger(__name__)
 _COUNT_AT = 8  # where a faiss file has its number of rows: after the kind (4 bytes) and the width (4)
 _VECTOR_AT = -8  # and the number of bytes that follow
 
-Rows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+Vector: TypeAlias = NDArray[np.float32]
+Numbers: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
+Rows = Callable[[Numbers], Vector]
 """Reads raw rows by their numbers."""
 
 
@@ -56,9 +63,30 @@ class Neighbours(NamedTuple):
     """Cosines in float32."""
 
 
+class Neighbourhood(ABC):
+    """The rows of one modality of one store, ready for many queries."""
+
+    @abstractmethod
+    def search(self, query: Vector, n: int, *, keep: Mask | None = None) -> Neighbours:
+        """The `n` rows of the largest cosine to `query`, exactly; of equal ones the lower row first.
+
+        Args:
+            query: Any raw vector but zero.
+            keep: Which rows may be found; all without it.
+        """
+
+    @abstractmethod
+    def cosines(self, query: Vector, rows: Numbers) -> Vector:
+        """Of the query and some rows, in float32."""
+
+    @abstractmethod
+    def ranks(self, query: Vector, scores: Vector, *, keep: Mask | None = None) -> Numbers:
+        """How many rows have a larger cosine to `query` than each of `scores`, plus one."""
+
+
 @dataclass(frozen=True, eq=False)
-class NeighbourIndex:
-    """The rows of one modality of one store."""
+class NeighbourIndex(Neighbourhood):
+    """A memory-mapped file of faiss."""
 
     path: Path
     n_rows: int
@@ -103,15 +131,7 @@ class NeighbourIndex:
             raise StoreError(f"{file} cannot be read back after it was written; check the disk and its free space")
         return cls(file, n_rows, d_in, index, rows)
 
-    def search(
-        self, query: Float32[np.ndarray, " d_in"], n: int, *, keep: NDArray[np.bool_] | None = None
-    ) -> Neighbours:
-        """The `n` rows of the largest cosine to `query`, exactly; of equal ones the lower row first.
-
-        Args:
-            query: Any raw vector but zero.
-            keep: Which rows may be found; all without it.
-        """
+    def search(self, query: Vector, n: int, *, keep: Mask | None = None) -> Neighbours:
         unit = unit_rows(query[None])
         n_kept = self.n_rows if keep is None else int(keep.sum())
         n = min(n, n_kept)
@@ -126,23 +146,13 @@ class NeighbourIndex:
             n_candidates = min(4 * n_candidates, n_kept)
         return Neighbours(np.empty(0, np.int64), np.empty(0, np.float32))
 
-    def cosines(self, query: Float32[np.ndarray, " d_in"], rows: Int64[np.ndarray, " m"]) -> NDArray[np.float32]:
-        """Of the query and some rows, in float32."""
+    def cosines(self, query: Vector, rows: Numbers) -> Vector:
         unit = unit_rows(query[None])[0]
         blocks = (rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK))
         return np.concatenate([np.empty(0, np.float32), *(unit_rows(self._rows(block)) @ unit for block in blocks)])
 
-    def ranks(
-        self,
-        query: Float32[np.ndarray, " d_in"],
-        scores: Float32[np.ndarray, " m"],
-        *,
-        keep: NDArray[np.bool_] | None = None,
-    ) -> Int64[np.ndarray, " m"]:
-        """How many rows have a larger cosine to `query` than each of `scores`, plus one.
-
-        Counted in float16: between rows that are nearer to each other than `ERROR` a rank may be off.
-        """
+    def ranks(self, query: Vector, scores: Vector, *, keep: Mask | None = None) -> Numbers:
+        """Counted in float16: between rows that are nearer to each other than `ERROR` a rank may be off."""
         radius = float(scores.min()) - ERROR if len(scores) else 2.0
         parameters = self._parameters(keep)
         _, found, _ = self._faiss.range_search(unit_rows(query[None]), radius, params=parameters)
@@ -150,14 +160,12 @@ class NeighbourIndex:
         ranks: NDArray[np.int64] = 1 + len(found) - np.searchsorted(ascending, scores, side="right")
         return ranks
 
-    def _candidates(
-        self, unit: NDArray[np.float32], n: int, keep: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _candidates(self, unit: NDArray[np.float32], n: int, keep: Mask | None) -> tuple[Vector, Numbers]:
         scores, rows = self._faiss.search(unit, n, params=self._parameters(keep))
         found = rows[0] >= 0
         return scores[0][found], rows[0][found]
 
-    def _parameters(self, keep: NDArray[np.bool_] | None) -> Any:
+    def _parameters(self, keep: Mask | None) -> Any:
         faiss = _load_faiss()
         if keep is None:
             return None
@@ -216,21 +224,13 @@ def _header(faiss: Any, d_in: int, n_rows: int) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class ExactRows:
-    """The rows of one modality of one store; answers as `NeighbourIndex` does."""
+class ExactRows(Neighbourhood):
+    """The store itself, of which every query reads all rows."""
 
     store: EmbeddingStore
     modality: Modality
 
-    def search(
-        self, query: Float32[np.ndarray, " d_in"], n: int, *, keep: NDArray[np.bool_] | None = None
-    ) -> Neighbours:
-        """The `n` rows of the largest cosine to `query`; of equal ones the lower row first.
-
-        Args:
-            query: Any raw vector but zero.
-            keep: Which rows may be found; all without it.
-        """
+    def search(self, query: Vector, n: int, *, keep: Mask | None = None) -> Neighbours:
         rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
         for some, theirs in self._scored(query, keep):  # the best so far, and those of the next block
             rows, scores = np.concatenate([rows, some]), np.concatenate([scores, theirs])
@@ -238,26 +238,16 @@ class ExactRows:
             rows, scores = rows[order], scores[order]
         return Neighbours(rows, scores)
 
-    def cosines(self, query: Float32[np.ndarray, " d_in"], rows: Int64[np.ndarray, " m"]) -> NDArray[np.float32]:
-        """Of the query and some rows."""
+    def cosines(self, query: Vector, rows: Numbers) -> Vector:
         return self._cosines(query, self.store.take(rows, self.modality))
 
-    def ranks(
-        self,
-        query: Float32[np.ndarray, " d_in"],
-        scores: Float32[np.ndarray, " m"],
-        *,
-        keep: NDArray[np.bool_] | None = None,
-    ) -> Int64[np.ndarray, " m"]:
-        """How many rows have a larger cosine to `query` than each of `scores`, plus one."""
+    def ranks(self, query: Vector, scores: Vector, *, keep: Mask | None = None) -> Numbers:
         ranks = np.ones(len(scores), np.int64)
         for _, theirs in self._scored(query, keep):
             ranks += len(theirs) - np.searchsorted(np.sort(theirs), scores, side="right")
         return ranks
 
-    def _scored(
-        self, query: Float32[np.ndarray, " d_in"], keep: NDArray[np.bool_] | None
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    def _scored(self, query: Vector, keep: Mask | None) -> Iterator[tuple[Numbers, Vector]]:
         """The rows that may be found and their cosines, block by block."""
         first = 0
         with progress("comparing", total=len(self.store), unit="rows") as advance:
@@ -269,25 +259,29 @@ class ExactRows:
                 advance(len(x))
 
     @staticmethod
-    def _cosines(query: Float32[np.ndarray, " d_in"], x: Float32[np.ndarray, "n d_in"]) -> NDArray[np.float32]:
+    def _cosines(query: Vector, x: Float32[np.ndarray, "n d_in"]) -> Vector:
         """Each row by itself, so that a row has the same cosine to the last bit in whatever block it is read."""
         unit = normalize(torch.from_numpy(query), dim=0, eps=1e-38)
         cosines: NDArray[np.float32] = (normalize(torch.from_numpy(x), dim=1, eps=1e-38) * unit).sum(1).numpy()
         return cosines
 
 
-def open_index(store: EmbeddingStore, modality: Modality) -> NeighbourIndex | ExactRows:
-    """The index of a store, built beside it when first asked for; without faiss, the rows themselves.
+def open_index(store: EmbeddingStore, modality: Modality, folder: Path | None = None) -> Neighbourhood:
+    """The index of a store, built when first asked for; without faiss, the rows themselves.
+
+    Args:
+        folder: A run folder, in whose `index/` it lies. Without one, in the user's cache folder.
 
     Raises:
         StoreError: The store has no rows of `modality`, or they hold NaN.
     """
     if importlib.util.find_spec("faiss") is None:
         return ExactRows(store, modality)
-    place = store.path / "index" if store.path.is_dir() else store.path.with_name(f"{store.path.name}.msae-index")
+    path = store.path.resolve()
+    own = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
     return NeighbourIndex.open(
-        place,
-        modality,
+        (folder or user_cache()) / "index",
+        f"{path.name}-{modality}-{own}",
         fingerprint=store.fingerprint,
         n_rows=len(store),
         d_in=store.d_in,

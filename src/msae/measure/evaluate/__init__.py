@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -14,6 +14,7 @@ from msae.base.errors import ConfigError
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
+from msae.measure.evaluate.pairs import Pairs, RowsFigures, codes_of, embedding_recalls, pair_rows
 from msae.measure.evaluate.passes import (
     Options,
     Probes,
@@ -35,10 +36,10 @@ from msae.measure.evaluate.record import (
     summary,
     table_rows,
 )
-from msae.measure.evaluate.untrained import untrained_like
+from msae.measure.evaluate.untrained import Untrained, untrained_like
 from msae.sae.model import SAE, Inference
 from msae.sae.run import Run, RunLike
-from msae.sae.standardize import Modality
+from msae.sae.standardize import MODALITIES, Modality
 from msae.sae.view import View
 
 __all__ = [
@@ -59,7 +60,7 @@ __all__ = [
 class EvaluateOptions(TypedDict, total=False):
     """The keywords of `evaluate`, but for the one that its result depends on."""
 
-    modality: Modality
+    modality: Modality | None
     inference: Inference
     k: int | None
     labels: str | None
@@ -87,7 +88,7 @@ def evaluate(
     sae: RunLike | Sequence[RunLike],
     on: StoreLike,
     *,
-    modality: Modality = "image",
+    modality: Modality | None = None,
     inference: Inference = "trained",
     k: int | None = None,
     labels: str | None = None,
@@ -102,12 +103,13 @@ def evaluate(
     """Measure how well SAEs reconstruct the embeddings of a store, and how sparse they are.
 
     Several runs make one table, in which the best values are marked. The figures of a run are also kept in the folder
-    eval/ of the run.
+    eval/ of the run. Where the store has images and texts, a second table has both, and a third says which latents
+    serve both and whether an image and its text find each other by their latents.
 
     Args:
         sae: One or several run folders, or Hugging Face repositories that hold an SAE.
         on: The store to evaluate on.
-        modality: Which embeddings of the store.
+        modality: Which embeddings of the store. Without it, images where the store has them.
         inference: How activations are made: `trained` uses the activation function of the SAE; `relu` keeps every
             positive one, as in the paper's table; `threshold` keeps those above the thresholds fitted after training;
             `topk` keeps the `k` strongest.
@@ -130,11 +132,12 @@ def evaluate(
         StoreError: A store is missing or damaged, or lacks the modality or the column.
         RunError: A run is missing or damaged, or does not fit the store.
     """
-    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
-    store = as_store(on, modality)
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
     if not every:
         raise ConfigError("there is no run to evaluate; give at least one")
+    store = as_store(on, modality, unnamed=Run.open(every[0]).modality)
+    modality = modality or store.modalities[0]
+    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
     views = [open_view(one, store, options) for one in every]
     probes = None
     if labels is not None:
@@ -149,6 +152,8 @@ def evaluate(
         found = _evaluate(view, store, test, train_store, options)
         null = untrained_like(view, k=max(1, round(found.l0)), seed=seed)
         found = replace(found, untrained_fvu_per_sample=json_number(null.fvu_per_sample))
+        if store.modalities == MODALITIES:
+            found = replace(found, pairs=_pairs(view, found, null, options))
         results.append(keep(found, view, labels, None if probes is None else probes.store_of(view)))
         statistics = view.standardizer.statistics[modality]
         k = None if inference == "relu" else null.view.k
@@ -159,6 +164,43 @@ def evaluate(
             nulls[same] = replace(figures, standardized_by=found.standardized_by)
     results.extend(nulls.values())
     return results[0] if isinstance(sae, Run | SAE | str | Path) and not untrained else results
+
+
+@torch.no_grad()
+def _pairs(view: View, found: Evaluation, null: Untrained, options: Options) -> Pairs:
+    """The figures of a store that has images and texts; those of one modality are in `found` already."""
+    store, rows = view.store, pair_rows(view, seed=options.seed)
+    views, nulls, figures = {view.modality: view}, {view.modality: null.view}, []
+    for modality in MODALITIES:
+        if modality == view.modality:
+            kept = {one.name: getattr(found, one.name) for one in fields(RowsFigures)}
+            figures.append(RowsFigures(**kept))
+            continue
+        mine = replace(options, modality=modality, recovery=False)
+        other = views[modality] = open_view(view.run, store, mine)
+        scores = Scores(other, None, mine)
+        for raw in other.raw(title=f"evaluating {view.run.name} on {modality} rows"):
+            scores.update(raw, None)
+        known = scores.figures()
+        untrained = untrained_like(other, k=max(1, round(known["l0"])), seed=options.seed)
+        nulls[modality] = untrained.view
+        known |= {
+            "modality": modality,
+            "cknna": json_number(cknna_over_batches(other, store, mine).value.mean),
+            "untrained_fvu_per_sample": json_number(untrained.fvu_per_sample),
+        }
+        figures.append(RowsFigures(**{one.name: known[one.name] for one in fields(RowsFigures)}))
+    codes = codes_of(views, rows)
+    return Pairs(
+        n=len(rows),
+        trained_on=view.run.settings.get("modality"),
+        rows=tuple(figures),
+        codes=codes.codes,
+        untrained=codes_of(nulls, rows).codes,
+        standardized=embedding_recalls(views, rows, standardized=True),
+        dense=embedding_recalls(views, rows, standardized=False),
+        **codes.serves,
+    )
 
 
 def _evaluate_untrained(view: View, store: EmbeddingStore, test: ProbeTest | None, options: Options) -> Evaluation:

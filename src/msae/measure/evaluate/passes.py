@@ -15,7 +15,8 @@ from torch import Tensor
 
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.progress import progress
-from msae.data.store import EmbeddingStore, as_store, labelled_rows
+from msae.data.rows import labelled_rows
+from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
 from msae.measure.probe import Probe, fit_probe, hold_out
@@ -140,7 +141,7 @@ class Probes:
             return self._store
         wanted = f"--labels {self._column} needs original embeddings to train the probe on"
         try:
-            store = view.run.training_store()
+            store = view.run.training_store(self._options.modality)
         except NoTrainingStoreError as err:
             raise ConfigError(f"{wanted}, but {err}; give --probe-train STORE") from err
         if self._column not in store.columns or self._options.modality not in store.modalities:
@@ -169,7 +170,9 @@ class Scores:
         self._fvu_authors = metrics.RunningMean()
         self.use = metrics.LatentUse(sae.d_sae)
         ks = metrics.recovery_ks(sae.d_sae)
-        self._recovery = metrics.Recovery(ks, sae.W_dec, sae.b_dec) if options.recovery else None
+        own = sae.scale_at(sae.active_latents(view.inference, view.k))
+        scales = [sae.scale_at(float(k)) / own for k in ks]
+        self._recovery = metrics.Recovery(ks, sae.W_dec, sae.b_dec, scales=scales) if options.recovery else None
         self._kl, self._agreement, self._before, self._after = (metrics.RunningMean() for _ in range(4))
         self._left_out = 0
 
@@ -315,14 +318,17 @@ def dead_in_training(
     view: View, on: EmbeddingStore, given: StoreLike | None, dead: int, options: Options
 ) -> tuple[int | None, str | None]:
     """Dead latents on the training store, or why that is unknown."""
-    modality: Modality = view.run.settings.get("modality", options.modality)
+    trained_on = view.run.settings.get("modality", options.modality)
+    modality: Modality = options.modality if trained_on == "both" else trained_on
     try:
-        store = view.run.training_store() if given is None else as_store(given, modality)
+        stores = view.run.training_stores() if given is None else [as_store(given, modality)]
     except NoTrainingStoreError as err:
         return None, f"dead latents are not counted on training rows: {err}"
-    if (store.fingerprint, modality) == (on.fingerprint, options.modality):
+    stores = [store for store in stores if modality in store.modalities]
+    if [(store.fingerprint, modality) for store in stores] == [(on.fingerprint, options.modality)]:
         return dead, None
     use = metrics.LatentUse(view.sae.d_sae)
-    for z in view.on(store, modality).activations(title=f"dead latents of {view.run.name} in training"):
-        use.update(z)
+    for store in stores:
+        for z in view.on(store, modality).activations(title=f"dead latents of {view.run.name} in training"):
+            use.update(z)
     return use.dead(), None

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from msae.base.errors import ConfigError
+from msae.base.records import to_record
 from msae.base.results import Result, text_table
+from msae.measure.evaluate.pairs import Pairs, Recalls
 from msae.sae.model import Inference
 from msae.sae.standardize import Modality
 
@@ -100,6 +102,8 @@ class Evaluation(Result):
     """Mean over classes of the F1, 0 to 1, with which the one latent that fits a class best on the probe's training
     rows fires on the evaluated ones."""
     recovery: tuple[RecoveryPoint, ...] | None = None
+    pairs: Pairs | None = None
+    """Both modalities of the pairs, where the store has images and texts; else None."""
     is_untrained: bool = False
     """Whether the weights are random: then no figure says anything about training."""
     untrained_fvu_per_sample: float | None = None
@@ -111,7 +115,8 @@ class Evaluation(Result):
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys, without those of figures that were not asked for."""
         record = dataclasses.asdict(self)
-        unasked = {"recovery"} if self.recovery is None else set()
+        record["pairs"] = to_record(self.pairs)
+        unasked = {name for name in ("recovery", "pairs") if record[name] is None}
         if self.probe_n is None:
             unasked |= {name for name in record if name.startswith("probe_") or name == "class_f1"}
         return {
@@ -121,9 +126,10 @@ class Evaluation(Result):
         }
 
     def records(self) -> list[dict[str, Any]]:
-        """The figures as one record, without the recovery."""
+        """The figures as one record, without the recovery and the pairs."""
         record = self.to_json()
         record.pop("recovery", None)
+        record.pop("pairs", None)
         return [record | {"notes": "; ".join(self.notes)}]
 
     def to_text(self) -> str:
@@ -322,9 +328,55 @@ def summary(evaluations: Sequence[Evaluation]) -> str:
     for name, one in zip(names_of(evaluations), evaluations, strict=True):
         if one.recovery:
             lines += ["", f"{name}: what the k strongest latents of each row reconstruct", *_recovery(one)]
+    lines += _pairs_lines(evaluations)
     for sentence in judgements_of(evaluations):
         lines += ["", *_wrapped(sentence)]
     return "\n".join(lines)
+
+
+def _pairs_lines(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The lines on pairs: both modalities of each SAE, which latents serve both, and whether pairs are found."""
+    known = [(name, e.pairs) for name, e in zip(names_of(evaluations), evaluations, strict=True) if e.pairs is not None]
+    if not known:
+        return []
+    rows = []
+    for name, pairs in known:
+        for one in pairs.rows:
+            label = f"{name} (trained on {pairs.trained_on or 'unknown rows'})" if one is pairs.rows[0] else ""
+            fvu = f"{_figure(one.fvu_per_sample)} ({_figure(one.untrained_fvu_per_sample)})"
+            rows.append([label, one.modality, f"{one.l0:.1f}", fvu, f"{one.cosine:.3f}", _figure(one.cknna)])
+    lines = ["", "images and texts of the pairs; in brackets with untrained weights and as many active latents"]
+    lines += text_table(["model", "rows", "active", "FVU (untrained)", "cosine", "CKNNA"], rows, right=range(2, 6))
+    pairs, rows = known[0][1], []
+    nulls = {one.untrained: "untrained" if len(known) == 1 else f"untrained like {name}" for name, one in known}
+    for label, codes in [
+        *((name, one.codes) for name, one in known),
+        *((label, null) for null, label in nulls.items()),
+    ]:
+        both = NOTHING if codes.share_both is None else f"{codes.share_both:.1%}"
+        common = f"{codes.in_common:.3f} ({codes.in_common_with_others:.3f})"
+        rows.append([label, both, common, *_recall_cells(codes.retrieval)])
+    rows.append(["standardised embeddings", NOTHING, NOTHING, *_recall_cells(pairs.standardized)])
+    rows.append(["raw embeddings", NOTHING, NOTHING, *_recall_cells(pairs.dense)])
+    lines += [
+        "",
+        f"whether a pair shares latents and finds its other half among {pairs.n:,}: image to text / text to image",
+    ]
+    lines += text_table(["model", "serve both", "in common (others)", "R@1", "R@5"], rows, right=range(1, 5))
+    return [
+        *lines,
+        "",
+        "serve both  share of the latents that fire whose rate in images and in texts differs at most five times",
+        "in common   active latents that image and text share, of those of either (image and text of other pairs)",
+        "R@1, R@5    share of the pairs whose other half is the nearest, or among the five nearest, by cosine",
+    ]
+
+
+def _recall_cells(found: Recalls) -> list[str]:
+    return [
+        f"{found.image_to_text_r1:.3f} / {found.text_to_image_r1:.3f}",
+        f"{found.image_to_text_r5:.3f} / {found.text_to_image_r5:.3f}",
+    ]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -44,8 +44,9 @@ def untrained_like(view: View, *, k: int | None, seed: int) -> Untrained:
     """
     trained = view.sae
     plain = dataclasses.replace(
-        trained.config, kind="relu", k=None, levels=None, widths=None, soft_cap=None, inference_l0=None
-    )
+        trained.config, kind="relu", k=None, levels=None, widths=None, level_scales=False, soft_cap=None,
+        inference_l0=None, threshold_modalities=(),
+    )  # fmt: skip
     sae = SAE(plain, view.standardizer, seed=seed).to(view.device).eval()
     seen = View(Run.open(sae), view.store, view.modality, inference="relu", k=k, block_rows=view.block_rows)
     x, x_hat = [], []

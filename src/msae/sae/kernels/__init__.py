@@ -47,6 +47,7 @@ def sae_loss(
     l0_target: int | None = None,
     soft_cap: float | None = None,
     threshold: Float[Tensor, " d_sae"] | None = None,
+    level_scales: Float[Tensor, " n_levels"] | None = None,
     kernel: Kernel = "auto",
 ) -> SAELoss:
     """The training loss of a sparse autoencoder on a batch: encode, select, decode and compare, at every level at once.
@@ -61,6 +62,7 @@ def sae_loss(
         weights: One non-negative weight per level; only their ratios matter.
         soft_cap: Largest activation, by `c * tanh(z / c)`.
         threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
+        level_scales: What the activations are multiplied by at each level; differentiable.
         kernel: Which implementation; `auto` takes `cpu` on a CPU where that works, else the reference.
 
     Raises:
@@ -72,9 +74,9 @@ def sae_loss(
         2412.06410 (BatchTopK), 2503.17547 (widths).
     """
     objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
-    parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold)
+    parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
-    implementation = _choose(kernel, x, objective)
+    implementation = _choose(kernel, x, parameters, objective)
     with torch.autocast(x.device.type, enabled=False):
         loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
         if loss is None:
@@ -129,7 +131,7 @@ class _WithGradients(torch.autograd.Function):
 
 def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     """`x` in the precision of the parameters; refuses shapes and precisions that do not fit."""
-    W_enc, b_enc, W_dec, b_dec, threshold = parameters
+    W_enc, b_enc, W_dec, b_dec, threshold, level_scales = parameters
     d_sae, d_in = W_dec.shape
     wanted = {"x": (len(x), d_in), "W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}
     found = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec}
@@ -139,6 +141,8 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
         wanted["threshold"], found["threshold"] = (d_sae,), threshold
     elif threshold is not None:
         raise ConfigError("thresholds without a bandwidth; give Selection(bandwidth=...), or leave them out")
+    if level_scales is not None:
+        wanted["level_scales"], found["level_scales"] = (objective.selection.n_levels,), level_scales
     for name, shape in wanted.items():
         if tuple(found[name].shape) != shape:
             raise ConfigError(f"{name} is {tuple(found[name].shape)}, wanted {shape} beside W_dec {(d_sae, d_in)}")
@@ -151,13 +155,13 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     return x.detach().to(W_dec.dtype)
 
 
-def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
+def _choose(kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective) -> ModuleType:
     if kernel not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
     name = "cpu" if kernel == "auto" else kernel
-    if kernel == "reference" or (kernel == "auto" and _obstacle(name, x, objective)):
+    obstacle = _obstacle(name, x, parameters, objective)
+    if kernel == "reference" or (kernel == "auto" and obstacle):
         return reference
-    obstacle = _obstacle(name, x, objective)
     if obstacle:
         raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
     if kernel != "auto" and importlib.util.find_spec(_PACKAGES[name]) is None:
@@ -165,7 +169,7 @@ def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
     return load(name) or reference
 
 
-def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
+def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective) -> str:
     """What an implementation leaves to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
@@ -176,4 +180,6 @@ def _obstacle(name: str, x: Tensor, objective: Objective) -> str:
             return "JumpReLU"
         if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
             return "JumpReLU with a soft cap"
+    if parameters.level_scales is not None and name == "cuda":
+        return "level scales"
     return ""

@@ -52,9 +52,11 @@ def self_test() -> None:
     W = torch.randn(3, 2, generator=generator)
     parameters = Parameters(W.T, torch.zeros(3), W, torch.zeros(2), None)
     objective = Objective(Selection(levels=(1, 2), batch_k=1), weights=(1.0, 1.0), soft_cap=9.0)
-    loss, _ = evaluate(torch.randn(4, 2, generator=generator), parameters, objective, with_gradients=True)
-    if not bool(torch.isfinite(loss.total)):
-        raise RuntimeError("the compiled loops do not compute")
+    x = torch.randn(4, 2, generator=generator)
+    for scales in (None, torch.ones(2)):
+        loss, _ = evaluate(x, parameters._replace(level_scales=scales), objective, with_gradients=True)
+        if not bool(torch.isfinite(loss.total)):
+            raise RuntimeError("the compiled loops do not compute")
 
 
 class _Batch:
@@ -112,10 +114,15 @@ class _Batch:
         self.squared = np.empty((self.n, self.n_levels), np.float32)
         self.residual = np.empty((self.n, self.width), np.float32)
         pull = (np.array(self.objective.weights) * (2 / (self.n * self.d_in))).astype(np.float32)
-        share(
-            loops.decode_rows, self.n, tiles, self.x_centred, pull, self.indices, self.values, self.ends,
-            self.S, self.squared, self.residual,
-        )  # fmt: skip
+        ordered = tiles, self.x_centred, pull, self.indices, self.values, self.ends
+        filled = self.S, self.squared, self.residual
+        if self.parameters.level_scales is None:
+            share(loops.decode_rows, self.n, *ordered, *filled)
+            return
+        self.error_pull = _scratch("error_pull", (self.n, self.width))
+        self.scale_pull = np.zeros((self.n, self.n_levels), np.float32)
+        scales = self.parameters.level_scales.contiguous().numpy()
+        share(loops.decode_scaled_rows, self.n, *ordered, scales, *filled, self.error_pull, self.scale_pull)
 
     def loss(self) -> SAELoss:
         objective = self.objective
@@ -156,7 +163,9 @@ class _Batch:
         )  # fmt: skip
         b_enc = torch.from_numpy(grad_bias)
         # b_dec is added after the decoder and subtracted before the encoder.
-        first = torch.from_numpy(self.S.reshape(self.n, self.n_levels, self.width)[:, 0, : self.d_in])
+        is_scaled = self.parameters.level_scales is not None
+        pulls = self.error_pull if is_scaled else self.S.reshape(self.n, self.n_levels, self.width)[:, 0]
+        first = torch.from_numpy(pulls[:, : self.d_in])
         b_dec = first.sum(0, dtype=torch.float64).float() - self.parameters.W_enc @ b_enc
         return Parameters(
             W_enc=torch.from_numpy(grad_enc)[:, : self.d_in].T,
@@ -164,6 +173,7 @@ class _Batch:
             W_dec=torch.from_numpy(grad_dec)[:, : self.d_in],
             b_dec=b_dec,
             threshold=self._threshold_gradient(torch.from_numpy(near), l0),
+            level_scales=torch.from_numpy(self.scale_pull.sum(0, dtype=np.float64)).float() if is_scaled else None,
         )
 
     def _sorted_entries(self) -> tuple[Any, Any, Any]:
@@ -222,7 +232,7 @@ class _DenseBatch(_Batch):
         return self.row_sums
 
     def gradients(self, l0: float) -> Parameters:  # noqa: ARG002
-        W_enc, _, W_dec, _, _ = self.parameters
+        W_enc, _, W_dec, *_ = self.parameters
         pull = self.error.mul_(2 / (self.n * self.d_in))
         dh = torch.from_numpy(_scratch("dh", (self.n, self.d_sae)))
         torch.mm(pull, W_dec.T, out=dh)

@@ -128,7 +128,7 @@ def evaluate(
     x: Tensor, parameters: Parameters, objective: Objective, *, with_gradients: bool
 ) -> tuple[SAELoss, Parameters | None]:
     """The loss of one batch of float32 rows and, if asked for, its gradients, in the layout of the parameters."""
-    W_enc, b_enc, W_dec, b_dec, _ = parameters
+    W_enc, b_enc, W_dec, b_dec, *_ = parameters
     W_dec, x_centred = W_dec.contiguous(), x - b_dec
     n, d_in = x.shape
     d_sae = len(W_dec)

@@ -308,6 +308,57 @@ def decode_rows(
 
 
 @compiled
+def decode_scaled_rows(
+    tiles: Array, x: Array, pull: Array, indices: Array, values: Array, ends: Array, scales: Array, S: Array,
+    squared: Array, residual: Array, error_pull: Array, scale_pull: Array, start: int, stop: int,
+) -> None:  # fmt: skip
+    """`decode_rows` where the activations of each level are multiplied by its scale.
+
+    Args:
+        scales: Of each level.
+        S: To be filled, (row, level, d_in): sum over levels i >= level of `pull[i] * scales[i] * (x_hat_i - x)`.
+        error_pull: To be filled, (row, d_in): sum over all levels of `pull[i] * (x_hat_i - x)`.
+        scale_pull: To be filled, (row, level): gradient of the loss with respect to the scale; begins at 0.
+    """
+    n_levels, width = pull.size, x.shape[1]
+    x_flat, S_flat = x.reshape(-1), S.reshape(-1)
+    residual_flat, error_flat = residual.reshape(-1), error_pull.reshape(-1)
+    squared[start:stop] = 0
+    for tile in range(tiles.shape[0]):
+        tile_flat = tiles[tile].reshape(-1)
+        for b in range(start, stop):
+            place = b * width + tile * TILE
+            x0, x1 = sub(zeros(), load(x_flat, place)), sub(zeros(), load(x_flat, place + WIDTH))
+            x2, x3 = sub(zeros(), load(x_flat, place + 2 * WIDTH)), sub(zeros(), load(x_flat, place + 3 * WIDTH))
+            first = b * n_levels * width + tile * TILE
+            a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()  # what the latents so far decode to
+            g0, g1, g2, g3 = zeros(), zeros(), zeros(), zeros()
+            e0, e1, e2, e3 = x0, x1, x2, x3
+            p = 0
+            for level in range(n_levels):
+                a0, a1, a2, a3 = _gather(tile_flat, indices[b], values[b], p, ends[b, level], a0, a1, a2, a3)
+                p = ends[b, level]
+                s = scales[level]
+                e0, e1, e2, e3 = axpy(x0, s, a0), axpy(x1, s, a1), axpy(x2, s, a2), axpy(x3, s, a3)
+                squared[b, level] += total(fma(fma(fma(fma(zeros(), e0, e0), e1, e1), e2, e2), e3, e3))
+                along = total(fma(fma(fma(fma(zeros(), e0, a0), e1, a1), e2, a2), e3, a3))
+                scale_pull[b, level] += pull[level] * along
+                g0, g1 = axpy(g0, pull[level], e0), axpy(g1, pull[level], e1)
+                g2, g3 = axpy(g2, pull[level], e2), axpy(g3, pull[level], e3)
+                _store_tile(S_flat, first + level * width, e0, e1, e2, e3)
+            _store_tile(error_flat, place, g0, g1, g2, g3)
+            z = zeros()
+            _store_tile(residual_flat, place, sub(z, e0), sub(z, e1), sub(z, e2), sub(z, e3))
+            a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+            for i in range(n_levels - 1, -1, -1):
+                place, weight = first + i * width, pull[i] * scales[i]
+                a0, a1 = axpy(a0, weight, load(S_flat, place)), axpy(a1, weight, load(S_flat, place + WIDTH))
+                a2 = axpy(a2, weight, load(S_flat, place + 2 * WIDTH))
+                a3 = axpy(a3, weight, load(S_flat, place + 3 * WIDTH))
+                _store_tile(S_flat, place, a0, a1, a2, a3)
+
+
+@compiled
 def sort_block(
     indices: Array, values: Array, ends: Array, begin: int, first_row: int, last_row: int, pointers: Array,
     entries: Array, values_of_entries: Array,

@@ -13,11 +13,13 @@ from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss:
     """The loss of one batch, differentiable with respect to `parameters`."""
-    W_enc, b_enc, W_dec, b_dec, threshold = parameters
+    W_enc, b_enc, W_dec, b_dec, threshold, level_scales = parameters
     h = torch.addmm(b_enc, x - b_dec, W_enc)
     z = activate(h, threshold, objective)
     masks = nested_masks(h, objective.selection)
-    total, errors, x_hat, z = losses.nested_loss(x, z, masks, W_dec, b_dec, weights=objective.weights)
+    total, errors, x_hat, z = losses.nested_loss(
+        x, z, masks, W_dec, b_dec, weights=objective.weights, level_scales=level_scales
+    )
     charged = x.new_zeros(())
     if objective.l1:
         charged = losses.l1_penalty(x, z)

@@ -80,6 +80,8 @@ class Parameters(NamedTuple):
     b_dec: Float[Tensor, " d_in"]
     threshold: Float[Tensor, " d_sae"] | None
     """JumpReLU's thresholds, all positive."""
+    level_scales: Float[Tensor, " n_levels"] | None = None
+    """What the activations are multiplied by at each level."""
 
 
 class SAELoss(NamedTuple):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
 from msae.base.config import settings_from
-from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
+from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
 from msae.sae.train.settings import TrainOptions, TrainSettings
-from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
+from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
 from msae.sae.train.training import Training, describe_run
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 
 
 def train(
-    store: EmbeddingStore | str | Path,
+    store: StoreLike | Sequence[StoreLike],
     *,
     out: str | Path,
     resume: bool = False,
@@ -37,7 +38,8 @@ def train(
     """Train a sparse autoencoder on the embeddings of a store and write it into a run folder.
 
     Args:
-        store: A store, a clip-retrieval folder, or a .npy, .npz, .parquet or .safetensors file of embeddings.
+        store: A store, a clip-retrieval folder, or a .npy, .npz, .parquet or .safetensors file of embeddings. Several
+            are read like one; with --modality both, one may hold the images and another the texts.
         out: The run folder to make.
         resume: Continue an interrupted run in `out`; where there is none, start one.
         config: A TOML file of settings. Options that are given win over it.
@@ -52,5 +54,5 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was saved.
     """
     settings = settings_from(TrainSettings, settings, options, config=config, where="train")
-    store = as_store(store, settings.modality)
-    return Training(Path(out), store, settings.resolve(store)).train(resume=resume)
+    rows = TrainingRows(store, settings.modality)
+    return Training(Path(out), rows, settings.resolve(rows)).train(resume=resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,27 +22,31 @@ def _rates(matryoshka: float, *, topk: float = 5e-4, relu: float = 5e-4) -> Mapp
 class DefaultRecipe:
     """Concepts first: few latents say what a concept is, and few are enough for a small error."""
 
-    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(2e-3, topk=2e-3))
-    """Chosen on held-out rows of real vectors (benchmarks/RESULTS.md, frontier): at 4e-3 the error at 16 and 64 kept is
-    3 to 8 % larger, and half of the latents are never among the 64 strongest."""
-    weighting: Weighting = "uniform"
-    """Weights move the error between small and large k; equal ones are near TopK trained for that k at all of them."""
+    lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(3e-3, topk=2e-3))
+    """Chosen on held-out rows of real vectors (docs/log.md, frontier): below it the error is larger at every k; at 4e-3
+    it is as small, but twice as many latents are never among the 64 strongest."""
+    weighting: Weighting = "rising"
+    """Weights move the error between small and large k. Equal ones leave the large levels, whose errors are small, to
+    the small ones; as the fourth root of k they are near TopK trained for that k at most of them."""
+    level_scales: bool = True
+    """A row that keeps 8 latents needs stronger ones than a row that keeps 256. With a factor for each level the error
+    is smaller at every k, and few latents fall silent."""
     warmup: float = 0.05
     """Adam's first steps, before it knows the scale of the gradients, are too long at these learning rates."""
 
     def levels(self, d_in: int, d_sae: int) -> tuple[int, ...]:
-        """From a 64th of the dimensions, doubled up to half of them: 8 to 256 for 512.
+        """From a 64th of the dimensions, doubled up to all of them: 8 to 512 for 512.
 
         Levels that begin at 8 halve the error at 16 kept and wake up latents that are never among the 64 strongest.
-        Levels above half of the dimensions lower the error where many latents are kept, at the cost of the few
+        Levels above the dimensions lower the error where more latents are kept, at the cost of the few
         (benchmarks/RESULTS.md, frontier).
         """
-        last = min(max(1, d_in // 2), d_sae)
+        last = min(d_in, d_sae)
         return default_levels(last, smallest=min(max(1, d_in // 64), last))
 
     def batch_size(self, n_rows: int) -> int:
-        """The largest power of two up to 4096 that still gives an epoch about 200 steps, and at least 64."""
-        return max(64, min(4096, 1 << max(0, (n_rows // 200).bit_length() - 1)))
+        """The power of two from 64 to 4096 that comes nearest to 200 steps an epoch: 256 for 50,000 rows."""
+        return max(64, min(4096, 1 << max(0, round(math.log2(max(n_rows, 1) / 200)))))
 
     def epochs(self, expansion: float) -> int:  # noqa: ARG002  # the poster's recipe depends on it
         """30, as in the paper."""
@@ -58,7 +63,7 @@ class FaithfulRecipe(DefaultRecipe):
 
     lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(1e-3, topk=2e-3))
     """1e-3: at 2e-3 more latents than can be spared fall silent at the large levels."""
-    weighting: Weighting = "rising"
+    weighting: Weighting = "steep"
     """The error of a large level is small, so equal weights would leave it to the small ones. As the square root of k
     they keep the error below the poster's recipe at every k; as k itself, not where few latents are kept
     (benchmarks/RESULTS.md, frontier)."""
@@ -74,6 +79,10 @@ class PosterRecipe(DefaultRecipe):
 
     lr: Mapping[Kind, float] = field(default_factory=lambda: _rates(1e-4, relu=5e-5))
     """The paper's."""
+    weighting: Weighting = "uniform"
+    """One of the paper's two; the other is `reverse`."""
+    level_scales: bool = False
+    """The paper has none."""
     warmup: float = 0.0
     """The paper has none."""
 

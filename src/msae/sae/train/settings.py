@@ -14,8 +14,8 @@ from msae.sae import losses
 from msae.sae.kernels import Kernel
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
-from msae.sae.standardize import Modality
 from msae.sae.train.recipes import RECIPES, RecipeName
+from msae.sae.train.rows import TrainedOn, TrainingRows
 
 Arithmetic = Literal["float32", "bfloat16"]
 DEFAULT_K = 64
@@ -31,15 +31,19 @@ class TrainSettings:
     jumprelu: a threshold for each latent, learnt. relu: every positive latent, kept sparse by an L1 penalty."""
     weighting: Weighting | None = None
     """How much each level of a matryoshka SAE weighs. uniform: all the same. reverse: the smallest weighs most. rising:
-    each weighs 1.41 times the one before it. Default: uniform; recipe faithful: rising."""
+    each weighs 1.19 times the one before it, steep: 1.41 times. Default: rising; recipe faithful: steep; poster:
+    uniform."""
     levels: tuple[int, ...] | None = None
     """Latents kept at each level of a matryoshka SAE. Default: a 64th of the dimensions of the embeddings, doubled up
-    to half of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
+    to all of them; recipe faithful: up to all latents; poster: 64, doubled up to all latents."""
     widths: tuple[int, ...] | None = None
     """Train the other Matryoshka SAE instead: nested prefixes of the dictionary, each of so many latents, of which each
     row keeps k on average. The last must be all latents. Default: off."""
     weights: tuple[float, ...] | None = None
     """A weight for each of the levels or widths, instead of a weighting. Default: as the weighting says."""
+    level_scales: bool = True
+    """Learn for each level a factor of the activations: a row that keeps few latents needs stronger ones. The poster's
+    recipe does not."""
     k: int | None = None
     """Active latents a row: exactly for topk, on average for batchtopk, jumprelu and widths. Default there: 64."""
     l1: float | None = None
@@ -54,12 +58,16 @@ class TrainSettings:
     """Rows in a step. Default: a power of two from 64 to 4096 that gives about 200 steps an epoch; the poster's recipe:
     4096."""
     lr: float | None = None
-    """Learning rate. Default: 2e-3 for matryoshka, topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for
-    matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
+    """Learning rate. Default: 3e-3 for matryoshka, 2e-3 for topk and batchtopk, 5e-4 for the others; recipe faithful:
+    1e-3 for matryoshka; poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others."""
     seed: int = 0
     """Random seed of the initial weights and of the order of the rows."""
-    modality: Modality = "image"
-    """Which embeddings of the store to train on."""
+    modality: TrainedOn = "image"
+    """Which embeddings of the stores to train on. both: images and texts, each standardised by its own mean and scale;
+    half of every batch are images, half are texts."""
+    align: float = 0.0
+    """With both: weight of the loss that gives an image and its text the same latents, from the pairs in the stores; 1
+    is strong, 0 is off."""
     recipe: RecipeName = "default"
     """Where the defaults come from. default: few latents that say what a concept is. faithful: a small error at every
     number of latents kept. poster: the paper's recipe to the letter."""
@@ -99,7 +107,14 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
-        for name in ("l1", "auxiliary"):
+        if self.modality == "both" and (self.batch_size or 2) % 2:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is odd; with --modality both half of a batch are "
+                "images: give an even number"
+            )
+        if self.align and self.modality != "both":
+            raise ConfigError(f"--align {self.align:g} needs images and texts; add --modality both")
+        for name in ("l1", "auxiliary", "align"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} is negative; give 0 to turn it off")
         for name in ("decay", "warmup"):
@@ -113,18 +128,23 @@ class TrainSettings:
         if self.weights is not None and self.levels is None and self.widths is None:
             raise ConfigError("--weights without --levels; give one weight for each of the levels or widths you name")
 
-    def resolve(self, store: EmbeddingStore) -> TrainSettings:
+    def resolve(self, store: EmbeddingStore | TrainingRows) -> TrainSettings:
         """A copy with everything filled in for this store.
 
         Raises:
-            ConfigError: A setting is given that this kind does not use.
+            ConfigError: A setting is given that this kind does not use, or pairs are needed and there are none.
         """
         self._check_kind()
+        if self.align and (not isinstance(store, TrainingRows) or store.pairs is None):
+            raise ConfigError(
+                f"--align {self.align:g} needs rows with an image and a text, and no store has both; leave it out"
+            )
         recipe = RECIPES[self.recipe]
         d_sae = self.d_sae or round(self.expansion * store.d_in)
         is_nested, counts = self.kind == "matryoshka", self.counts_latents
+        has_levels = is_nested and not self.widths
         levels = self.levels or recipe.levels(store.d_in, d_sae)
-        weighting = self.weighting or recipe.weighting
+        weighting = self.weighting or (recipe.weighting if has_levels else "uniform")
         weights = self.weights or losses.level_weights(weighting, len(self.widths or levels))
         k = (self.k or DEFAULT_K) if counts else None
         if self.widths and self.widths[-1] != d_sae:
@@ -134,9 +154,10 @@ class TrainSettings:
         return dataclasses.replace(
             self,
             d_sae=d_sae,
-            levels=levels if is_nested and not self.widths else None,
+            levels=levels if has_levels else None,
             weights=weights if is_nested else None,
             weighting="uniform" if self.weights and not self.weighting else weighting,
+            level_scales=has_levels and recipe.level_scales and self.level_scales,
             k=k,
             l1=(DEFAULT_L1 if self.l1 is None else self.l1) if self.kind == "relu" else None,
             epochs=self.epochs or recipe.epochs(self.expansion),
@@ -180,6 +201,7 @@ class TrainOptions(TypedDict, total=False):
     levels: tuple[int, ...] | None
     widths: tuple[int, ...] | None
     weights: tuple[float, ...] | None
+    level_scales: bool
     k: int | None
     l1: float | None
     expansion: float
@@ -188,7 +210,8 @@ class TrainOptions(TypedDict, total=False):
     batch_size: int | None
     lr: float | None
     seed: int
-    modality: Modality
+    modality: TrainedOn
+    align: float
     recipe: RecipeName
     inference_l0: int | None
     warmup: float | None

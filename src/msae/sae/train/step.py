@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.sae import losses
+from msae.sae import activations, losses
 from msae.sae.kernels import SAELoss, Selection, sae_loss
 from msae.sae.kernels.adamw import adamw_step_
 from msae.sae.model import SAE
@@ -57,9 +55,11 @@ def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_i
 
     def objective(sae: SAE, x: Tensor) -> SAELoss:
         threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
+        scales = None if sae.log_level_scales is None else sae.log_level_scales.exp()
         return sae_loss(
             x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, selection=selection, weights=weights, l1=l1, l0=l0,
-            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, kernel=settings.kernel,
+            l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, level_scales=scales,
+            kernel=settings.kernel,
         )  # fmt: skip
 
     return objective
@@ -71,14 +71,24 @@ def train_step(
     optimizer: torch.optim.AdamW,
     settings: TrainSettings,
     dead: Bool[Tensor, " d_sae"],
+    *,
+    pairs: tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_in"]] | None = None,
 ) -> StepResult:
-    """Update `sae` once. The order of these lines is part of the method."""
+    """Update `sae` once. The order of these lines is part of the method.
+
+    Args:
+        pairs: Images and their texts, for the loss that makes them share latents.
+    """
     loss = objective_of(settings)(sae, x)
     total = loss.total
     if settings.auxiliary:
         h_dead = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]
         aid = losses.auxiliary_loss(loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2, cap=settings.soft_cap)
         total = total + settings.auxiliary * aid
+    if pairs is not None:
+        k = settings.inference_l0 or sae.d_sae
+        images, texts = (activations.topk(sae.pre_activations(one), min(k, sae.d_sae)) for one in pairs)
+        total = total + settings.align * losses.alignment_loss(images, texts)
     optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
     # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
@@ -102,13 +112,3 @@ def learning_rate(settings: TrainSettings, step: int, n_steps: int) -> float:
     rise = (step + 1) / max(1.0, settings.warmup * n_steps)
     fall = (n_steps - step) / max(1.0, settings.decay * n_steps)
     return settings.lr * min(1.0, rise, fall)
-
-
-def shuffled_batches(n_rows: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Row numbers of each batch of an epoch, a function of seed and epoch alone; a short last batch is left out.
-
-    Each batch is sorted, so that a memory map is read in one direction; the sum over a batch has no order.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-    whole = order[: n_rows // batch_size * batch_size].reshape(-1, batch_size)
-    return list(np.sort(whole, axis=1))

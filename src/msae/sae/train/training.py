@@ -15,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,8 +30,10 @@ from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
+from msae.sae.thresholds import fit_on_store
+from msae.sae.train.rows import Joined, RowNumbers, TrainingRows
 from msae.sae.train.settings import TrainSettings
-from msae.sae.train.step import StepResult, learning_rate, objective_of, shuffled_batches, train_step
+from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
 
 SCHEMA_VERSION = 1
 DIVERGED = 1e4
@@ -59,21 +59,23 @@ class _State:
 class Training:
     """A run folder while it is being trained."""
 
-    def __init__(self, folder: Path, store: EmbeddingStore, settings: TrainSettings) -> None:
+    def __init__(self, folder: Path, rows: TrainingRows, settings: TrainSettings) -> None:
         assert settings.batch_size is not None and settings.epochs is not None and settings.d_sae is not None
-        self.folder, self.store, self.settings = folder, store, settings
+        self.folder, self.rows, self.settings = folder, rows, settings
+        encoder, revision = rows.encoder
         self.sae_config = SAEConfig(
-            d_in=store.d_in,
+            d_in=rows.d_in,
             d_sae=settings.d_sae,
             kind=settings.kind,
             k=settings.k,
             levels=settings.levels,
             widths=settings.widths,
+            level_scales=settings.level_scales,
             soft_cap=settings.soft_cap,
-            encoder=store.encoder,
-            encoder_revision=store.encoder_revision,
+            encoder=encoder,
+            encoder_revision=revision,
         )
-        self.steps_per_epoch = len(store) // settings.batch_size
+        self.steps_per_epoch = len(rows) // settings.batch_size
         self.n_steps = self.steps_per_epoch * settings.epochs
         self._is_unproven = True
         """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
@@ -115,10 +117,12 @@ class Training:
         return sae.cpu().eval()
 
     def _with_thresholds(self, sae: SAE) -> SAE:
-        """A copy with thresholds for the asked mean number of active latents, fitted on the training rows."""
+        """A copy with thresholds for the asked mean number of active latents, fitted on the rows of each modality."""
         l0 = self.settings.inference_l0
         assert l0 is not None
-        return sae.with_thresholds(sae.fitted_thresholds(self.store, self.settings.modality, l0=l0), float(l0))
+        parts = sorted(self.rows.parts.items(), key=lambda part: part[0] not in self.rows.trained)
+        tables = {modality: fit_on_store(sae, part, modality, l0=l0) for modality, part in parts}
+        return sae.with_thresholds(tables, float(l0))
 
     def _asks_for_another_l0(self) -> bool:
         """Whether the finished run was made for another mean number of active latents."""
@@ -143,13 +147,12 @@ class Training:
         Args:
             how: What to type to go on after Ctrl-C.
         """
-        settings, device = self.settings, torch.device(self.settings.device)
+        settings = self.settings
         recent: list[StepResult] = []
         saved_at = time.monotonic()
         with progress("training", total=self.n_steps, unit="steps", start=state.step) as advance, _ctrl_c() as pressed:
             for rows in itertools.islice(self._batches(state.step), self.n_steps - state.step):
-                raw = torch.from_numpy(self.store.take(rows, settings.modality)).to(device)
-                x = state.sae.standardizer.apply(raw, settings.modality)
+                x = torch.cat([self._read(state.sae, self.rows.parts[one], rows[one], one) for one in rows])
                 for group in state.optimizer.param_groups:
                     group["lr"] = group["pace"] * learning_rate(settings, state.step, self.n_steps)
                 recent.append(self._step(state, x))
@@ -189,14 +192,14 @@ class Training:
             "l0": recent[-1].l0,
             "sparsity": float((z == 0).float().mean()),
             "fvu": float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()),
-            "dead": int((state.rows_since_fired >= len(self.store)).sum()),
+            "dead": int((state.rows_since_fired >= len(self.rows)).sum()),
         }
 
     def _step(self, state: _State, x: Tensor) -> StepResult:
         """One step. Its loss says whether the weights before it, which may be in a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
-            result = train_step(state.sae, x, state.optimizer, self.settings, dead)
+            result = train_step(state.sae, x, state.optimizer, self.settings, dead, pairs=self._pairs(state))
         except TrainingError as err:
             raise self._diverged(state, str(err)) from err
         if not result.reconstruction < DIVERGED:
@@ -232,19 +235,37 @@ class Training:
             f"start again in another --out with a lower --lr than {self.settings.lr:g}"
         )
 
-    def _batches(self, first_step: int) -> Iterator[NDArray[np.int64]]:
+    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, RowNumbers]]:
         assert self.settings.batch_size is not None
         for epoch in itertools.count(first_step // self.steps_per_epoch):
-            batches = shuffled_batches(len(self.store), self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+            batches = self.rows.drawn(self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
             yield from batches[max(0, first_step - epoch * self.steps_per_epoch) :]
 
+    def _pairs(self, state: _State) -> tuple[Tensor, Tensor] | None:
+        """Standardised images and texts of the pairs of a step, where the settings ask for them."""
+        if not self.settings.align:
+            return None
+        assert self.rows.pairs is not None and self.settings.batch_size is not None
+        half = self.settings.batch_size // 2
+        rows = self.rows.drawn_pairs(half, seed=self.settings.seed, step=state.step)
+        images, texts = (self._read(state.sae, self.rows.pairs, rows, one) for one in MODALITIES)
+        return images, texts
+
+    def _read(self, sae: SAE, part: EmbeddingStore | Joined, rows: RowNumbers, modality: Modality) -> Tensor:
+        """Standardised embeddings on the device."""
+        raw = torch.from_numpy(part.take(rows, modality)).to(self.settings.device)
+        return sae.standardizer.apply(raw, modality)
+
     def _identity(self) -> dict[str, Any]:
-        """What makes this run this run: goes into config.json."""
+        """What makes this run this run: goes into config.json. `stores` is there where there are several."""
+        stores = [
+            {"store": str(store.path.resolve()), "store_fingerprint": store.fingerprint} for store in self.rows.stores
+        ]
         return {
-            "store": str(self.store.path.resolve()),
-            "store_fingerprint": self.store.fingerprint,
-            "n_rows": len(self.store),
-            "d_in": self.store.d_in,
+            **stores[0],
+            **({"stores": stores} if len(stores) > 1 else {}),
+            "n_rows": self.rows.n_rows,
+            "d_in": self.rows.d_in,
             "modality": self.settings.modality,
             "train": to_mapping(self.settings),
         }
@@ -267,14 +288,13 @@ class Training:
 
     def _start(self) -> _State:
         standardizer = Standardizer()
-        for modality in MODALITIES:
-            if modality in self.store.modalities:
-                standardizer = standardizer.with_statistics(modality, fit_statistics(partial(self._rows, modality)))
+        for modality in self.rows.parts:
+            standardizer = standardizer.with_statistics(modality, fit_statistics(partial(self._all_rows, modality)))
         sae = SAE(self.sae_config, standardizer, seed=self.settings.seed)
         return self._state_of(sae)
 
-    def _rows(self, modality: Modality) -> Iterator[Tensor]:
-        return (torch.from_numpy(batch) for batch in self.store.batches(modality, 8192))
+    def _all_rows(self, modality: Modality) -> Iterator[Tensor]:
+        return (torch.from_numpy(batch) for batch in self.rows.parts[modality].batches(modality, 8192))
 
     def _state_of(self, sae: SAE) -> _State:
         sae = sae.to(self.settings.device).train()
@@ -349,7 +369,13 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
         raise RunError(
             f"{folder} was trained on another store ({theirs.get('store')}); give that one, or another --out"
         )
-    before, defaults = theirs.get("train", {}), to_mapping(TrainSettings())
+    others = [[one.get("store_fingerprint") for one in known.get("stores", ())] for known in (mine, theirs)]
+    if others[0] != others[1]:
+        raise RunError(
+            f"{folder} was trained on other stores beside {theirs.get('store')}; give those, in the same order, or "
+            f"another --out"
+        )
+    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False}
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
         if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):
@@ -408,7 +434,7 @@ def describe_run(folder: str | Path) -> dict[str, Any]:
     return {
         "run": str(folder),
         "state": "finished" if is_finished else f"interrupted at {began}",
-        "store": config["store"],
+        "store": [one["store"] for one in config["stores"]] if "stores" in config else config["store"],
         "n_rows": config["n_rows"],
         "d_in": config["d_in"],
         "mean_active_latents": active,

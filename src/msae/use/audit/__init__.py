@@ -50,7 +50,7 @@ def audit(
     positive: str | None = None,
     names: Names | str | Path | None = None,
     all_latents: bool = False,
-    modality: Modality = "image",
+    modality: Modality | None = None,
     inference: Inference = "trained",
     n_permutations: int | None = None,
     sweep_id: str | None = None,
@@ -77,7 +77,7 @@ def audit(
         positive: The class whose probability is watched. Without it, the second of two classes, or all of more.
         names: The names.json to use. Without it, the run's.
         all_latents: Audit every latent, named or not.
-        modality: Which embeddings of the store.
+        modality: Which embeddings of the store. Without it, images where the store has them.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
@@ -104,7 +104,7 @@ def audit(
         target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
-            "modality": modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
+            "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
             "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
         },
         concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,

@@ -439,7 +439,7 @@ class Sweeper:
         on: EmbeddingStore | str | Path,
         target: str,
         *,
-        modality: Modality = "image",
+        modality: Modality | None = None,
         inference: Inference = "trained",
         device: str = "auto",
         seed: int = 0,

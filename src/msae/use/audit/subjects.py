@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from msae.base.errors import ConfigError
-from msae.data.store import PATH_COLUMNS, EmbeddingStore, class_names, labelled_rows
+from msae.data.rows import PATH_COLUMNS, class_names, labelled_rows
+from msae.data.store import EmbeddingStore
 from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE

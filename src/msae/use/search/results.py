@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from msae.base.records import to_record
 from msae.base.results import Result
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.standardize import Modality
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet, Natural, natural_of
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit
 from msae.use.filters import Filter
-from msae.use.neighbours import ExactRows, NeighbourIndex, Neighbours, open_index
+from msae.use.neighbours import Neighbourhood, Neighbours, open_index
 from msae.use.search.query import Ask, EditedQuery, Query, edit_query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 
@@ -66,7 +67,7 @@ class Searcher:
 
     def __init__(
         self,
-        sae: SAE,
+        run: Run,
         store: EmbeddingStore,
         searched: Modality,
         names: ConceptNames | None,
@@ -76,7 +77,8 @@ class Searcher:
     ) -> None:
         self.device = device
         """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
-        self.sae = placed(sae, "cpu")
+        self.sae = placed(run.sae, "cpu")
+        self._folder = run.folder
         self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
@@ -101,15 +103,16 @@ class Searcher:
             StoreError: The store does not fit the SAE, or lacks the modality.
             RunError: The run or its names are missing or damaged.
         """
-        store, run = as_store(on, modality), Run.open(sae)
+        run = Run.open(sae)
+        store = as_store(on, modality, unnamed=run.modality)
         known = as_names(names) if names is not None else names_of(run)
         run.check_fit(store)
-        return cls(run.sae, store, modality or store.modalities[0], known, remember=remember, device=device)
+        return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
 
     @cached_property
-    def index(self) -> NeighbourIndex | ExactRows:
+    def index(self) -> Neighbourhood:
         """Of the rows that are searched; built when first asked for."""
-        return open_index(self.store, self.searched)
+        return open_index(self.store, self.searched, self._folder)
 
     def concepts(self, modality: Modality, *, strict: bool = False) -> ConceptSet:
         """The concepts that can be edited in queries of `modality`.
@@ -299,9 +302,7 @@ class Both(NamedTuple):
     after: Ranked
 
 
-def search_embeddings(
-    index: NeighbourIndex | ExactRows, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None
-) -> Both:
+def search_embeddings(index: Neighbourhood, edited: EditedQuery, n: int, keep: NDArray[np.bool_] | None) -> Both:
     """The rows of the largest cosine, exact in float32."""
     before = index.search(edited.x, n, keep=keep)
     if not edited.is_changed:
@@ -364,7 +365,7 @@ def _unmoved(found: Neighbours) -> Both:
 
 
 def _ranked_by(
-    index: NeighbourIndex | ExactRows,
+    index: Neighbourhood,
     found: Neighbours,
     other: NDArray[np.float32],
     other_found: Neighbours,

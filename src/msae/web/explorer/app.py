@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from msae.base.errors import ConfigError, MsaeError
 from msae.web.explorer.address import PAGES, Address
+from msae.web.glossary import glossary
 from msae.web.page import TEMPLATES, render
 
 if TYPE_CHECKING:
@@ -223,6 +224,9 @@ def build(opening: Opening) -> App:
             return gone
         return HTMLResponse(explorer.show(request.url.query, request.path_params["name"]))
 
+    def glossary_page(_: Request) -> Response:
+        return HTMLResponse(render("explorer/glossary.html", glossary=glossary()))
+
     def state(_: Request) -> Response:
         return JSONResponse(opening.state(), headers={"cache-control": "no-store"})
 
@@ -284,6 +288,7 @@ def build(opening: Opening) -> App:
         Route("/part/{name}", part),
         Route("/state", state),
         Route("/places", places),
+        Route("/glossary", glossary_page),
         Route("/embed", embed, methods=["POST"]),
         Route("/audit", audit, methods=["POST"]),
         Route("/picture/{row}/{side}", picture),

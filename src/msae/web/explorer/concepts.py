@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.web.explorer.address import Address
 from msae.web.explorer.catalogue import CHOICES
 from msae.web.explorer.filling import Slice, draw

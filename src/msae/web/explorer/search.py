@@ -14,7 +14,7 @@ from markupsafe import Markup
 from msae.base.errors import ConfigError, MsaeError
 from msae.concepts.concept import LatentGroup
 from msae.concepts.strongest import standing_out
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_edit
 from msae.use.search import Ask, How, SearchResult

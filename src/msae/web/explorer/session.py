@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
-from msae.data.store import PATH_COLUMNS, EmbeddingStore, Row, as_store, find_picture, names_to_show
+from msae.data.rows import PATH_COLUMNS, Row, find_picture, names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
@@ -127,30 +128,27 @@ class LoadedRun:
         assert self.store is not None
         with self.preparing:
             if modality not in self._searchers:
-                searcher = Searcher(self.sae, self.store, modality, self.names, remember=True, device=self.device)
+                searcher = Searcher(self.opened, self.store, modality, self.names, remember=True, device=self.device)
                 _ = searcher.index  # built here, once
                 self._searchers[modality] = searcher
             return self._searchers[modality]
 
     def audit(self, target: str) -> Audit:
         """The audit of a column of the store, made once; raises what `msae.audit` raises."""
-        assert self.store is not None
-        with self.slow:
-            if target not in self._audits:
-                self._audits[target] = audit(
-                    self.folder, self.store, target, modality=self.modalities[0], device=self.device
-                )
-            return self._audits[target]
+        found: Audit = self._once(self._audits, target, partial(audit, self.folder))
+        return found
 
     def sweeper(self, target: str) -> Sweeper:
         """What sweeps samples under the classifier of that audit."""
+        found: Sweeper = self._once(self._sweepers, target, partial(Sweeper, self.sae))
+        return found
+
+    def _once(self, made: dict[str, Any], target: str, make: Callable[..., Any]) -> Any:
         assert self.store is not None
         with self.slow:
-            if target not in self._sweepers:
-                self._sweepers[target] = Sweeper(
-                    self.sae, self.store, target, modality=self.modalities[0], device=self.device
-                )
-            return self._sweepers[target]
+            if target not in made:
+                made[target] = make(self.store, target, modality=self.modalities[0], device=self.device)
+            return made[target]
 
     def name(self, latent: int) -> str:
         """What is shown for a latent: its name, the nearest word that was not confirmed, or its number."""
@@ -351,7 +349,8 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     """The store that the first run was trained on, if all runs can be shown on it, or why not."""
     try:
         trained = LoadedRun(folders[0], "", None).config
-        store = as_store(trained["store"], trained.get("modality") if Path(trained["store"]).is_file() else None)
+        modality = trained.get("modality") if Path(trained["store"]).is_file() else None
+        store = as_store(trained["store"], None if modality == "both" else modality)
     except KeyError:
         return None, "The run does not say what it was trained on."
     except RunError:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from msae.concepts.strongest import StandsOut, shown_as, standing_out
-from msae.data.store import Row
+from msae.data.rows import Row
 from msae.sae.standardize import Modality
 from msae.web.explorer.session import LoadedRun, World
 

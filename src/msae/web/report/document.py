@@ -16,7 +16,8 @@ from msae.base.errors import ConfigError, MissingDependencyError, RunError, Stor
 from msae.base.files import is_writable
 from msae.base.results import Result
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
-from msae.data.store import EmbeddingStore, as_store, names_to_show
+from msae.data.rows import names_to_show
+from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
@@ -24,6 +25,7 @@ from msae.sae.model import check_fit
 from msae.sae.standardize import Modality
 from msae.use.audit import Audit
 from msae.web import page
+from msae.web.glossary import glossary
 from msae.web.report import audit as audit_page
 from msae.web.report import figures
 from msae.web.report import search as search_page
@@ -236,6 +238,7 @@ class _Draft:
             "report/report.html",
             facts=facts,
             version=__version__,
+            glossary=glossary("h3"),
             store=self.looked and self.looked.store,
             tables=tables,
             meanings=legend(tables[0].terms) if tables else {},

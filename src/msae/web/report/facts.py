@@ -120,7 +120,10 @@ class Facts:
         if not self.trained:
             return ""
         source = self.dataset or Path(str(self.trained.get("store", ""))).name
-        return f"{self.trained['n_rows']:,} {self.modality} rows of {source}"
+        what = "image and text" if self.modality == "both" else self.modality
+        more = len(self.trained.get("stores", ())) - 1
+        others = "" if more < 1 else f" and {more} other store{'s' if more > 1 else ''}"
+        return f"{self.trained['n_rows']:,} {what} rows of {source}{others}"
 
 
 def facts_of(folder: Path) -> Facts:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from msae.demo.drawing import draw
-from msae.demo.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY, Scene, attributes, caption, sample_scene
+from msae.world.drawing import draw
+from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY, Scene, attributes, caption, sample_scene
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,10 +17,12 @@ from msae.base.results import Result
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embed import embed
-from msae.demo.drawing import render
-from msae.demo.scenes import UNSEEN_SEEDS, VOCABULARY, Value
 from msae.measure.evaluate import Evaluations, evaluate, poster_table
 from msae.sae.train import train
+from msae.use.audit import audit
+from msae.web.report import report
+from msae.world.drawing import render
+from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY, Value
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 """Scenes to train on and to evaluate on; the CLIP has seen none of them."""
@@ -52,6 +54,8 @@ class DemoResult(Result):
     folder: Path
     evaluations: Evaluations
     names: ConceptNames
+    report: Path
+    """The page about the named run, with an audit of a classifier of hats."""
 
     @property
     def runs(self) -> list[Path]:
@@ -95,6 +99,8 @@ class DemoResult(Result):
                 f"look at one            msae gallery {run} --on {holdout} --concept red --sheet red.html",
                 f"the text side          msae evaluate {run} --on {holdout} --modality text",
                 f"look around            msae explore {run} --on {holdout}",
+                "",
+                f"all of it, to look at  {self.report}",
             ]
         )
 
@@ -103,6 +109,7 @@ class DemoResult(Result):
             "folder": str(self.folder),
             "evaluations": self.evaluations.to_json(),
             "names": self.names.to_json(),
+            "report": str(self.report),
         }
 
 
@@ -145,8 +152,12 @@ def demo(out: str | Path = "msae-demo", *, seed: int = 0, say: Callable[[str], o
     )
     say(f"naming the latents of {NAMED_RUN} by the words of this world, checked on those scenes' captions")
     words = embed(_write_words(folder / "words.txt"), encoder="demo", out=folder / "words.store")
-    names = name(folder / "runs" / NAMED_RUN, words, on=stores["holdout"])
-    return DemoResult(folder, evaluations, names)
+    named_run, holdout = folder / "runs" / NAMED_RUN, stores["holdout"]
+    names = name(named_run, words, on=holdout)
+    say("writing the report, with an audit of a classifier of hats")
+    hats = audit(named_run, holdout, "hat") if len(names) else None
+    page = report(named_run, holdout, beside=[folder / "runs" / one for one in RUNS], audit=hats).path
+    return DemoResult(folder, evaluations, names, page)
 
 
 @contextmanager
@@ -177,7 +188,7 @@ def write_scenes(
 
     Args:
         seeds: One scene each.
-        fixed: The attributes set by hand for a seed, as in `msae.demo.scenes.sample_scene`.
+        fixed: The attributes set by hand for a seed, as in `msae.world.scenes.sample_scene`.
     """
     if (folder / "scenes.csv").exists():
         return

@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from msae.demo.scenes import PLACE_STREAM, Draws, Object, Scene, Value, attributes, caption, sample_scene
+from msae.world.scenes import PLACE_STREAM, Draws, Object, Scene, Value, attributes, caption, sample_scene
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -45,7 +45,7 @@ class Rendered(NamedTuple):
     Attributes:
         image: The picture, RGB, `PICTURE_SIZE` pixels square.
         caption: The scene in words: all of it, in wording that varies with the seed.
-        attributes: The truth, one flat row: see `msae.demo.scenes.attributes`.
+        attributes: The truth, one flat row: see `msae.world.scenes.attributes`.
         scene: What was drawn.
     """
 

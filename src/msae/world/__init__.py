@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msae.demo.drawing import Rendered, draw, render
-from msae.demo.scenes import ATTRIBUTES, VOCABULARY, Object, Scene, attributes, caption, sample_scene
+from msae.world.drawing import Rendered, draw, render
+from msae.world.scenes import ATTRIBUTES, VOCABULARY, Object, Scene, attributes, caption, sample_scene
 
 CLIP_FOLDER = Path(__file__).parent / "clip"  # an ordinary transformers folder: load it as any hub model
 
