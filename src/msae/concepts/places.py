@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,9 @@ FOLDER = "map"
 """The kind of derived files that places are; see `Run.caches`."""
 FILE = "places.safetensors"
 SCHEMA_VERSION = "1"
-NEIGHBOURS = 15
-"""Of each latent, that UMAP keeps near it: its own default."""
-FEWEST = 4 * NEIGHBOURS
+NEIGHBOURS, NEAREST = 6, 0.05
+"""UMAP's `n_neighbors` and `min_dist`, which of four settings kept most of the nearest real decoder rows near."""
+FEWEST = 60
 """Latents below which UMAP has nothing to arrange."""
 
 Method = Literal["umap", "pca"]
@@ -72,10 +73,14 @@ def place(rows: Float[np.ndarray, "n d_in"], method: Method) -> Places:
     """Places of decoder rows. UMAP: McInnes, Healy, Melville 2018, arXiv:1802.03426, by the cosine of the rows."""
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     if method == "umap":
-        from umap import UMAP
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImportWarning)  # of a part of it that needs TensorFlow
+            from umap import UMAP
 
-        made = UMAP(n_neighbors=NEIGHBOURS, metric="cosine", init="pca", random_state=0, n_jobs=1).fit_transform(unit)
-        return Places("umap", _scaled(made), 1.0)
+        fitted = UMAP(
+            n_neighbors=NEIGHBOURS, min_dist=NEAREST, metric="cosine", init="pca", random_state=0, n_jobs=1
+        )  # fmt: skip
+        return Places("umap", _scaled(fitted.fit_transform(unit)), 1.0)
     centred = unit - unit.mean(0)
     values, vectors = np.linalg.eigh(centred.T @ centred)
     axes = vectors[:, ::-1][:, :2]
