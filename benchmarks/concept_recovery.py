@@ -23,23 +23,25 @@ from msae.base.statistics import aurocs as all_aurocs
 from msae.base.statistics import wilson
 from msae.concepts import evidence
 from msae.concepts.names import ConceptNames
-from msae.concepts.naming import name
+from msae.concepts.naming import NameSettings, name, read_words
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE
+from msae.sae.run import Run
 from msae.sae.train import train
+from msae.world.chain import NAMED_RUN, RUNS
 from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS, VOCABULARY
+from names_on_pictures import null_of
 from results import FIGURES, write_section
 
 SCENES = {"train": 12_000, "captions": 3_000, "judge": 3_000}
 FIRST_SCENE = UNSEEN_SEEDS.start + 1_000_000  # not the scenes of `msae demo`
 SEEDS = (0, 1, 2)
 WIDTHS = (256, 1024)
-STRICT = (8, 16, 32)
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "MSAE uniform": {"kind": "matryoshka"},
     "MSAE reverse": {"kind": "matryoshka", "weighting": "reverse"},
-    "MSAE strict": {"kind": "matryoshka", "levels": STRICT},
+    "MSAE demo": RUNS[NAMED_RUN],
     "TopK 16": {"kind": "topk", "k": 16},
     "BatchTopK 16": {"kind": "batchtopk", "k": 16},
     "ReLU .003": {"kind": "relu", "l1": 0.003},
@@ -59,6 +61,13 @@ DISTRACTORS = (
 TOP, PURE = 30, 0.8
 """A latent stands for a value when this share of the scenes that activate it most have it."""
 COLOURS_AND_BACKGROUNDS = ("colour", "background")
+BARS: Mapping[str, Mapping[str, float]] = {
+    "pictures": {"right": 0.92, "best": 0.8},
+    "captions": {"right": 0.95, "best": 0.9},
+}
+"""The smallest shares of right names that are wanted (docs/preregistered.md)."""
+VALUES = 24
+"""Values that an SAE of the demo's recipe shall name rightly."""
 
 
 class Target(NamedTuple):
@@ -231,8 +240,9 @@ def name_and_judge(sae: SAE, run: Path, world: World) -> dict[str, dict[str, Any
     words, captions = world.stores["words"], world.stores["captions"]
     rules: dict[str, dict[str, Any]] = {
         "poster": {"rule": "poster"},
-        "evidence": {},
-        "evidence, captions": {"on": captions},
+        "nearest word": {},
+        "pictures": {"on": without_captions(captions, run.parent)},
+        "captions": {"on": captions},
     }
     return {
         key: judge_names(name(sae, words, out=run / f"{key.replace(', ', '-')}.json", **options), z, world)
@@ -240,12 +250,24 @@ def name_and_judge(sae: SAE, run: Path, world: World) -> dict[str, dict[str, Any
     }
 
 
+def without_captions(store: EmbeddingStore, folder: Path) -> Path:
+    """The images of a store as bare vectors."""
+    path = folder / "bare.npy"
+    if not path.exists():
+        np.save(path, store.take(np.arange(len(store)), "image"))
+    return path
+
+
 def nulls(sae: SAE, world: World, folder: Path) -> dict[str, float]:
     """The share of latents named where there is nothing to name; at most .05 is wanted."""
     words, captions = world.stores["words"], world.stores["captions"]
     texts = words.column("caption")
     rows = words.take(np.arange(len(words)), "text")
-    shares: dict[str, list[float]] = {"random decoder": [], "random words": [], "permuted words, captions": []}
+    shares: dict[str, list[float]] = {
+        "random decoder": [], "random words": [], "shuffled rows, pictures": [], "permuted words, captions": []
+    }  # fmt: skip
+    known = read_words(sae, words, NameSettings())
+    bare = without_captions(captions, folder / "runs")
     for seed in range(5):
         rng = np.random.default_rng(seed)
         random = SAE(sae.config, sae.standardizer, seed=seed).eval()
@@ -254,6 +276,8 @@ def nulls(sae: SAE, world: World, folder: Path) -> dict[str, float]:
         like = evidence.random_like(rows - mean, len(rows), rng) * np.linalg.norm(rows - mean, axis=1).mean() + mean
         fake = as_words(folder / "random.store", like, texts, words)
         shares["random words"].append(len(name(sae, fake, out=folder / "n.json")) / sae.d_sae)
+        shuffled = null_of(Run.open(sae), known, bare, rng, n_latents=sae.d_sae)
+        shares["shuffled rows, pictures"].append(shuffled)
         mixed = as_words(folder / "permuted.store", rows, list(rng.permutation(texts)), words)
         found = name(sae, mixed, on=captions, out=folder / "n.json")
         shares["permuted words, captions"].append(len(found) / sae.d_sae)
@@ -364,34 +388,23 @@ def recovery_table(results: Mapping[str, list[Scores]], key: str) -> str:
 
 def bars_table(judged: Mapping[str, list[dict[str, dict[str, Any]]]], empty: Mapping[str, dict[str, float]]) -> str:
     """What was to be shown, for each rule: names of all seeds together, with Wilson's interval of the shares."""
-    head = [
-        "SAE",
-        "rule",
-        "right / named",
-        "precision",
-        "best",
-        "fewest of the 14",
-        "right by the poster",
-        "null",
-        "bars",
-    ]
+    head = ["SAE", "rule", "right / named", "right", "best", "fewest values", "null", "bars"]
     rows: list[list[Any]] = []
     for method, seeds in judged.items():
-        poster = sum(seed["poster"]["right"] for seed in seeds)
-        for rule in ("evidence", "evidence, captions"):
+        for rule, bar in BARS.items():
             named, right, best = (sum(seed[rule][key] for seed in seeds) for key in ("named", "right", "best"))
-            fewest = min(seed[rule]["of_14"] for seed in seeds)
-            null = max(share for kind, share in empty[method].items() if ("captions" in kind) == ("captions" in rule))
+            fewest = min(seed[rule]["values"] for seed in seeds)
+            null = max(share for kind, share in empty[method].items() if kind.endswith(rule) or "," not in kind)
             bars = {
-                "precision": right >= 0.9 * named > 0,
-                "14": fewest >= 12,
-                "poster": right >= poster,
+                "right": right >= bar["right"] * named > 0,
+                "best": best >= bar["best"] * named > 0,
+                "values": fewest >= VALUES or not method.startswith("MSAE demo"),
                 "null": null <= 0.05,
             }
             missed = [bar for bar, is_met in bars.items() if not is_met]
             shares = [share_with_interval(n, named) for n in (right, best)]
             verdict = f"missed: {', '.join(missed)}" if missed else "met"
-            rows.append([method, rule, f"{right} / {named}", *shares, fewest, poster, f"{null:.3f}", verdict])
+            rows.append([method, rule, f"{right} / {named}", *shares, fewest, f"{null:.3f}", verdict])
     return table(head, rows)
 
 
@@ -472,9 +485,9 @@ def report(results: Any, judged: Any, pure: Any, empty: Any, told: str, *, secti
     null_rows = [[method, *(f"{share:.3f}" for share in shares.values())] for method, shares in empty.items()]
     body = "\n\n".join([
         told,
-        "The bars, on the names of all seeds together (95 % intervals, Wilson): precision by *right* of at least .9, "
-        "12 of the 14 colours and backgrounds in every seed, as many right names as by the poster's rule, at most .05 "
-        "named where there is nothing to name.",
+        "The bars, on the names of all seeds together (95 % intervals, Wilson): *right* at least .92 by pictures alone "
+        "and .95 with captions, *best* at least .8 and .9, by the demo's recipe at least 24 values named rightly in "
+        "every seed, at most .05 named where there is nothing to name.",
         bars_table(judged, empty),
         "AUROC of each method's best score for an attribute, a mean over the attribute's values:",
         recovery_table(results, "auroc"),

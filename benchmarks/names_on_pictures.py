@@ -117,13 +117,16 @@ def share_that_fits(half: Half, names: Mapping[int, int]) -> dict[str, float]:
     }
 
 
-def null_of(run: Run, words: Words, bare: Path, rng: np.random.Generator) -> float:
-    """The share of tested latents whose word holds where activations belong to other rows than similarities do."""
+def null_of(run: Run, words: Words, bare: Path, rng: np.random.Generator, n_latents: int | None = None) -> float:
+    """The share of latents whose word holds where activations belong to other rows than similarities do.
+
+    Of those that are tested, or of `n_latents`.
+    """
     view = _Shuffled(run, bare, "image")
     found = rows.choose(
         view, np.arange(len(view)), words.directions, words.groups, by_decoder={}, false_names=0.05, rng=rng
     )
-    return float(found.is_held.mean()) if len(found.latents) else 0.0
+    return float(found.is_held.sum() / max(1, n_latents or len(found.latents)))
 
 
 class _Shuffled(View):

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from msae.concepts.names import ConceptNames
-from msae.concepts.naming import name
+from msae.concepts.names import AGREEMENT_SHARE, ConceptNames
+from msae.concepts.naming import INFERENCE, NameSettings, _Captions, name, read_words
+from msae.data.store import as_store
 from msae.sae.model import SAE
+from msae.sae.run import Run
+from msae.sae.view import View
 from results import FIGURES, write_section
 
 POSTER_COLUMNS = ("cosine", "ratio", "cosine_and_ratio", "unique", "valid")
@@ -42,6 +45,7 @@ def main() -> None:
         return name(SAE.load(run), arguments.vocabulary, out=scratch, **options)
 
     records = [measure(run, names_of, arguments.on) for run in runs]
+    pictured = [by_pictures(run, arguments.vocabulary, arguments.on, scratch.with_name(".half.npy")) for run in runs]
     likeliest = max(records, key=lambda record: record["beyond_chance"])["run"]
     centring = list(centring_effect(arguments.runs / likeliest, names_of, arguments.on))
     scratch.unlink(missing_ok=True)
@@ -52,13 +56,17 @@ def main() -> None:
         "criterion: the interval above .5, and the name among the best 5 % of the words that occur in the labels, "
         "which a name dealt out at random meets in 5 % of cases.",
         agreement_table(records),
+        "The same of the names that pictures of one half gave, without labels; the labels of the other half judge:",
+        pictures_table(pictured),
         f"Centring, on {likeliest} (words less their own mean or not, less b_dec or not):",
         centring_table(centring),
     ])  # fmt: skip
     print(body)
     if not arguments.dry:
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / "naming-rules.json").write_text(json.dumps({"runs": records, "centring": centring}, indent=1) + "\n")
+        (FIGURES / "naming-rules.json").write_text(
+            json.dumps({"runs": records, "pictures": pictured, "centring": centring}, indent=1) + "\n"
+        )
         write_section("naming-rules", "Naming: the poster's rule and the evidence", body)
 
 
@@ -81,6 +89,40 @@ def measure(run: Path, names_of: Callable[..., ConceptNames], on: str) -> dict[s
         "auroc": quartiles([c.agreement.auroc for c in found if c.agreement]),
         "multimodal": sum(bool(c.is_multimodal) for c in found),
     }
+
+
+def by_pictures(run: Path, vocabulary: str, on: str, half: Path) -> dict[str, Any]:
+    """Names that one half of the pictures gives, judged by the labels of the other half."""
+    store, opened = as_store(on, "image"), Run.open(run)
+    order = np.random.default_rng(0).permutation(len(store))
+    first, second = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    np.save(half, store.take(first, "image"))
+    names = name(opened, vocabulary, on=half, out=half.with_suffix(".json"))
+    words = read_words(opened.sae, as_store(vocabulary, "text"), NameSettings())
+    number = {text: i for i, text in enumerate(words.texts)}
+    labels = _Captions(View(opened, store, "image", inference=INFERENCE), words, second, NameSettings())
+    latents = np.array([concept.latent for concept in names], np.int64)
+    found = labels.agreements(latents, np.array([number[concept.name] for concept in names], np.int64))
+    judged = [one for one in found if one is not None]
+    half.unlink()
+    half.with_suffix(".json").unlink()
+    return {
+        "run": run.name,
+        "named": len(names),
+        "words": labels.n_words,
+        "judged": len(judged),
+        "agree": sum(one.low > 0.5 and one.rank <= AGREEMENT_SHARE * one.n_words for one in judged),
+        "auroc": quartiles([one.auroc for one in judged]),
+    }
+
+
+def pictures_table(records: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in records:
+        aurocs = " / ".join(f"{value:.3f}" for value in r["auroc"]) if r["auroc"] else "-"
+        share = f"{r['agree'] / r['judged']:.2f}" if r["judged"] else "-"
+        rows.append([r["run"], r["named"], r["judged"], r["agree"], share, aurocs])
+    return table(["run", "named", "that labels mention", "agree", "share", "AUROC quartiles"], rows)
 
 
 def quartiles(values: Sequence[float]) -> list[float] | None:

@@ -1,381 +1,497 @@
-"""Does the audit find a correlation that was planted, and only that, and does removing the concept help?
+"""Does the audit find a correlation that was planted, and only that, and does the fix that it offers help?
 
 A classifier is to tell crosses from squares. In its training set a share of the crosses, and the rest of the squares,
-wear hats; in the test set hats go with neither. The SAE and its names come from scenes that know nothing of the task.
-All scenes are embedded once; each seed draws its own training and test rows from them.
+have an accessory (a hat, a frame or a shadow); in the audited rows it goes with neither. The SAEs and their names come
+from scenes that know nothing of the task. All scenes are embedded once; each seed draws its own rows from them. A fix
+is judged by the true groups of rows that neither training nor audit has seen.
 
-    python benchmarks/planted_bias.py --encoder demo --folder FOLDER [--seeds 40] [--first-seed 0] [--write]
+    python benchmarks/planted_bias.py --folder FOLDER --sae-seeds 30 31 32 --workers 16 [--write]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from msae import train
-from msae.base.statistics import cliffs_delta, net_wins, wilson
+from msae.base.statistics import wilson
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
 from msae.data.embedder import Embedder
 from msae.data.store import EmbeddingStore, StorePart, write_store
 from msae.sae.model import SAE
 from msae.sae.view import View
-from msae.use.audit import Audit, ConceptAudit, audit
+from msae.use.audit import Audit, audit
+from msae.use.audit.fix import Fix, fix_classifier
+from msae.use.audit.subjects import TEXT_LOGIT_SCALE, Subject, make_subject
 from msae.use.classifier import LinearClassifier
 from msae.world.drawing import render
 from msae.world.scenes import ATTRIBUTES, UNSEEN_SEEDS
 from results import write_section
 
+T, R = TypeVar("T"), TypeVar("R")
 SHAPES = ("square", "cross")
 """The two shapes that the demo's CLIP confuses most: where the class is easy a classifier has no use for a shortcut."""
-FIRST_SCENE = UNSEEN_SEEDS.start + 5_000_000  # far from the demo's own scenes
+ACCESSORIES = ("hat", "frame", "shadow")
+FIRST_SCENE = UNSEEN_SEEDS.start + 16_000_000
 N_POOL, N_WORLD = 12_000, 10_000
 N_TRAIN, N_TEST = 400, 2000
-STRENGTHS = (0.5, 0.8, 0.9, 0.95)
-"""Share of the crosses with hats, and of squares without; .5 is the unbiased twin."""
+TWIN, FIXED = 0.5, (0.9, 0.95)
+STRENGTHS = (TWIN, 0.8, *FIXED)
+"""Share of the crosses with the accessory, and of squares without; at .5 it goes with neither class."""
 _TOLD = ("shape", "colour", "size", "texture", "background")
 WORDS = (*(str(value) for kind in _TOLD for value in ATTRIBUTES[kind]), "hat", "frame", "shadow", "two shapes")
-
-
 _KINDS = ("shape", "colour", "size", "texture")
 SCHEMA = pa.schema(
     [(column, pa.string()) for column in ("id", "caption", "background", *_KINDS)]
-    + [(column, pa.bool_()) for column in ("hat", "frame", "shadow")]
+    + [(column, pa.bool_()) for column in ACCESSORIES]
 )
+ALONE = "firing"
+"""Groups that nobody labelled: rows in which the concept is clearly present."""
+
+
+# --- Scenes, SAEs and names
+
+
+def parallel(do: Callable[[T], R], jobs: Iterable[T], workers: int) -> Iterator[R]:
+    """The results of independent jobs, in order."""
+    if workers == 1:
+        yield from map(do, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(do, jobs)
+
+
+@cache
+def embedder(encoder: str) -> Embedder:
+    torch.set_num_threads(1)
+    return Embedder.load(encoder)
+
+
+class Scenes(NamedTuple):
+    """Some scenes to draw."""
+
+    encoder: str
+    seeds: range
+    accessory: str | None
+    """Lone squares and crosses, half of each with this; None draws scenes of every kind."""
+
+
+def embedded(scenes: Scenes) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The embeddings and the metadata of scenes."""
+    drawn = []
+    for seed in scenes.seeds:
+        fixed: dict[str, Any] = {}
+        if scenes.accessory is not None:
+            fixed = {"count": 1, "shape": SHAPES[seed % 2], scenes.accessory: bool(seed // 2 % 2)}
+        drawn.append(render(seed, **fixed))
+    x = embedder(scenes.encoder).embed_images([scene.image for scene in drawn])
+    rows = [
+        {"id": str(seed), "caption": scene.caption, **scene.attributes}
+        for seed, scene in zip(scenes.seeds, drawn, strict=True)
+    ]
+    return x.astype(np.float16), rows
+
+
+def make_scenes(path: Path, encoder: str, seeds: range, accessory: str | None, workers: int) -> None:
+    """Scenes drawn and embedded without a file for each, where they are not yet."""
+    if path.exists():
+        if EmbeddingStore.open(path).ids[0] != str(seeds[0]):
+            raise SystemExit(f"{path} begins with another scene than {seeds[0]}; give another --folder")
+        return
+    jobs = [Scenes(encoder, seeds[first : first + 256], accessory) for first in range(0, len(seeds), 256)]
+    parts = (
+        StorePart({"image": x}, pa.Table.from_pylist(rows, schema=SCHEMA))
+        for x, rows in parallel(embedded, jobs, workers)
+    )
+    write_store(path, parts, schema=SCHEMA, record={"encoder": embedder(encoder).id})
+
+
+class Sae(NamedTuple):
+    """One SAE of a folder, of the default recipe."""
+
+    folder: Path
+    expansion: float
+    seed: int
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"run-{self.expansion:g}-{self.seed}"
+
+
+def make_sae(sae: Sae) -> None:
+    """Train and name, where it is not done yet."""
+    torch.set_num_threads(1)
+    if not (sae.run / "names.json").exists():
+        general = sae.folder / "general.store"
+        train(general, out=sae.run, resume=True, expansion=sae.expansion, seed=sae.seed)
+        name(sae.run, vocabulary=sae.folder / "words.store", on=general)
 
 
 class World(NamedTuple):
-    """What all trials share."""
+    """What the trials of one SAE and one accessory share."""
 
     pool: EmbeddingStore
-    """Lone squares and crosses, half of each with a hat."""
-    general: EmbeddingStore
-    """Scenes of every kind: the SAE's training set."""
     words: EmbeddingStore
     sae: SAE
     groups: Mapping[str, list[int]]
     """Latents by name."""
     shape: np.ndarray
     """Of the pool, the truth."""
-    hat: np.ndarray
+    has: np.ndarray
 
 
-def make_world(folder: Path, encoder: str, options: Mapping[str, Any], run: str, start: int = FIRST_SCENE) -> World:
-    """Render, embed, train and name, each where it is not done yet."""
-
-    def fixed(seed: int) -> dict[str, Any]:
-        return {"count": 1, "shape": SHAPES[seed % 2], "hat": bool(seed // 2 % 2)}
-
-    embedder = Embedder.load(encoder)
-    first = start + N_POOL
-    stores = [
-        embedded_scenes(folder / "pool.store", embedder, range(start, first), fixed),
-        embedded_scenes(folder / "general.store", embedder, range(first, first + N_WORLD), lambda _: {}),
-    ]
-    if not (folder / "words.store").exists():
-        rows = {"text": embedder.embed_texts(WORDS)}
-        table = pa.table({"id": list(WORDS), "caption": list(WORDS)})
-        write_store(folder / "words.store", [StorePart(rows, table)], record={"encoder": embedder.id})
-    stores.append(EmbeddingStore.open(folder / "words.store"))
-    sae = train(stores[1], out=folder / run, resume=True, **options)
-    return world_of(*stores, sae, name(folder / run, vocabulary=stores[2], on=stores[1]))
-
-
-def embedded_scenes(
-    path: Path, embedder: Embedder, seeds: range, fixed: Callable[[int], Mapping[str, Any]]
-) -> EmbeddingStore:
-    """Scenes drawn and embedded without a file for each."""
-    if path.exists():
-        store = EmbeddingStore.open(path)
-        if store.ids[0] != str(seeds[0]):
-            raise SystemExit(f"{path} begins with scene {store.ids[0]}, wanted {seeds[0]}; give another --folder")
-        return store
-
-    def parts() -> Iterator[StorePart]:
-        for first in range(0, len(seeds), 256):
-            own = seeds[first : first + 256]
-            scenes = [render(seed, **fixed(seed)) for seed in own]
-            x = embedder.embed_images([scene.image for scene in scenes])
-            told = zip(own, scenes, strict=True)
-            rows = [{"id": str(seed), "caption": scene.caption, **scene.attributes} for seed, scene in told]
-            yield StorePart({"image": x.astype(np.float16)}, pa.Table.from_pylist(rows, schema=SCHEMA))
-
-    return write_store(path, parts(), schema=SCHEMA, record={"encoder": embedder.id})
-
-
-def world_of(
-    pool: EmbeddingStore, general: EmbeddingStore, words: EmbeddingStore, sae: SAE, names: ConceptNames
-) -> World:
-    """The world with its latents grouped by name."""
+@cache
+def world(sae: Sae, accessory: str) -> World:
+    torch.set_num_threads(1)
+    pool, words = (EmbeddingStore.open(sae.folder / f"{kind}.store") for kind in (f"pool-{accessory}", "words"))
     groups: dict[str, list[int]] = {}
-    for concept in names:
+    for concept in ConceptNames.load(sae.run):
         groups.setdefault(concept.name, []).append(concept.latent)
-    return World(pool, general, words, sae, groups, np.array(pool.column("shape")), np.array(pool.column("hat")))
+    return World(pool, words, SAE.load(sae.run), groups, *(np.array(pool.column(c)) for c in ("shape", accessory)))
 
 
-class Draw(NamedTuple):
-    """Rows of the pool for one seed."""
+# --- One trial
+
+
+class Rows(NamedTuple):
+    """Rows of the pool for one seed, none twice."""
 
     train: np.ndarray
-    test: np.ndarray
+    audited: np.ndarray
+    judging: np.ndarray
 
 
-def draw(world: World, strength: float, rng: np.random.Generator) -> Draw:
-    """Training rows with the correlation, and test rows, none of them among the former, without it."""
-    train_rows, test_rows = [], []
+def draw(world: World, strength: float, rng: np.random.Generator) -> Rows:
+    """Training rows with the correlation, audited rows without it, and all others."""
+    parts: list[list[np.ndarray]] = [[], [], []]
     for number, kind in enumerate(SHAPES):
         share = strength if number == 1 else 1 - strength
-        with_hat = int(rng.binomial(N_TRAIN // 2, share))
-        for has, n in ((True, with_hat), (False, N_TRAIN // 2 - with_hat)):
-            rows = rng.permutation(np.flatnonzero((world.shape == kind) & (world.hat == has)))
-            train_rows.append(rows[:n])
-            test_rows.append(rows[n : n + N_TEST // 4])
-            assert len(test_rows[-1]) == N_TEST // 4
-    return Draw(np.sort(np.concatenate(train_rows)), np.sort(np.concatenate(test_rows)))
+        n_with = int(rng.binomial(N_TRAIN // 2, share))
+        for has, n in ((True, n_with), (False, N_TRAIN // 2 - n_with)):
+            rows = rng.permutation(np.flatnonzero((world.shape == kind) & (world.has == has)))
+            for part, some in zip(parts, np.split(rows, [n, n + N_TEST // 4]), strict=True):
+                part.append(some)
+            assert len(parts[1][-1]) == N_TEST // 4 and len(parts[2][-1])
+    return Rows(*(np.sort(np.concatenate(part)) for part in parts))
 
 
 def substore(world: World, rows: np.ndarray, path: Path) -> EmbeddingStore:
     """The rows as a store of their own."""
-    table = pa.table({"id": [str(row) for row in rows], "shape": world.shape[rows], "hat": world.hat[rows]})
+    table = pa.table({"id": [str(row) for row in rows], "shape": world.shape[rows], "has": world.has[rows]})
     return write_store(path, [StorePart({"image": world.pool.take(rows, "image")}, table)])
 
 
-# --- Ways to remove a concept
+class Trial(NamedTuple):
+    sae: Sae
+    accessory: str
+    strength: float
+    seed: int
 
 
-Remover = Callable[[torch.Tensor], torch.Tensor]
-
-
-def removers(world: World, concept: str) -> dict[str, Remover]:
-    """Edits of raw embeddings. The baselines learn from the general scenes' true hats, which the SAE never saw."""
-    x = torch.from_numpy(world.general.take(np.arange(len(world.general)), "image"))
-    has = torch.tensor([bool(value) for value in world.general.column(concept)])
-    mean, sae = x.mean(0), world.sae
-    difference = x[has].mean(0) - x[~has].mean(0)
-    texts = torch.from_numpy(world.words.take(np.arange(len(world.words)), "text"))
-    text = texts[WORDS.index(concept)] - texts.mean(0)
-    wins = np.abs(cliffs_delta(net_wins(x.numpy(), np.zeros(len(x), int)), has.numpy(), np.zeros(len(x), int)))
-    coordinates = np.argsort(-wins)
-    latents = world.groups.get(concept, [])
-
-    def project(direction: torch.Tensor) -> Remover:
-        unit = direction / direction.norm()
-        return lambda rows: rows - ((rows - mean) @ unit)[:, None] * unit
-
-    def ablate(n: int) -> Remover:
-        def remove(rows: torch.Tensor) -> torch.Tensor:
-            edited = rows.clone()
-            edited[:, coordinates[:n].copy()] = mean[coordinates[:n].copy()]
-            return edited
-
-        return remove
-
-    def with_latents_at(level: torch.Tensor | float) -> Remover:
-        scale = sae.standardizer.statistics["image"].scale
-        return lambda rows: rows + (level - sae.encode(rows)[:, latents]) @ sae.W_dec.detach()[latents] / scale
-
-    pool = torch.from_numpy(world.pool.take(np.arange(len(world.pool)), "image"))
-    mean_level = sae.encode(pool)[:, latents].mean(0)  # the audit takes that of the audited rows
-
-    return {
-        "SAE concept, levelled": with_latents_at(mean_level),
-        "SAE concept, set to 0": with_latents_at(0.0),
-        "1 raw coordinate": ablate(1),
-        "8 raw coordinates": ablate(8),
-        "mean difference, projected out": project(difference),
-        "text direction, projected out": project(text),
-    }
-
-
-def group_accuracy(
-    classifier: LinearClassifier, x: torch.Tensor, shape: np.ndarray, hat: np.ndarray
-) -> tuple[float, float]:
-    """Accuracy of the worst of the four true groups, and of all."""
-    right = np.array(classifier.classes)[classifier.logits(x).argmax(1).numpy()] == shape
-    return min(float(right[(shape == k) & (hat == h)].mean()) for k in SHAPES for h in (False, True)), float(
-        right.mean()
-    )
-
-
-# --- One seed
-
-
-def trial(world: World, strength: float, seed: int, planted: str, edits: Mapping[str, Remover]) -> dict[str, Any]:
-    """The audit of one classifier, and what each way of removing the planted concept does to it."""
-    from msae.use.audit.subjects import make_subject
-
-    rng = np.random.default_rng([seed, int(1000 * strength)])
-    rows = draw(world, strength, rng)
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """The audit of one classifier, and what each way to take the planted concept out does to it."""
+    this = world(trial.sae, trial.accessory)
+    rows = draw(this, trial.strength, np.random.default_rng([trial.seed, int(1000 * trial.strength)]))
     with tempfile.TemporaryDirectory() as scratch:
-        stores = [substore(world, some, Path(scratch) / f"{n}.store") for n, some in enumerate(rows)]
+        stores = [substore(this, some, Path(scratch) / f"{n}.store") for n, some in enumerate(rows[:2])]
         found = audit(
-            world.sae, stores[1], "shape", train_store=stores[0], names=world.groups, positive=SHAPES[1], seed=seed
+            this.sae, stores[1], "shape", train_store=stores[0], names=this.groups, positive=SHAPES[1], seed=trial.seed
         )
-        subject = make_subject(
-            View(world.sae, stores[1], "image"),
-            target="shape", classifier=None, class_texts=None, train_store=stores[0], seed=seed,
-        )  # fmt: skip
-    shape, hat = world.shape[rows.test], world.hat[rows.test]
-    x = torch.from_numpy(world.pool.take(rows.test, "image"))
-    return {
-        "strength": strength, "seed": seed, **summary(found, planted),
-        "unedited": group_accuracy(subject.classifier, x, shape, hat),
-        "edited": {kind: group_accuracy(subject.classifier, edit(x), shape, hat) for kind, edit in edits.items()},
-    }  # fmt: skip
+        view = View(this.sae, stores[1], "image")
+        common = {"target": "shape", "class_texts": None, "seed": trial.seed}
+        trained = make_subject(view, classifier=None, train_store=stores[0], **common)
+        judge = Judge(this, rows.judging)
+        record = {
+            "expansion": trial.sae.expansion, "sae_seed": trial.sae.seed, "accessory": trial.accessory,
+            "strength": trial.strength, "seed": trial.seed, "before": judge(trained.classifier),
+            **summary(found, trial.accessory),
+        }  # fmt: skip
+        latents = tuple(this.groups.get(trial.accessory, ()))
+        if trial.strength in FIXED and latents:
+            record["fix"] = fixes(trained, trial, latents, judge)
+        if trial.strength == TWIN and latents:
+            texts = make_subject(view, classifier=zero_shot(this), train_store=None, **common)
+            record["zero_shot"] = {
+                "before": judge(texts.classifier),
+                "fix": fixes(texts, trial, latents, judge),
+            }
+    return record
+
+
+class Judge:
+    """Accuracy of the worst of the four true groups, and of all, on the rows that judge."""
+
+    def __init__(self, world: World, rows: np.ndarray) -> None:
+        self.x = torch.from_numpy(world.pool.take(rows, "image"))
+        self.shape, self.has = world.shape[rows], world.has[rows]
+
+    def __call__(self, classifier: LinearClassifier) -> tuple[float, float]:
+        right = np.array(classifier.classes)[classifier.logits(self.x).argmax(1).numpy()] == self.shape
+        groups = [right[(self.shape == k) & (self.has == h)].mean() for k in SHAPES for h in (False, True)]
+        return float(min(groups)), float(np.mean(groups))
+
+
+def zero_shot(world: World) -> LinearClassifier:
+    """CLIP's own classifier, by the words of the two shapes."""
+    x = torch.from_numpy(world.words.take(np.array([WORDS.index(shape) for shape in SHAPES]), "text"))
+    weight = TEXT_LOGIT_SCALE * torch.nn.functional.normalize(x, dim=1)
+    nothing = torch.zeros(x.shape[1])
+    return LinearClassifier(SHAPES, weight, torch.zeros(2), nothing, nothing + 1, True, "texts")
+
+
+def fixes(subject: Subject, trial: Trial, latents: tuple[int, ...], judge: Judge) -> dict[str, Any]:
+    """The recommended fix with known groups and with firing alone, by its true groups, and every way by the audit's."""
+    record = {}
+    for kind, groups in (("known", "has"), (ALONE, None)):
+        fix, classifier = fix_classifier(subject, trial.accessory, latents, groups=groups, file=None, seed=trial.seed)
+        record[kind] = {"recommended": fix.recommended, "after": judge(classifier), "ways": ways(fix)}
+    return record
+
+
+def ways(fix: Fix) -> dict[str, tuple[float, float]]:
+    return {way.name: (way.worst, way.overall) for way in fix.ways}
 
 
 def summary(found: Audit, planted: str) -> dict[str, Any]:
-    """Ranks of the planted concept, and which concepts are reported."""
+    """Ranks of the planted concept, and which concepts stand out."""
+    own = set(ATTRIBUTES["shape"])
     order = [one.name for one in found.concepts]
-    nuisance = [one for one in order if one not in ATTRIBUTES["shape"]]
-    alarms = {
-        test: [
-            one.name for one in found.concepts if one.name in nuisance and (a := getattr(one, test)) and a.q < 0.05
-        ]
-        for test in ("train_shift", "given_true", "by_predicted", "by_true")
-    }  # fmt: skip
-    rank = order.index(planted) + 1 if planted in order else None
     by_effect = [one.name for one in sorted(found.concepts, key=lambda one: -one.effect)]
+    out = [one.name for one in found.reported()]
+    nuisance = [one for one in out if one not in own]
     return {
-        "rank": rank,
-        "rank_with_own_words": by_effect.index(planted) + 1 if planted in order else None,
-        "first": order[:4],
-        "effects": [round(one.effect, 3) for one in found.concepts[:4]],
-        "alarms": alarms,
+        "rank": nuisance.index(planted) + 1 if planted in nuisance else None,
+        "is_first_by_effect": next((one for one in order if one not in own), None) == planted,
+        "rank_with_own_words": by_effect.index(planted) + 1 if planted in by_effect else None,
+        "out": out,
+        "others": [one for one in out if one not in own and one != planted],
+        "by_q_alone": [one.name for one in found.concepts if one.main and one.main.q < 0.05],
         "accuracy": found.classifier["accuracy"],
-        "concepts": {one.name: detail(one) for one in found.concepts},
-    }
+        "first": [
+            {"name": one.name, "effect": one.effect, "low": one.effect_low,
+             "control": one.control and one.control.largest, "q": one.main and one.main.q}
+            for one in found.concepts[:4]
+        ],
+    }  # fmt: skip
 
 
-def detail(one: ConceptAudit) -> dict[str, float | None]:
-    """What rankings other than the audit's could be made of."""
-    edits = {kind: getattr(one, kind) for kind in ("remove", "set_p50", "set_p90", "set_p99")}
-    shares = {"fires": one.firing_rate, "beaten": one.control and one.control.beaten, "q": one.main and one.main.q}
-    return {**{kind: edit and round(edit.change, 5) for kind, edit in edits.items()}, **shares}
+# --- Tables
 
 
-def qs(one: Mapping[str, Any]) -> list[float | None]:
-    """Of every concept of a trial, the class's own words too, the q-value of its main test."""
-    return [known["q"] for known in one["concepts"].values()]
+def tell(trials: Sequence[dict[str, Any]]) -> str:
+    """What was found, a line for each SAE, accessory and strength; then the fixes."""
 
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return one["accessory"], one["expansion"], one["sae_seed"], one["strength"]
 
-def tell(world: World, trials: list[dict[str, Any]], planted: str) -> str:
-    """The tables."""
-    strengths = sorted({one["strength"] for one in trials})
-    by = {s: [one for one in trials if one["strength"] == s] for s in strengths}
+    some = {k: list(v) for k, v in itertools.groupby(sorted(trials, key=key), key=key)}
     lines = [
-        f"{len(by[strengths[0]])} seeds; {N_TRAIN:,} training and {N_TEST:,} test rows; {len(world.groups)} named "
-        f"concepts ({sum(map(len, world.groups.values()))} latents of {world.sae.d_sae}; "
-        f"{planted!r}: {world.groups.get(planted)}).",
+        f"{N_TRAIN:,} training, {N_TEST:,} audited rows; the others judge the fixes by their true groups.",
         "",
-        "| hats on crosses | planted concept first | first, the class's own words counted | planted reported | "
-        "another nuisance reported | how many | the same by `given_true` | any concept, the class's own words too | "
-        "accuracy | worst group |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| planted | expansion, SAE | strength | seeds | first of what stands out | first by effect alone | "
+        "the same, the class's own words counted | stands out | "
+        "others stand out, mean | any stands out, own words too | q < .05 alone, mean | accuracy | worst group |",
+        "|" + "---|" * 13,
     ]
-    for s, some in by.items():
-        alarms = [one["alarms"]["train_shift"] for one in some]
+    for (accessory, expansion, seed, strength), group in some.items():
         cells = [
-            np.mean([one["rank"] == 1 for one in some]),
-            np.mean([one["rank_with_own_words"] == 1 for one in some]),
-            np.mean([planted in names for names in alarms]),
-            np.mean([any(other != planted for other in names) for names in alarms]),
-            np.mean([sum(other != planted for other in names) for names in alarms]),
-            np.mean([any(other != planted for other in one["alarms"]["given_true"]) for one in some]),
-            np.mean([any(q is not None and q < 0.05 for q in qs(one)) for one in some]),
-            np.mean([one["unedited"][1] for one in some]),
-            np.mean([one["unedited"][0] for one in some]),
+            str(len(group)),
+            str(sum(one["rank"] == 1 for one in group)),
+            str(sum(one["is_first_by_effect"] for one in group)),
+            str(sum(one["rank_with_own_words"] == 1 for one in group)),
+            str(sum(accessory in one["out"] for one in group)),
+            f"{np.mean([len(one['others']) for one in group]):.2f}",
+            str(sum(bool(one["out"]) for one in group)),
+            f"{np.mean([len(one['by_q_alone']) for one in group]):.1f}",
+            f"{np.mean([one['accuracy'] for one in group]):.3f}",
+            f"{np.mean([one['before'][0] for one in group]):.3f}",
         ]
-        lines.append(f"| {s:g} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    lines += ["", "| removal | " + " | ".join(f"worst group, {s:g} | gap closed | all" for s in strengths[1:]) + " |"]
-    lines.append("|---|" + "---|" * 3 * len(strengths[1:]))
-    twin = np.mean([one["unedited"][0] for one in by[strengths[0]]])
-    for kind in trials[0]["edited"]:
-        cells = []
-        for s in strengths[1:]:
-            before = np.mean([one["unedited"][0] for one in by[s]])
-            after = np.mean([one["edited"][kind][0] for one in by[s]])
-            everything = np.mean([one["edited"][kind][1] for one in by[s]])
-            cells += [f"{after:.3f}", f"{(after - before) / (twin - before):+.2f}", f"{everything:.3f}"]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *bars(by)])
+        lines.append(f"| {accessory} | {expansion:g}, {seed} | {strength:g} | " + " | ".join(cells) + " |")
+    lines += ["", *_fix_table(some), "", *_zero_shot_table(some)]
+    return "\n".join(lines)
 
 
-def bars(by: Mapping[float, list[dict[str, Any]]]) -> list[str]:
-    """What was to be shown, with Wilson's 95 % intervals of the shares of seeds."""
-    strongest, twin = by[max(by)], by[0.5]
-    first = sum(one["rank"] == 1 for one in strongest)
-    alarms = sum(any(q is not None and q < 0.05 for q in qs(one)) for one in twin)
-    before, wanted = (np.mean([one["unedited"][0] for one in some]) for some in (strongest, twin))
-    closed = {
-        kind: (np.mean([one["edited"][kind][0] for one in strongest]) - before) / (wanted - before)
-        for kind in ("SAE concept, levelled", "SAE concept, set to 0")
-    }
+def _fix_table(some: Mapping[tuple[Any, ...], list[dict[str, Any]]]) -> Iterator[str]:
+    yield (
+        "| planted | expansion, SAE | strength | groups | worst before | recommended, after | twin | gap closed | "
+        "overall before | after | recommended |"
+    )
+    yield "|" + "---|" * 11
+    for (accessory, expansion, seed, strength), group in some.items():
+        fixed = [one for one in group if "fix" in one]
+        twin = some.get((accessory, expansion, seed, TWIN))
+        if not fixed or not twin:
+            continue
+        wanted = np.mean([one["before"][0] for one in twin])
+        for kind in ("known", ALONE):
+            before, after = (np.mean(rows, axis=0) for rows in (
+                [one["before"] for one in fixed], [one["fix"][kind]["after"] for one in fixed]))  # fmt: skip
+            closed = (after[0] - before[0]) / (wanted - before[0])
+            yield (
+                f"| {accessory} | {expansion:g}, {seed} | {strength:g} | {kind} | {before[0]:.3f} | {after[0]:.3f} | "
+                f"{wanted:.3f} | {closed:+.2f} | {before[1]:.3f} | {after[1]:.3f} | "
+                f"{_most(one['fix'][kind]['recommended'] for one in fixed)} |"
+            )
+    yield ""
+    yield "Every way by itself, hats at .95, as `msae audit --fix` shows them (known groups):"
+    yield ""
+    yield "| way | worst group | overall |"
+    yield "|---|---|---|"
+    shown = [one["fix"]["known"]["ways"] for group in some.values() for one in group
+             if "fix" in one and one["strength"] == max(FIXED) and one["accessory"] == "hat"]  # fmt: skip
+    for way in shown[0] if shown else ():
+        worst, overall = np.mean([one[way] for one in shown if way in one], axis=0)
+        yield f"| {way} | {worst:.3f} | {overall:.3f} |"
 
-    def line(what: str, found: str, is_met: bool) -> str:
-        return f"- {what}: {found}; {'met' if is_met else 'missed'}"
 
-    return [
-        f"The bars, at {max(by):g}:",
-        "",
-        line("planted first in 95 % of seeds", share(first, len(strongest)), first >= 0.95 * len(strongest)),
-        line("any concept on the twin in at most 5 %", share(alarms, len(twin)), alarms <= 0.05 * len(twin)),
-        *(line(f"half of the gap closed, {kind}", f"{part:+.2f}", bool(part >= 0.5)) for kind, part in closed.items()),
-    ]
+def _zero_shot_table(some: Mapping[tuple[Any, ...], list[dict[str, Any]]]) -> Iterator[str]:
+    yield "Zero-shot, by the words of the two shapes:"
+    yield ""
+    yield "| concept | expansion, SAE | groups | worst before | after | overall before | after | recommended |"
+    yield "|" + "---|" * 8
+    for (accessory, expansion, seed, _), group in some.items():
+        known = [one["zero_shot"] for one in group if "zero_shot" in one]
+        for kind in ("known", ALONE) if known else ():
+            before, after = (np.mean(rows, axis=0) for rows in (
+                [one["before"] for one in known], [one["fix"][kind]["after"] for one in known]))  # fmt: skip
+            yield (
+                f"| {accessory} | {expansion:g}, {seed} | {kind} | {before[0]:.3f} | {after[0]:.3f} | "
+                f"{before[1]:.3f} | {after[1]:.3f} | {_most(one['fix'][kind]['recommended'] for one in known)} |"
+            )
+
+
+def _most(names: Iterable[str | None]) -> str:
+    counts: dict[str, int] = {}
+    for one in names:
+        counts[one or "none"] = counts.get(one or "none", 0) + 1
+    return ", ".join(f"{one} {n}" for one, n in sorted(counts.items(), key=lambda pair: -pair[1])[:2])
+
+
+def bars(trials: Sequence[dict[str, Any]]) -> str:
+    """What was to be shown for hats, SAE by SAE (docs/preregistered.md)."""
+    lines = ["The bars, for hats:", ""]
+    for expansion, sae_seed in sorted({(one["expansion"], one["sae_seed"]) for one in trials}):
+        own = [
+            one
+            for one in trials
+            if (one["expansion"], one["sae_seed"], one["accessory"]) == (expansion, sae_seed, "hat")
+        ]
+        by = {s: [one for one in own if one["strength"] == s] for s in STRENGTHS}
+        strongest, twin = by[max(FIXED)], by[TWIN]
+        if not strongest or not twin:
+            continue
+        first = sum(one["rank"] == 1 for one in strongest)
+        alarms = sum(bool(one["out"]) for one in twin)
+        others = float(np.mean([len(one["others"]) for one in strongest]))
+        most = 0.5 if expansion <= 2 else 1.0
+        wanted = np.mean([one["before"][0] for one in twin])
+        parts = [
+            f"first {share(first, len(strongest))}, {_met(first >= 0.975 * len(strongest))}",
+            f"twin {share(alarms, len(twin))}, {_met(alarms <= 0.05 * len(twin))}",
+            f"others {others:.2f}, {_met(others <= most)}",
+        ]
+        for strength, kind, bar in [(s, k, b) for s in FIXED for k, b in (("known", 0.95), (ALONE, 0.8))]:
+            fixed = [one for one in by[strength] if "fix" in one]
+            if fixed:
+                before, after = (np.mean(rows, axis=0) for rows in (
+                    [one["before"] for one in fixed], [one["fix"][kind]["after"] for one in fixed]))  # fmt: skip
+                closed = (after[0] - before[0]) / (wanted - before[0])
+                is_met = closed >= bar and after[1] >= before[1] - 0.01
+                parts.append(f"gap closed at {strength:g}, {kind} {closed:+.2f}, {_met(bool(is_met))}")
+        lines.append(f"- expansion {expansion:g}, SAE {sae_seed}: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
 
 
 def share(successes: int, trials: int) -> str:
     low, high = (float(end) for end in wilson(np.array(successes), np.array(trials)))
-    return f"{successes} of {trials}, {successes / trials:.3f} ({low:.3f}-{high:.3f})"
+    return f"{successes} of {trials} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="demo")
-    parser.add_argument("--folder", type=Path, required=True, help="for scenes, embeddings and the SAE; used again")
+    parser.add_argument("--folder", type=Path, required=True, help="for scenes, embeddings and SAEs; used again")
     parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
-    parser.add_argument("--expansion", type=float, default=2)
-    parser.add_argument("--weighting", default="reverse")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--kind", default="matryoshka")
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--planted", default="hat")
     parser.add_argument("--first-seed", type=int, default=0, help="of the trials")
-    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="seed of the first scene of the pool")
-    parser.add_argument("--sae-seed", type=int, default=0)
-    parser.add_argument("--section", default="planted-bias", help="of RESULTS.md")
+    parser.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="seed of the first scene")
+    parser.add_argument("--expansions", type=float, nargs="+", default=[2, 8])
+    parser.add_argument("--sae-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--accessories", nargs="+", default=list(ACCESSORIES), choices=ACCESSORIES,
+                        help="frames and shadows are planted for the first SAE alone")  # fmt: skip
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--json", type=Path, help="where the trials are written; without it, trials.json in the folder")
+    parser.add_argument("--section", default="planted", help="of RESULTS.md")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
+    parser.add_argument("--from-json", type=Path, nargs="+", help="trials of earlier runs: make the tables alone")
     arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    options: dict[str, Any] = {"kind": arguments.kind, "expansion": arguments.expansion, "epochs": arguments.epochs}
-    options |= {"weighting": arguments.weighting} if arguments.kind == "matryoshka" else {"k": arguments.k}
-    options |= {"seed": arguments.sae_seed} if arguments.sae_seed else {}
-    run = "-".join(str(value) for value in options.values())
-    world = make_world(arguments.folder, arguments.encoder, options | {"batch_size": 64}, run, arguments.first_scene)
-    edits = removers(world, arguments.planted)
-    trials = []
-    began = time.monotonic()
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        trials += [trial(world, strength, seed, arguments.planted, edits) for strength in arguments.strengths]
-        (arguments.folder / f"trials-{run}.json").write_text(json.dumps(trials, indent=1))
-        print(f"seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
-    text = tell(world, trials, arguments.planted)
+    if arguments.from_json:
+        trials = [one for file in arguments.from_json for one in json.loads(file.read_text())]
+    else:
+        trials = measured(arguments)
+    text = f"{tell(trials)}\n\n{bars(trials)}"
     print(text)
     if arguments.write:
-        title = "A planted correlation: found, and nothing else"
-        write_section(
-            arguments.section, title if arguments.section == "planted-bias" else f"{title}: {arguments.section}", text
+        write_section(arguments.section, f"A planted correlation: found, and fixed ({arguments.section})", text)
+
+
+def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    folder, workers, began = arguments.folder, arguments.workers, time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    first = arguments.first_scene
+    make_scenes(folder / "general.store", arguments.encoder, range(first, first + N_WORLD), None, workers)
+    for accessory in arguments.accessories:
+        start = first + N_WORLD + ACCESSORIES.index(accessory) * N_POOL
+        make_scenes(
+            folder / f"pool-{accessory}.store", arguments.encoder, range(start, start + N_POOL), accessory, workers
         )
+    if not (folder / "words.store").exists():
+        rows = {"text": embedder(arguments.encoder).embed_texts(WORDS)}
+        table = pa.table({"id": list(WORDS), "caption": list(WORDS)})
+        write_store(
+            folder / "words.store", [StorePart(rows, table)], record={"encoder": embedder(arguments.encoder).id}
+        )
+    print(f"scenes: {time.monotonic() - began:.0f} s", flush=True)
+    saes = [Sae(folder, expansion, seed) for expansion in arguments.expansions for seed in arguments.sae_seeds]
+    list(parallel(make_sae, saes, workers))
+    print(f"SAEs: {time.monotonic() - began:.0f} s", flush=True)
+    jobs = [
+        Trial(sae, accessory, strength, seed)
+        for sae in saes
+        for accessory in arguments.accessories
+        if accessory == arguments.accessories[0] or sae.seed == arguments.sae_seeds[0]
+        for strength in arguments.strengths
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    ]
+    trials: list[dict[str, Any]] = []
+    kept = arguments.json or folder / "trials.json"
+    for number, one in enumerate(parallel(run_trial, jobs, workers)):
+        trials.append(one)
+        if number % 40 == 39 or number == len(jobs) - 1:
+            kept.write_text(json.dumps(trials))
+            print(f"{number + 1} of {len(jobs)} trials: {time.monotonic() - began:.0f} s", flush=True)
+    return trials
 
 
 if __name__ == "__main__":

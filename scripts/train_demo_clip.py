@@ -49,7 +49,7 @@ from msae.world.scenes import (
     caption,
     sample_scene,
 )
-from msae.world.yardstick import Scores, measure
+from yardstick import Scores, measure
 
 CARD = Path(__file__).with_name("demo_clip_card.md")
 PIXELS = 64

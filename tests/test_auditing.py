@@ -106,9 +106,9 @@ def test_the_closed_form_is_decoding_and_classifying_every_edited_row(sae, store
     z = subject.encode(x)
     before = classifier.logits(x).softmax(1)
     for name, latents in NAMES.items():
-        one = result[name]
         if name == "silent":
             continue
+        one = result[name]
         fires = (z[:, latents] > 0).any(1)
         k = classifier.classes.index(one.class_)
         strength = oracle.group_strength(z, latents, subject.W_dec.detach())
@@ -189,9 +189,7 @@ def test_train_shift_p_values_are_uniform_where_training_and_audited_rows_are_al
 def test_the_words_of_the_class_itself_come_last(sae, store, biased):
     names = {"B": [0], "planted": [1], "silent": [5]}
     result = audit(sae, store, "y", train_store=biased, names=names, n_permutations=20)
-    assert [(one.name, one.is_target) for one in result.concepts] == [
-        ("planted", False), ("silent", False), ("B", True),
-    ]  # fmt: skip
+    assert [(one.name, one.is_target) for one in result.concepts] == [("planted", False), ("B", True)]
 
 
 def test_concepts_come_strongest_causal_effect_first(found):
@@ -237,6 +235,8 @@ def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_am
     assert again.to_json() == found.to_json()
     alone = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["Planted"], n_permutations=400)
     assert [one.name for one in alone.concepts] == ["planted"]
+    own = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["rest", "silent"], n_permutations=20)
+    assert "0 of the 2 concepts asked for stand out" in own.verdict and "\nrest " in own.to_text()  # asked for: shown
     assert alone["planted"].remove.change == pytest.approx(found["planted"].remove.change, abs=1e-6)
 
 
@@ -250,8 +250,13 @@ def test_more_latents_than_memory_take_more_passes_and_change_nothing(sae, store
             assert again[one.name].debiasing == one.debiasing
 
 
-def test_a_concept_that_never_fires_says_so(found, store):
-    silent = found["silent"]
+def test_a_concept_that_never_fires_is_left_out_and_counted_unless_it_is_asked_for(sae, found, store, biased):
+    assert "silent" not in [one.name for one in found.concepts] and found.settings["n_rare"] == 1
+    assert "concepts left out because they fire in fewer than 6 rows: 1 (silent)" in found.notes
+    with pytest.raises(ConfigError, match="none of the 1 concepts fires in 6 of the 600 audited rows"):
+        audit(sae, store, "y", train_store=biased, names={"silent": [5]}, n_permutations=20)
+    asked = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["silent"], n_permutations=20)
+    silent = asked["silent"]
     assert silent.note == f"never fires on {store.path}"
     assert silent.remove is silent.main is silent.control is None and silent.effect == 0
 
@@ -263,7 +268,9 @@ def test_one_test_is_reported_for_all_concepts_and_its_q_values_are_one_family(s
         wanted = scipy.stats.false_discovery_control([one.p for one in tested])
         assert [one.q for one in tested] == pytest.approx(list(wanted))
     assert [one.name for one in found.reported()] == [
-        one.name for one in found.concepts if one.train_shift and one.train_shift.q < 0.05
+        one.name
+        for one in found.concepts
+        if one.train_shift and one.train_shift.q < 0.05 and one.effect_low > one.control.largest
     ]
     without = audit(sae, store, "y", names=NAMES, n_permutations=20)
     assert {one.test for one in without.concepts} == {"given_true"} == {without.settings["test"]}
@@ -276,7 +283,7 @@ def test_a_concept_that_fires_in_training_rows_alone_is_in_the_family_of_q_value
     result = audit(sae, without, "y", train_store=biased, names=NAMES, n_permutations=400)
     planted = result["planted"]
     assert planted.note == f"never fires on {without.path}" and planted.remove is None
-    assert planted.main is planted.train_shift and planted.main.q < 0.05 and planted in result.reported()
+    assert planted.main is planted.train_shift and planted.main.q < 0.05
     tested = [one.train_shift for one in result.concepts if one.train_shift]
     wanted = scipy.stats.false_discovery_control([one.p for one in tested])
     assert [one.q for one in tested] == pytest.approx(list(wanted))
@@ -290,11 +297,11 @@ def test_a_concept_is_found_by_its_name_in_any_case_and_an_unknown_one_is_one_li
         found[7777]
 
 
-def test_the_table_has_six_columns_and_says_what_each_means(found):
+def test_the_table_has_what_stands_out_in_six_columns_and_says_what_each_means(found):
     text = found.to_text()
     head = next(line for line in text.splitlines() if line.startswith("concept"))
     assert [one.strip() for one in head.split("  ") if one.strip()] == [
-        "concept", "pushes", "by", "q", "rows", "worst group",
+        "concept", "pushes", "by", "q", "rows", "what helps",
     ]  # fmt: skip
     line = next(line for line in text.splitlines() if line.startswith("planted"))
     planted = found["planted"]
@@ -302,8 +309,28 @@ def test_the_table_has_six_columns_and_says_what_each_means(found):
     assert f"{planted.debiasing.worst:.3f} > {planted.debiasing.worst_levelled:.3f} levelled" in line
     assert f"{round(planted.firing_rate * N)}" in line and f"{planted.train_shift.q:.2g}" in line
     assert "(test train_shift)" in text and "random latents" in text
-    silent = next(line for line in text.splitlines() if line.startswith("silent"))
-    assert silent.split() == ["silent", "-", "-", "-", "0", "-"]
+    assert not any(line.startswith("rest") for line in text.splitlines())  # no more than random latents do
+    accuracy = found.classifier["accuracy"]
+    assert found.verdict == (
+        f"The classifier is right in {accuracy:.1%} of 600 rows of 2 classes; {len(found.reported())} of 5 concepts "
+        f"stand out beyond their controls, where chance would have {found.n_by_chance:.1f}."
+    )
+    assert text.startswith(found.verdict)
+
+
+def test_where_nothing_stands_out_that_is_said_and_nothing_is_ranked(sae, folder):
+    twin = make_store(folder / "calm.store", *world(1500, seed=7))
+    on = make_store(folder / "calm-on.store", *world(600, seed=1))
+    result = audit(sae, on, "y", train_store=twin, names=NAMES, n_permutations=400)
+    assert "Nothing stands out: 0 of 5 concepts" in result.verdict and result.ranked == []
+    assert "pushes" not in result.to_text()
+    # chance is judged by the number that pass the test: one of 21 has the largest effect
+    q = dataclasses.replace(result["planted"].main, q=0.01)
+    many = dataclasses.replace(
+        result,
+        concepts=tuple(dataclasses.replace(result["planted"], **{result.settings["test"]: q}) for _ in range(42)),
+    )
+    assert many.n_by_chance == 2
 
 
 def test_a_result_is_a_table_for_pandas_and_reads_well_in_a_notebook(found):
@@ -329,7 +356,7 @@ def test_the_change_of_one_edited_row_has_no_narrow_interval(sae, folder):
     one = int(np.flatnonzero(rows.numpy())[0])
     keep = [i for i in range(40) if not rows[i] or i == one]
     few = make_store(folder / "one.store", x[keep], [labels[i] for i in keep])
-    effect = audit(sae, few, classifier=coefficients(), names={"planted": [1]}, n_permutations=20)["planted"].remove
+    effect = audit(sae, few, classifier=coefficients(), concept=["#1"], n_permutations=20)["#1"].remove
     assert effect.n == 1 and (effect.low, effect.high) == (-1.0, 1.0)
 
 
@@ -364,7 +391,7 @@ def test_a_store_of_texts_alone_is_audited_as_texts(sae, folder):
 
 def test_without_names_every_latent_is_audited(sae, store, biased):
     result = audit(sae, store, "y", train_store=biased, n_permutations=20)
-    assert len(result.concepts) == D_SAE and "every latent" in result.notes[0]
+    assert len(result.concepts) == D_SAE - 1 and "every latent" in result.notes[0]  # one never fires
     few = audit(sae, store, "y", train_store=biased, concept=["#3"], n_permutations=20)
     assert [one.latents for one in few.concepts] == [(3,)]
 
@@ -429,7 +456,7 @@ CASES = {
     "no such column": ("StoreError", {"target": "yy"}, "has no column 'yy'; did you mean 'y'"),
     "constant": ("ConfigError", {"target": "same"}, "has only 'x' in 600 labelled rows; an audit needs two classes"),
     "empty": ("ConfigError", {"target": "nothing"}, "has no labels; an audit needs two classes"),
-    "numbers": ("ConfigError", {"target": "age"}, "has 600 different values"),
+    "many texts": ("ConfigError", {"target": "code"}, "has 600 different values"),
     "unknown concept": ("ConfigError", {"concept": ["plantd"]}, "no latent is named 'plantd'; did you mean 'planted'"),
     "unknown latent": ("ConfigError", {"concept": ["#99"]}, "there is no latent #99; this SAE has #0 to #23"),
     "unknown class": ("ConfigError", {"positive": "z"}, "there is no class 'z'; the classes are a, b"),
@@ -449,7 +476,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def bad_store(folder):
     x, labels = world(seed=1)
-    columns = {"same": ["x"] * N, "nothing": pa.nulls(N, pa.string()), "age": list(range(N))}
+    columns = {"same": ["x"] * N, "nothing": pa.nulls(N, pa.string()), "code": [f"c{i}" for i in range(N)]}
     return make_store(folder / "bad.store", x, labels, **columns)
 
 
@@ -491,7 +518,7 @@ def test_a_classifier_that_predicts_one_class_leaves_nothing_to_test(sae, store)
         ("a", "b"), torch.zeros(2, D_IN), torch.tensor([0.0, 5.0]), nothing, nothing + 1, False, "test"
     )
     result = audit(sae, store, "y", classifier=classifier, names=NAMES, n_permutations=20)
-    assert result.notes == ("the classifier predicts 'b' for every row, so there is no association to test",)
+    assert result.notes[-1] == "the classifier predicts 'b' for every row, so there is no association to test"
     assert all(one.main is None for one in result.concepts)
 
 
@@ -510,3 +537,208 @@ def test_columns_of_every_type_that_has_classes_can_be_audited(tmp_path):
     pa.parquet.write_table(table, tmp_path / "rows.parquet")
     store = EmbeddingStore.open(tmp_path / "rows.npy")
     assert target_columns(store) == {"y": 2, "category": 2, "flag": 2}
+
+
+# --- The fix
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_fix_writes_a_classifier_that_does_what_the_audit_says(sae, folder, biased, suffix):
+    x, labels = world(3000, seed=11)
+    z = sae.encode(torch.from_numpy(x))[:, 1].numpy()
+    on = make_store(folder / f"fix{suffix}.store", x, labels, has=[bool(one) for one in z > 0.5])
+    file = folder / f"fixed{suffix}"
+    found = audit(
+        sae, on, "y", train_store=biased, names=NAMES, concept=["planted"], n_permutations=20, fix=file, groups="has"
+    ).fix
+    assert found.file == str(file) and found.recommended == found.ways[0].name
+    assert found.n_fit + found.n_choose + found.n_judge == 3000
+    best = found.ways[0]
+    assert best.worst > found.worst + 0.1 and best.overall >= found.overall - 0.01
+    fresh, truth = world(4000, seed=12)  # rows that neither fitted nor chose nor judged
+    has = sae.encode(torch.from_numpy(fresh))[:, 1].numpy() > 0.5
+    fixed = LinearClassifier.load(file, d_in=D_IN)
+    right = np.array(fixed.classes)[fixed.logits(torch.from_numpy(fresh)).argmax(1).numpy()] == truth
+    groups = [right[(np.array(truth) == k) & (has == h)].mean() for k in "ab" for h in (False, True)]
+    assert min(groups) == pytest.approx(best.worst, abs=0.07)  # two standard errors of a group of 250 rows
+
+
+def test_rows_that_judge_a_fix_neither_fit_nor_choose_it():
+    from msae.use.audit.fix import _thirds
+
+    group = np.repeat([0, 1, 3], [100, 31, 12])
+    parts = _thirds(group, np.random.default_rng(0))
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(143))
+    assert [np.bincount(group[part]).tolist() for part in parts] == [[34, 11, 0, 4], [33, 10, 0, 4], [33, 10, 0, 4]]
+
+
+def test_after_leace_no_linear_classifier_reads_the_concept_within_a_class(sae, store):
+    from msae.sae.view import View
+    from msae.use.audit import fix as fixes
+    from msae.use.audit.subjects import make_subject
+
+    subject = make_subject(
+        View(sae, store, "image"), target="y", classifier=coefficients(2), class_texts=None, train_store=None, seed=0
+    )
+    rows = fixes._rows(subject, (1,), None)
+    before, after = subject.classifier, fixes.leace(subject, (1,), rows, np.random.default_rng(0))
+    x, has = (part.double().numpy() for part in fixes._within_classes(before.features(rows.x), rows))
+    # what is left of the weights has no covariance with the concept, where the ridge changes nothing
+    covariance = x.T @ has / len(x)
+    left, was = (np.abs(one.weight.double().numpy() @ covariance).max() for one in (after, before))
+    assert left < 1e-4 * was
+
+
+def test_otsus_border_divides_two_hills(sae, store):
+    from msae.sae.view import View
+    from msae.use.audit.fix import clearly_present
+
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.uniform(0, 0.3, 700), rng.uniform(1.5, 2, 300)]).astype(np.float32)[:, None]
+    assert np.array_equal(clearly_present(View(sae, store, "image"), (1,), z), np.arange(1000) >= 700)
+
+
+def test_a_fix_that_cannot_be_is_one_line(sae, store, biased, folder):
+    common = {"train_store": biased, "names": NAMES, "n_permutations": 20}
+    for options, message in (
+        ({"fix": "a.txt"}, "is no .npz or .safetensors file"),
+        ({"groups": "y"}, "add --fix FILE"),
+        ({"fix": "a.npz", "concept": ["planted", "own"]}, "keep one --concept"),
+        ({"fix": "a.npz", "concept": ["planted"], "groups": "z"}, "has no column 'z'"),
+    ):
+        with pytest.raises((ConfigError, StoreError), match=message):
+            audit(sae, store, "y", **common, **options)
+
+
+def test_where_audits_only_the_rows_that_fit(sae, folder, biased):
+    x, labels = world(seed=1)
+    parts = ["left" if i % 3 else "right" for i in range(N)]
+    both = make_store(folder / "parts.store", x, labels, part=parts)
+    chosen = [i for i in range(N) if i % 3 == 0]
+    alone = make_store(folder / "right.store", x[chosen], [labels[i] for i in chosen])
+    common = {"train_store": biased, "names": NAMES, "n_permutations": 20}
+    found = audit(sae, both, "y", where="part == 'right'", **common)
+    assert found.n == len(chosen) and found.n_left_out == 0
+    wanted = audit(sae, alone, "y", **common)
+    assert found["planted"].remove == wanted["planted"].remove
+    with pytest.raises(ConfigError, match=r"no row of .* fits"):
+        audit(sae, both, "y", where="part == 'middle'", **common)
+
+
+# --- A model of one number
+
+
+def scorer(weight, bias=0.5):
+    nothing = torch.zeros(D_IN)
+    weight, bias = torch.from_numpy(weight[None]).float(), torch.tensor([bias])
+    return LinearClassifier(("score",), weight, bias, nothing, nothing + 1, False, "test")
+
+
+def test_removing_a_concept_takes_its_part_from_a_score(sae, store, folder):
+    direction = sae.W_dec.detach().numpy()[1] - 0.5 * sae.W_dec.detach().numpy()[4]
+    file = folder / "score.npz"
+    np.savez(file, weight=direction, bias=0.5)  # one output and no classes
+    found = audit(sae, store, classifier=file, names=NAMES, n_permutations=50)
+    x = torch.from_numpy(store.take(np.arange(N), "image"))
+    z = sae.encode(x)[:, 1].numpy()
+    unit = sae.W_dec.detach().numpy()[1] / sae.standardizer.statistics["image"].scale
+    planted = found["planted"]
+    assert planted.remove.change == pytest.approx(-(z[z > 0].mean() * unit @ direction), rel=1e-4)
+    assert planted.towards == "up" and planted.debiasing is None and planted.remove.flip_rate == 0
+    scores = scorer(direction).logits(x)[:, 0].numpy()
+    assert planted.main.effect_size == pytest.approx(scipy.stats.spearmanr(z, scores).statistic, abs=1e-6)
+    assert planted.test == "by_predicted" and found.classifier["is_score"]
+    assert found.classifier["mean"] == pytest.approx(scores.mean(), rel=1e-5)
+    assert found.verdict.startswith(f"The score of 600 rows is {scores.mean():.3g} on average")
+    json.dumps(found.to_json(), allow_nan=False)
+    assert Audit.from_json(json.dumps(found.to_json()), where="a.json").verdict == found.verdict
+
+
+def test_a_column_of_numbers_is_predicted_by_ridge_regression_on_half_of_the_rows(sae, folder):
+    x, labels = world(seed=1)
+    z = sae.encode(torch.from_numpy(x))[:, 1].numpy()
+    ages = [None if i % 50 == 0 else float(age) for i, age in enumerate(20 + 5 * z)]
+    on = make_store(folder / "ages.store", x, labels, age=ages)
+    found = audit(sae, on, "age", names=NAMES, n_permutations=200)
+    assert found.n + found.classifier["n_train"] == N - 12 and found.classifier["correlation"] > 0.7
+    assert found.concepts[0].name == "planted" and found.concepts[0].towards == "up"
+    with pytest.raises(ConfigError, match="names a class, and the model gives a number"):
+        audit(sae, on, "age", names=NAMES, positive="a")
+    with pytest.raises(ConfigError, match="a fix needs true classes"):
+        audit(sae, on, "age", names=NAMES, n_permutations=20, concept=["planted"], fix=folder / "f.npz")
+
+
+# --- Slices of errors
+
+
+def test_a_slice_of_errors_is_found_within_its_class_and_its_rows_are_counted(sae, folder):
+    x, labels = world(3000, seed=21)
+    z = sae.encode(torch.from_numpy(x)).numpy()
+    wrong_side = torch.zeros(2, D_IN)
+    mean, scale = sae.standardizer.statistics["image"].mean, sae.standardizer.statistics["image"].scale
+    # says "b" by the class's own latent, and "a" where latent 4 is strong
+    directions = sae.W_dec.detach()
+    wrong_side[1] = 3 * directions[0] - 6 * directions[4]
+    bias = torch.tensor([0.0, -1.5])
+    biased_model = LinearClassifier(("a", "b"), wrong_side, bias, mean, torch.full((D_IN,), scale), False, "test")
+    on = make_store(folder / "slices.store", x, labels)
+    found = audit(sae, on, "y", classifier=biased_model, names=NAMES, n_permutations=2000, errors=True)
+    first = next(one for one in found.slices if one.class_ == "b")
+    assert first.name == "other" and first.q < 0.05 and first.effect_size > 0.2
+    truth, wrong = (
+        np.array(labels),
+        biased_model.logits(torch.from_numpy(x)).argmax(1).numpy() != (np.array(labels) == "b"),
+    )
+    rows = np.array([int(id.split()[1]) for id in first.ids])
+    assert (truth[rows] == "b").all() and z[rows, 4].min() > 0
+    assert (first.n, first.n_wrong) == (len(rows), wrong[rows].sum())
+    assert first.error == pytest.approx(wrong[rows].mean()) and first.error > 2 * first.error_elsewhere
+    assert "wrong elsewhere" in found.to_text()
+    again = Audit.from_json(json.dumps(found.to_json()), where="a.json")
+    assert again.slices == found.slices
+
+
+def test_where_errors_are_chance_no_slice_is_named():
+    from msae.use.audit.slices import compare_errors
+
+    rng = np.random.default_rng(0)
+    strengths = (rng.gamma(2, 1, (800, 300)) * (rng.random((800, 300)) < 0.3)).astype(np.float32)
+    tested = compare_errors(strengths, rng.integers(0, 2, 800), rng.random(800) < 0.2, n_permutations=500, rng=rng)
+    assert len(tested.p) == 600 and scipy.stats.kstest(tested.p, "uniform").pvalue > 0.01
+
+
+def test_errors_without_true_classes_are_one_line(sae, store):
+    with pytest.raises(ConfigError, match="errors need true classes"):
+        audit(sae, store, classifier=coefficients(), names=NAMES, errors=True)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_score_in_a_file_stays_a_score_and_with_a_column_of_classes_is_a_logit(sae, store, tmp_path, suffix):
+    model = scorer(np.random.default_rng(0).normal(size=D_IN))
+    model.save(tmp_path / f"s{suffix}")
+    again = LinearClassifier.load(tmp_path / f"s{suffix}", d_in=D_IN)
+    assert again.is_score and torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+    found = audit(sae, store, "y", classifier=tmp_path / f"s{suffix}", names=NAMES, n_permutations=20)
+    assert found.classes == ("a", "b") and not found.is_score
+
+
+def test_nothing_stands_out_unless_more_do_than_chance_would_have(found):
+    planted = dataclasses.replace(found["planted"], is_target=False)
+    weak = dataclasses.replace(found["rest"], **{found["rest"].test: dataclasses.replace(found["rest"].main, q=0.01)})
+    assert planted.stands_out and not weak.stands_out
+    few = dataclasses.replace(found, concepts=(planted, *[weak] * 6))  # 7 pass the test: 1/3 by chance, deviation .58
+    assert few.ranked == [planted] and "1 of 7 concepts stand out" in few.verdict
+    many = dataclasses.replace(found, concepts=(planted, *[weak] * 20))  # 21 pass the test: 1 by chance
+    assert many.ranked == [] and "Nothing stands out: 1 of 21 concepts" in many.verdict
+
+
+def test_what_only_follows_a_stronger_concept_does_not_pass_beside_it():
+    rng = np.random.default_rng(3)
+    truth, is_training = rng.integers(0, 2, 600), np.arange(600) < 300
+    has = np.where(rng.random(600) < np.where(is_training, 0.9, 0.5), truth, 1 - truth)  # planted in training rows
+    leaks = (0.7 * has[:, None] + rng.normal(size=(600, 300))).astype(np.float32)
+    tests = PermutationTests(("a", "b"), 1, 1000, rng)
+    alone = tests.train_shift(leaks, is_training, truth)
+    beside = tests.train_shift(leaks, is_training, truth, 2 * truth + has)
+    assert np.mean([one.p < 0.05 for one in alone]) > 0.8
+    assert scipy.stats.kstest([one.p for one in beside], "uniform").pvalue > 0.01

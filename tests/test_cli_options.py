@@ -17,7 +17,7 @@ OLD_OPTIONS = {
     "--precision --recipe --resume --seed --soft-cap --warmup --weighting --weights",
     "evaluate": "--device --inference --json --k --labels --latex --modality --on --probe-train --recovery --seed",
     "name": "--candidates --centre --column --false-names --json --max-rows --modality --no-subtract-b-dec --on --out "
-    "--rule --seed --synonyms --untested --vocabulary",
+    "--rule --seed --synonyms --untested --vocabulary --words",
     "gallery": "--concept --inference --json --k --latent --magnitudes --n --on --pairs --sheet --tree",
     "stability": "--json --threshold",
     "audit": "--all-latents --class-texts --classifier --concept --html --inference --json --modality --names --on "
@@ -85,13 +85,16 @@ def test_help_shows_the_real_defaults(verb, capsys, monkeypatch):
 
 def test_help_of_the_learning_rate_is_what_the_recipes_fill_in():
     text = " ".join(verb_options("train")["lr"].help.split())
-    assert "2e-3 for matryoshka, topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka" in text
+    assert (
+        "3e-3 for matryoshka, 2e-3 for topk and batchtopk, 5e-4 for the others; recipe faithful: 1e-3 for matryoshka"
+        in text
+    )
     assert "poster: 1e-4 for matryoshka, 5e-5 for relu, 5e-4 for the others" in text
     unlike = {
         name: {kind: rate for kind, rate in recipe.lr.items() if rate != 5e-4} for name, recipe in RECIPES.items()
     }
     assert unlike == {
-        "default": {"matryoshka": 2e-3, "topk": 2e-3, "batchtopk": 2e-3},
+        "default": {"matryoshka": 3e-3, "topk": 2e-3, "batchtopk": 2e-3},
         "faithful": {"matryoshka": 1e-3, "topk": 2e-3, "batchtopk": 2e-3},
         "poster": {"matryoshka": 1e-4, "relu": 5e-5},
     }

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from scripts.yardstick import Scores, measure
 
 from msae.data.embedder import find_folder, is_folder
 from msae.world import ATTRIBUTES, CLIP_FOLDER, VOCABULARY, caption, render, sample_scene
 from msae.world.scenes import UNSEEN_SEEDS
-from msae.world.yardstick import Scores, measure
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,12 +9,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scripts.yardstick import distinct_scenes, measure
 
 from msae.base.errors import ConfigError
 from msae.world import ATTRIBUTES, VOCABULARY, attributes, caption, draw, render, sample_scene
 from msae.world.drawing import PICTURE_SIZE
 from msae.world.scenes import TRAINING_SEEDS, UNSEEN_SEEDS, Value
-from msae.world.yardstick import distinct_scenes, measure
 
 EVERY_VALUE = [(name, value) for name, values in ATTRIBUTES.items() for value in values]
 SEEDS = range(400)

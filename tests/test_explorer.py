@@ -342,7 +342,7 @@ def test_what_nobody_expected_is_said_on_the_page_and_told_in_the_terminal(explo
 
 def test_a_run_without_names_shows_the_command_that_makes_them(explorer, folder):
     found = show(explorer, page="concepts", run="plain")
-    assert f"msae name {folder / 'runs/plain'} --vocabulary STORE" in found
+    assert f"msae name {folder / 'runs/plain'} --on STORE" in found
 
 
 def test_without_a_store_the_pages_say_how_to_give_one(folder, tmp_path):

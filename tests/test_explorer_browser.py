@@ -363,7 +363,7 @@ def test_the_keyboard_reaches_the_content_and_every_control(person):
 
 def test_empty_states_say_what_to_type(person, folder):
     page = person.open("?page=concepts&run=plain")
-    assert f"msae name {folder / 'runs/plain'} --vocabulary STORE" in page.inner_text(".empty code")
+    assert f"msae name {folder / 'runs/plain'} --on STORE" in page.inner_text(".empty code")
     page.get_by_role("searchbox").fill("zzzz")
     page.wait_for_selector("text=No latent fits")
     page = person.open("?page=concepts&run=../../etc")

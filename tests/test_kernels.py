@@ -168,13 +168,19 @@ def one_hot_loss(h: torch.Tensor, kernel: str, selection: Selection) -> kernels.
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, -1.0, 0.5, 1e-40, 3e-45, -1e-40, 1e30, 0.25, 0.75, 3.0])
 
 
+def drawn_pre_activations(data):
+    n, d_sae = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    h = torch.tensor(data.draw(st.lists(NUMBERS, min_size=n * d_sae, max_size=n * d_sae))).view(n, d_sae)
+    h[h.abs() > 1e20] = 4.0
+    return h
+
+
 @pytest.mark.parametrize("kernel", EVERY)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_selection_is_that_of_numpy_with_ties_zeros_denormals_and_negative_rows(kernel, data):
-    n, d_sae = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
-    h = torch.tensor(data.draw(st.lists(NUMBERS, min_size=n * d_sae, max_size=n * d_sae))).view(n, d_sae)
-    h[h.abs() > 1e20] = 4.0
+    h = drawn_pre_activations(data)
+    n, d_sae = h.shape
     levels = tuple(sorted(data.draw(st.sets(st.integers(1, d_sae + 3), min_size=1, max_size=5))))
     loss = one_hot_loss(h, kernel, Selection(levels=levels))
     kept = selected_by_numpy(h.double().numpy(), levels)
@@ -193,9 +199,8 @@ def test_selection_is_that_of_numpy_with_ties_zeros_denormals_and_negative_rows(
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_batch_selection_keeps_exactly_the_largest_of_the_batch(kernel, data):
-    n, d_sae = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
-    h = torch.tensor(data.draw(st.lists(NUMBERS, min_size=n * d_sae, max_size=n * d_sae))).view(n, d_sae)
-    h[h.abs() > 1e20] = 4.0
+    h = drawn_pre_activations(data)
+    n, d_sae = h.shape
     k = data.draw(st.integers(1, d_sae + 2))
     loss = one_hot_loss(h, kernel, Selection(batch_k=k))
     kept = np.sort(h.numpy().ravel())[::-1][: n * k]

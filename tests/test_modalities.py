@@ -20,6 +20,7 @@ from msae.sae.train import TrainSettings, train
 from msae.sae.train.rows import TrainingRows
 from msae.sae.train.training import Training
 from msae.sae.view import View
+from msae.web.report.facts import facts_of
 
 D_IN, N, N_TEXTS = 16, 600, 250
 SMALL = {"d_sae": 64, "levels": (4, 16), "batch_size": 50, "epochs": 4, "lr": 2e-3, "log_every": 5, "device": "cpu"}
@@ -287,6 +288,15 @@ def test_evaluate_measures_the_pairs_of_a_store_with_images_and_texts(files, tmp
     n_firing = int(((view["image"] > 0).any(0) | (view["text"] > 0).any(0)).sum())
     served = (both.pairs.image, both.pairs.text, both.pairs.both)
     assert sum(map(len, served)) == n_firing and found.share_both == len(both.pairs.both) / n_firing
+
+
+def test_the_report_says_what_it_was_trained_on(files, tmp_path):
+    train([files / "images.npy", files / "texts.npy"], out=tmp_path / "both", modality="both", **SMALL)
+    train(files / "pairs.npz", out=tmp_path / "pairs", modality="both", **SMALL)
+    assert dict(facts_of(tmp_path / "both").lines())["trained on"] == (
+        "850 image and text rows of images.npy and 1 other store"
+    )
+    assert dict(facts_of(tmp_path / "pairs").lines())["trained on"] == "500 image and text rows of pairs.npz"
 
 
 def test_dead_latents_are_counted_on_the_rows_of_all_training_stores(files, tmp_path):

@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
 
 from msae.cli import main, verb_options
+from msae.data.thumbnails import Album
 from msae.use.audit import audit
-from msae.web.report.audit import concept_svgs, section, write_html
+from msae.web.report.audit import cases, concept_svgs, section, write_html
 from tests.test_auditing import N, make_sae, make_store, world
 
 pytest.importorskip("matplotlib")
@@ -41,9 +43,9 @@ def test_names_are_text_and_nothing_is_fetched(found, tmp_path):
     write_html(found, tmp_path / "audit.html")
     page = (tmp_path / "audit.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>a" not in page
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)  # links inside the page alone
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:image)""", page)  # links inside the page alone
     assert "@import" not in page and "url(http" not in page
-    assert "never fires" in section(found, n_plotted=0) or found["silent"].note
+    assert "rows: 1 (silent)" in section(found, n_plotted=0)
 
 
 def test_plots_are_well_formed_and_the_same_every_time(found):
@@ -52,8 +54,29 @@ def test_plots_are_well_formed_and_the_same_every_time(found):
     assert drawings == concept_svgs(found, found[EVIL])
 
 
-def test_the_page_has_a_row_for_every_concept(found):
-    assert section(found).count("<tr") == 1 + len(found.concepts)
+def test_the_page_begins_with_the_verdict_and_has_every_concept_once(found):
+    page = section(found)
+    assert page.index(str(Markup.escape(found.verdict))) < page.index("<table")
+    n_tables = page.count("<table")
+    assert page.count("<tr") == n_tables + len(found.concepts)
+    ranked, rest = len(found.ranked), len(found.concepts) - len(found.ranked)
+    assert n_tables == (ranked > 0) + (rest > 0) and page.count("<h3>") == ranked
+
+
+def test_the_strongest_cases_are_shown_as_pictures_by_what_is_predicted(folder, tmp_path):
+    from PIL import Image
+
+    x, labels = world(seed=1)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (300, 200), colour).save(tmp_path / f"{name}.png")
+    on = make_store(tmp_path / "on.store", x, labels, image_path=[f"{label}.png" for label in labels])
+    audited = audit(folder / "run", on, "y", names={"own": [0], "other": [4]}, n_permutations=100)
+    own = audited["own"]
+    (first, of_class), (second, of_others) = cases(audited, own, on, Album(on.picture_roots, 32))
+    assert first == f"most of it, predicted {own.class_}" and second == "most of it, predicted otherwise"
+    assert 0 < len(of_class) <= 6 and 0 < len(of_others) <= 6
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri, _ in of_class)
+    assert "data:image/jpeg" in section(audited, store=on) or not audited.ranked
 
 
 def test_the_command_writes_table_json_and_page(folder, capsys):
@@ -82,7 +105,7 @@ def test_the_command_writes_table_json_and_page(folder, capsys):
             ]
         )
     assert left.value.code == 0
-    assert "concept  pushes" in capsys.readouterr().out
+    assert "The classifier is right in" in capsys.readouterr().out
     assert (folder / "a.html").stat().st_size > 10_000 and '"flip_rate"' in (folder / "a.json").read_text()
 
 

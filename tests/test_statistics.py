@@ -54,6 +54,46 @@ def test_a_class_that_is_focused_on_is_that_class_against_the_rest():
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("n_strata", [1, 3])
+def test_products_of_matrices_give_the_p_values_of_one_permutation_after_another(n_classes, n_strata):
+    values, labels, strata = rows(60, 25, n_classes=n_classes, n_strata=n_strata, seed=4)
+    values[labels == 1, 1:9] += 0.7
+    values[:, -1] = 1.0  # nothing to rank
+    order = np.argsort(strata, kind="stable")
+    edges = np.flatnonzero(np.r_[True, np.diff(strata[order]) > 0, True])
+    classes = [1] if n_classes == 2 else [0, 1, 2]
+    shuffled = []
+    for block in statistics.relabelled(labels[order], classes, edges, 1500, np.random.default_rng(7)):
+        codes = block[0] if n_classes == 2 else block[1] + 2 * block[2]
+        shuffled += [some.astype(int)[np.argsort(order)] for some in codes]
+    wanted = oracle.permutation_p(values, labels, strata, shuffled)
+    found = statistics.permutation_p(
+        statistics.net_wins(values, strata), labels, strata, n_permutations=1500, rng=np.random.default_rng(7)
+    )
+    np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=1e-12)
+    assert found[-1] == 1
+    assert {bool(one) for one in found > 100 / 1500} == {True, False}  # some stopped early, some did not
+
+
+def test_ranks_in_any_strata_are_scipys():
+    values, _, strata = rows(200, 6, n_strata=4, seed=2)
+    values[:, 1] -= 1  # the smallest value need not be 0
+    values[:, 2] = np.random.default_rng(0).normal(size=200)
+    ranked = statistics.Ranked(values)
+    for some in (strata, np.zeros(200, int), strata * 100 - 7):
+        wins = ranked.net_wins(some)
+        for stratum in np.unique(some):
+            own = some == stratum
+            np.testing.assert_array_equal(wins[own], 2 * scipy.stats.rankdata(values[own], axis=0) - (own.sum() + 1))
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(1000, 3), (1000, 500), (7, 6), (300, 299), (5, 0), (5, 5)])
+def test_every_subset_has_the_size_that_is_wanted(size, wanted):
+    drawn = statistics._subsets(size, wanted, 50, np.random.default_rng(0))
+    assert drawn.shape == (50, size) and (drawn.sum(1) == wanted).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
 def test_p_values_of_shuffled_labels_are_uniform(n_classes):
     values, labels, strata = rows(400, 500, seed=5, n_classes=n_classes)
     wins = statistics.net_wins(values, strata)

@@ -16,16 +16,10 @@ from msae.sae.standardize import Standardizer, fit_statistics
 from msae.sae.thresholds import SILENT
 from msae.sae.train import train
 from msae.sae.view import View
+from tests.test_sae import KINDS as KINDS_OF_SAE
 
 D_IN, D_SAE, N = 12, 48, 700
-KINDS = {
-    "matryoshka": {"levels": (4, 16, 48)},
-    "topk": {"k": 5},
-    "batchtopk": {"k": 5},
-    "jumprelu": {"k": 5},
-    "relu": {},
-    "widths": {"kind": "matryoshka", "widths": (16, 48), "k": 5},
-}
+KINDS = {**KINDS_OF_SAE, "widths": {"kind": "matryoshka", "widths": (16, 48), "k": 5}}
 X = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(0)) + 2
 
 

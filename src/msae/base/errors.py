@@ -64,6 +64,7 @@ EXTRAS: Mapping[str, str] = {
     "faiss": "index",
     "umap": "map",
     "tensorboard": "loggers",
+    "simplemma": "words",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

@@ -8,7 +8,7 @@ number of pairs, so that a permutation of hundreds of columns is one matrix prod
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -22,6 +22,12 @@ CHUNK_ENTRIES = 1 << 24
 """Relabelled rows held at once, 64 MB of them."""
 STOP_AFTER = 100
 """A column that relabelled data have beaten so often is done: its p-value is known to a tenth of itself."""
+
+KEPT = 0.5
+"""Columns that are done are taken out of the table once fewer than this share of it are open: until then a copy costs
+more than their sums."""
+SUMMED_ROWS = 4096
+"""Rows summed at once."""
 
 CLEAR_AFTER, CLEAR_Q = 2000, 0.005
 """Draws after which an undefeated column is done too, if its q-value is below this already."""
@@ -132,17 +138,78 @@ def _newcombe_error(value: NDArray[Any], n_with: NDArray[Any], n_without: NDArra
 # --- Cliff's delta
 
 
+class Ranked:
+    """Columns whose values are sorted once, so that they can be ranked within any strata by counting.
+
+    Only rows above a column's smallest value are sorted: an activation is 0 in most rows.
+    """
+
+    def __init__(self, values: Float[np.ndarray, "n c"]) -> None:
+        self.shape = values.shape
+        self._rows, self._is_larger = [], []
+        for column in values.T:
+            rows = np.flatnonzero(column > column.min(initial=np.inf)).astype(np.int32)
+            rows = rows[np.argsort(column[rows])]
+            self._rows.append(rows)
+            self._is_larger.append(np.diff(column[rows], prepend=-np.inf) > 0)
+
+    @property
+    def varying(self) -> Int64[np.ndarray, " v"]:
+        """The columns with two different values."""
+        return np.flatnonzero([len(rows) > 0 for rows in self._rows])
+
+    def net_wins(
+        self,
+        strata: Int[np.ndarray, " n"],
+        columns: Int64[np.ndarray, " k"] | None = None,
+        order: Int64[np.ndarray, " n"] | None = None,
+    ) -> Float32[np.ndarray, "n k"]:
+        """For each entry, the entries of its column and stratum that are smaller less those that are larger.
+
+        Args:
+            columns: None takes all.
+            order: Of the rows of the result; without it as they came.
+        """
+        strata, sizes = _numbered(strata)
+        place = np.arange(len(strata))
+        if order is not None:
+            place[order] = np.arange(len(strata))
+        columns = np.arange(self.shape[1]) if columns is None else columns
+        wins = np.empty((len(columns), len(strata)), np.float32)  # a column at a time is written
+        for own, column in zip(wins, columns.tolist(), strict=True):
+            rows, net, lowest = self.wins_of(column, strata, sizes)
+            own[place] = lowest[strata]
+            own[place[rows]] = net
+        return wins.T
+
+    def wins_of(
+        self, column: int, strata: Int[np.ndarray, " n"], sizes: Int64[np.ndarray, " s"]
+    ) -> tuple[Int[np.ndarray, " m"], Int64[np.ndarray, " m"], Int64[np.ndarray, " s"]]:
+        """The rows above the smallest value, their net wins, and those of all other rows of each stratum."""
+        rows, is_larger = self._rows[column], self._is_larger[column]
+        own = strata[rows]
+        n_above = np.bincount(own, minlength=len(sizes))
+        by_stratum = np.argsort(own, kind="stable")  # of 16 bits: a radix sort
+        sorted_, value = own[by_stratum], np.cumsum(is_larger)[by_stratum]
+        is_first = np.ones(len(rows), bool)
+        is_first[1:] = (value[1:] != value[:-1]) | (sorted_[1:] != sorted_[:-1])
+        ends = np.append(np.flatnonzero(is_first), len(rows))
+        ties = (ends[:-1] + ends[1:])[np.cumsum(is_first) - 1]  # twice the middle place of the tied rows
+        edges = np.append(0, np.cumsum(n_above))
+        net = np.empty(len(rows), np.int64)
+        net[by_stratum] = ties + (sizes - n_above - edges[:-1] - edges[1:])[sorted_]
+        return rows, net, -n_above
+
+
+def _numbered(strata: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int64[np.ndarray, " s"]]:
+    """The strata as small numbers from 0, and how many rows each has."""
+    _, numbers, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    return numbers.astype(np.uint16 if len(sizes) < 1 << 16 else np.int64), sizes
+
+
 def net_wins(values: Float[np.ndarray, "n c"], strata: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n c"]:
     """For each entry, the entries of its column and stratum that are smaller less those that are larger."""
-    from scipy.stats import rankdata
-
-    wins = np.zeros(values.shape, np.float32)
-    for stratum in np.unique(strata):
-        rows = np.flatnonzero(strata == stratum)
-        own = np.asfortranarray(values[rows])
-        for column in range(values.shape[1]):
-            wins[rows, column] = 2 * rankdata(own[:, column]) - (len(rows) + 1)
-    return wins
+    return Ranked(values).net_wins(strata)
 
 
 def n_pairs(is_positive: np.ndarray, strata: Int[np.ndarray, " n"]) -> int:
@@ -162,11 +229,23 @@ def cliffs_delta(
     Source: Cliff 1993, Psychological Bulletin 114(3).
     """
     pairs = n_pairs(is_positive, strata)
-    return None if pairs == 0 else wins[is_positive].sum(0, dtype=np.float64) / pairs
+    return None if pairs == 0 else sum_over(wins, is_positive) / pairs
+
+
+def sum_over(wins: Float32[np.ndarray, "n c"], chosen: np.ndarray) -> Float[np.ndarray, " c"]:
+    """The sums of the chosen rows, in float64 and without a copy of them all."""
+    total = np.zeros(wins.shape[1])
+    for first in range(0, len(wins), SUMMED_ROWS):
+        own = slice(first, first + SUMMED_ROWS)
+        total += wins[own][chosen[own]].sum(0, dtype=np.float64)
+    return total
 
 
 def cliffs_delta_interval(
-    values: Float[np.ndarray, "n c"], is_positive: np.ndarray, strata: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, "n c"] | Ranked,
+    is_positive: np.ndarray,
+    strata: Int[np.ndarray, " n"],
+    columns: Sequence[int] | Int[np.ndarray, " k"] | None = None,
 ) -> Interval:
     """95 % interval of Cliff's delta, which has a width even where every positive row has more than every other.
 
@@ -175,36 +254,66 @@ def cliffs_delta_interval(
     Wilson's for as many rows as the smaller class has. Over strata the distances from the ends are added in squares,
     weighted by pairs. There must be a pair.
 
+    Args:
+        columns: Of `values`; None takes all.
+
     Source: Newcombe 2006, doi:10.1002/sim.2324; DeLong et al. 1988, doi:10.2307/2531595; Feng & Cliff 2004,
     Journal of Modern Applied Statistical Methods 3(2); for the sum, Zou & Donner 2008, doi:10.1002/sim.3095.
     """
-    pairs = n_pairs(is_positive, strata)
-    delta, below, above = (np.zeros(values.shape[1]) for _ in range(3))
-    for stratum in np.unique(strata):
-        own = strata == stratum
-        has, n_with = is_positive[own], int(is_positive[own].sum())
-        n_without = len(has) - n_with
+    return cliffs_delta_estimate(values, is_positive, strata, columns)[1]
+
+
+def cliffs_delta_estimate(
+    values: Float[np.ndarray, "n c"] | Ranked,
+    is_positive: np.ndarray,
+    strata: Int[np.ndarray, " n"],
+    columns: Sequence[int] | Int[np.ndarray, " k"] | None = None,
+) -> tuple[Float[np.ndarray, " k"], Interval]:
+    """Cliff's delta and its interval (`cliffs_delta_interval`)."""
+    ranked = values if isinstance(values, Ranked) else Ranked(values)
+    strata, sizes = _numbered(strata)
+    sides = 2 * strata.astype(np.int64) + np.asarray(is_positive, bool)
+    sides, n_of = sides.astype(strata.dtype), np.bincount(sides, minlength=2 * len(sizes))
+    columns = range(ranked.shape[1]) if columns is None else columns
+    # Of each row its net wins over the other side of its stratum: sums and sums of squares, by side.
+    total, squares, tied = (np.zeros((len(columns), len(n_of))) for _ in range(3))
+    for place, column in enumerate(columns):
+        rows, net, lowest = ranked.wins_of(column, strata, sizes)
+        _, within, lowest_within = ranked.wins_of(column, sides, n_of)
+        side = sides[rows]
+        against, lowest_against = net - within, np.repeat(lowest, 2) - lowest_within
+        n_lowest = n_of - np.bincount(side, minlength=len(n_of))
+        for sums, above, others in (
+            (total, against, lowest_against),
+            (squares, np.square(against), np.square(lowest_against)),
+            (tied, np.square(net), np.square(np.repeat(lowest, 2))),
+        ):
+            sums[place] = np.bincount(side, above, minlength=len(n_of)) + n_lowest * others
+    delta, below, above = (np.zeros(len(columns)) for _ in range(3))
+    pairs = (n_of[::2] * n_of[1::2]).sum()
+    for stratum, size in enumerate(sizes.tolist()):
+        without, with_ = 2 * stratum, 2 * stratum + 1
+        n_without, n_with = int(n_of[without]), int(n_of[with_])
         few = min(n_with, n_without)
-        if not n_with or not n_without:
+        if few == 0:
             continue
-        wins = net_wins(values[own], np.zeros(len(has), np.int64)).astype(np.float64)
         # As in Mann and Whitney's test with ties; but that values are tied in few rows does not show that all are.
-        untied = 3 * np.square(wins).sum(0) / (len(has) ** 3 - len(has))
+        untied = 3 * (tied[:, without] + tied[:, with_]) / (size**3 - size)
         untied = wilson(untied * few, few).high
-        # Each row's mean over its opponents: 1 where it has more than all of them (less, for rows of the other class).
-        against = wins - net_wins(values[own], has.astype(np.int64))
-        with_, without = against[has] / n_without, -against[~has] / n_with
-        variance = sum(side.var(0, ddof=1) / len(side) for side in (with_, without) if len(side) > 1)
-        here = with_.mean(0)
+        variance = np.zeros(len(columns))
+        for side_, n, n_other in ((with_, n_with, n_without), (without, n_without, n_with)):
+            if n > 1:
+                spread = (squares[:, side_] - np.square(total[:, side_]) / n).clip(0) / (n - 1)
+                variance += spread / n_other**2 / n
+        here = total[:, with_] / (n_with * n_without)
         value = (here + 1) / 2
-        error = np.sqrt(variance) / 2
-        ends = auroc_interval(value, n_with, n_without, untied=untied, standard_error=error)
+        ends = auroc_interval(value, n_with, n_without, untied=untied, standard_error=np.sqrt(variance) / 2)
         low, high = np.where(np.abs(here) == 1, wilson(few * value, few), ends)
         weight = n_with * n_without / pairs
         delta += weight * here
         below += np.square(weight * 2 * (value - low))
         above += np.square(weight * 2 * (high - value))
-    return Interval((delta - np.sqrt(below)).clip(-1), (delta + np.sqrt(above)).clip(max=1))
+    return delta, Interval((delta - np.sqrt(below)).clip(-1), (delta + np.sqrt(above)).clip(max=1))
 
 
 def difference_interval(
@@ -254,42 +363,84 @@ def permutation_p(
 
     Source: Besag & Clifford 1991, Biometrika 78(2), for the stopping; Phipson & Smyth 2010 for the +1.
     """
-    order = np.argsort(strata, kind="stable")
-    wins, labels, strata = wins[order], labels[order], strata[order]
+    if (np.diff(strata) < 0).any():
+        order = np.argsort(strata, kind="stable")
+        wins, labels, strata = wins[order], labels[order], strata[order]
     classes = [int(k) for k in np.unique(labels)] if focus is None else [focus]
     classes = classes[1:] if focus is None and len(classes) == 2 else classes  # the two are mirror images
-    spread = np.stack([_permutation_sd(wins, labels == k, strata) for k in classes])
-    observed = _largest_z([wins[labels == k].sum(0, dtype=np.float64) for k in classes], spread)
-    p = np.ones(wins.shape[1])
-    open_ = np.flatnonzero(spread.max(0, initial=0.0) > 0)
-    defeats = np.zeros(len(open_), np.int64)
     edges = np.flatnonzero(np.r_[True, strata[1:] != strata[:-1], True])
-    step = max(1, min(1024, CHUNK_ENTRIES // len(labels)))
-    table = np.ascontiguousarray(wins[:, open_])
-    for first in range(0, n_permutations, step):
-        if not len(open_):
+    spread = np.stack([_permutation_sd(wins, labels == k, edges) for k in classes])
+    observed = _largest_z([sum_over(wins, labels == k) for k in classes], spread)
+    return _sequential_p(wins, observed, spread, relabelled(labels, classes, edges, n_permutations, rng))
+
+
+def correlation_p(
+    wins: Float32[np.ndarray, "n c"],
+    scores: Float[np.ndarray, " n"],
+    *,
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Spearman's correlation of each column with the scores, and its two-sided p-value by shuffling the scores.
+
+    Args:
+        wins: Net wins of one stratum.
+
+    Source: Besag & Clifford 1991, Biometrika 78(2), for the stopping.
+    """
+    own = net_wins(scores[:, None], np.zeros(len(scores), np.int64))[:, 0]
+    squares = np.einsum("nc,nc->c", wins, wins, dtype=np.float64) * np.square(own, dtype=np.float64).sum()
+    products = own.astype(np.float64) @ wins
+    rho = np.divide(products, np.sqrt(squares), out=np.zeros(wins.shape[1]), where=squares > 0)
+    spread = np.sqrt(squares / (len(scores) - 1))[None]
+    step = max(1, min(1024, CHUNK_ENTRIES // len(scores)))
+    shuffled = (
+        [rng.permuted(np.tile(own, (min(step, n_permutations - first), 1)), axis=1)]
+        for first in range(0, n_permutations, step)
+    )
+    return rho, _sequential_p(wins, _largest_z([products], spread), spread, shuffled)
+
+
+def _sequential_p(
+    wins: Float32[np.ndarray, "n c"],
+    observed: Float[np.ndarray, " c"],
+    spread: Float[np.ndarray, "k c"],
+    blocks: Iterable[list[Float32[np.ndarray, "p n"]]],
+) -> Float[np.ndarray, " c"]:
+    """p-values of `observed`, the largest |z| over some sums of rows: products with `wins` of shuffled weights."""
+    p = np.ones(wins.shape[1])
+    table, columns = wins, np.arange(wins.shape[1])
+    is_open = spread.max(0, initial=0.0) > 0
+    defeats = np.zeros(len(columns), np.int64)
+    n_drawn = 0
+    for shuffled in blocks:
+        if is_open.sum() < KEPT * len(columns) or not is_open.any():
+            table, columns, defeats = table.T[is_open].T, columns[is_open], defeats[is_open]
+            is_open = is_open[is_open]
+        if not len(columns):
             break
-        shuffled = _shuffled(labels, classes, edges, min(step, n_permutations - first), rng)
-        reached = _largest_z([one @ table for one in shuffled], spread[:, None, open_])
-        running = defeats + np.cumsum(reached >= observed[open_] * (1 - 1e-5), axis=0)  # float32 sums: ties are ties
+        reached = _largest_z([one @ table for one in shuffled], spread[:, None, columns])
+        running = defeats + np.cumsum(reached >= observed[columns] * (1 - 1e-5), axis=0)  # float32 sums: ties are ties
         is_done = running[-1] >= STOP_AFTER
-        draws = first + 1 + (running >= STOP_AFTER).argmax(0)
-        p[open_] = np.where(is_done, STOP_AFTER / draws, (running[-1] + 1) / (first + len(running) + 1))
-        is_done |= _is_clear(running[-1], first + len(running), wins.shape[1])
-        if is_done.any():
-            table, open_, running = table[:, ~is_done], open_[~is_done], running[:, ~is_done]
+        draws = n_drawn + 1 + (running >= STOP_AFTER).argmax(0)
+        n_drawn += len(running)
+        found = np.where(is_done, STOP_AFTER / draws, (running[-1] + 1) / (n_drawn + 1))
+        p[columns[is_open]] = found[is_open]
+        is_open &= ~is_done & ~_is_clear(running[-1], n_drawn, wins.shape[1])
         defeats = running[-1]
     return p
 
 
-def _permutation_sd(wins: np.ndarray, is_positive: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, " c"]:
+def _permutation_sd(
+    wins: np.ndarray, is_positive: np.ndarray, edges: Int64[np.ndarray, " s"]
+) -> Float[np.ndarray, " c"]:
     """Standard deviation of the rank sum over all relabellings within strata; exact, ties included."""
     variance = np.zeros(wins.shape[1])
-    for stratum in np.unique(strata):
-        own = strata == stratum
-        size, positive = int(own.sum()), int(is_positive[own].sum())
+    for start, stop in itertools.pairwise(edges.tolist()):
+        size, positive = stop - start, int(is_positive[start:stop].sum())
         if 0 < positive < size:
-            squares = np.einsum("nc,nc->c", wins[own], wins[own], dtype=np.float64)
+            own = wins[start:stop]
+            squares = np.einsum("nc,nc->c", own, own, dtype=np.float64)
             variance += squares * positive * (size - positive) / (size * (size - 1))
     return np.sqrt(variance)
 
@@ -312,30 +463,52 @@ def _largest_z(sums: list[np.ndarray], spread: np.ndarray) -> np.ndarray:
     return largest
 
 
-def _shuffled(
-    labels: Int[np.ndarray, " n"], classes: list[int], edges: Int64[np.ndarray, " s"], n: int, rng: np.random.Generator
-) -> list[Float32[np.ndarray, "p n"]]:
-    """For each class, `n` rows of ones where shuffled labels are of that class."""
-    if len(classes) == 1:
-        drawn = np.empty((n, len(labels)), np.float32)
-        for start, stop in itertools.pairwise(edges):
-            drawn[:, start:stop] = _subsets(stop - start, int((labels[start:stop] == classes[0]).sum()), n, rng)
-        return [drawn]
-    codes = np.tile(labels, (n, 1))
-    for start, stop in itertools.pairwise(edges):
-        codes[:, start:stop] = rng.permuted(codes[:, start:stop], axis=1)
-    return [(codes == k).astype(np.float32) for k in classes]
+def relabelled(
+    labels: Int[np.ndarray, " n"],
+    classes: Sequence[int],
+    edges: Int64[np.ndarray, " s"],
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> Iterator[list[Float32[np.ndarray, "p n"]]]:
+    """Shuffled labels, many permutations at a time: for each class, rows of ones where they are of that class.
+
+    Args:
+        edges: Where the strata begin and end; labels are shuffled between each two.
+    """
+    step = max(1, min(1024, CHUNK_ENTRIES // len(labels)))
+    for first in range(0, n_permutations, step):
+        n = min(step, n_permutations - first)
+        if len(classes) == 1:
+            drawn = np.empty((n, len(labels)), np.float32)
+            for start, stop in itertools.pairwise(edges.tolist()):
+                wanted = int((labels[start:stop] == classes[0]).sum())
+                drawn[:, start:stop] = _subsets(stop - start, wanted, n, rng)
+            yield [drawn]
+        else:
+            codes = np.tile(labels, (n, 1))
+            for start, stop in itertools.pairwise(edges.tolist()):
+                codes[:, start:stop] = rng.permuted(codes[:, start:stop], axis=1)
+            yield [(codes == k).astype(np.float32) for k in classes]
 
 
 def _subsets(size: int, wanted: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """`n` uniform subsets of `wanted` among `size`, as ones.
+    """`n` uniform subsets of `wanted` among `size`, as truth values.
 
-    Independent coins, then the few too many or too few are set right at random: by symmetry exactly uniform, and
-    five times faster than shuffling.
+    Independent coins of a byte each, then the few too many or too few are set right at random places: no row is
+    preferred, so each subset is as likely as any other; and it is many times faster than shuffling.
     """
-    drawn = rng.random((n, size), dtype=np.float32) < wanted / size
-    for row, surplus in zip(drawn, drawn.sum(1) - wanted, strict=True):
-        if surplus:
-            candidates = np.flatnonzero(row if surplus > 0 else ~row)
-            row[rng.choice(candidates, abs(int(surplus)), replace=False, shuffle=False)] = surplus < 0
-    return drawn
+    if wanted in (0, size):
+        return np.full((n, size), wanted > 0)
+    share = min(max(round(256 * wanted / size), 1), 255)
+    has = np.frombuffer(rng.bytes(n * size), np.uint8).reshape(n, size) < share
+    while (missing := wanted - np.count_nonzero(has, axis=1)).any():
+        rows = np.flatnonzero(missing)
+        n_flips, is_surplus = np.abs(missing[rows])[:, None], missing[rows, None] < 0
+        rows = rows[:, None]
+        places = rng.integers(size, size=(len(rows), 2 * int(n_flips.max()) + 8))
+        is_new = np.zeros(places.shape, bool)
+        is_new.flat[np.unique(rows * size + places, return_index=True)[1]] = True
+        fits = is_new & (has[rows, places] == is_surplus)
+        fits &= np.cumsum(fits, axis=1) <= n_flips
+        has[np.broadcast_to(rows, places.shape)[fits], places[fits]] ^= True
+    return has

@@ -28,7 +28,8 @@ OVERVIEW = "\n".join(
         "",
         *(f"  {name:<9}  {verb.summary}" for name, verb in VERBS.items()),
         "",
-        "What the words and scores mean: docs/glossary.md, and README.md for where to begin.",
+        "What the words and scores mean: docs/glossary.md, and Glossary in msae explore and in each report.",
+        "Where to begin: README.md.",
         "Every verb: --json FILE writes what it printed as data (- is stdout), --debug shows tracebacks.",
         "",
     ]

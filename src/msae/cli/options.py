@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
 METAVARS = {
     "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE", "column": "COLUMN",
-    "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL", "html": "FILE.html",
+    "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL", "fix": "FILE",
+    "groups": "COLUMN", "html": "FILE.html",
     "image": "FILE", "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE",
     "out": "PATH", "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE",
+    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "vocabulary": "STORE", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
 APPENDED = ("concept", "set")

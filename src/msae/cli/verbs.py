@@ -215,7 +215,7 @@ VERBS: dict[str, Verb] = {
                   settings="msae.sae.train:TrainSettings"),
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",
                      "msae.measure.evaluate:evaluate", ("sae", RUNS), evaluate, hidden=("train_store", "batch_size")),
-    "name": Verb("a run and a vocabulary -> names for its latents, with evidence", "msae.concepts.naming:name",
+    "name": Verb("a run -> names for its latents, with evidence", "msae.concepts.naming:name",
                  ("sae", RUN), show, settings="msae.concepts.naming:NameSettings"),
     "gallery": Verb("what activates a latent most; the tree of latents; how large activations are",
                     "msae.concepts.gallery:gallery", ("sae", RUN), gallery),

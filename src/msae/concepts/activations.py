@@ -136,7 +136,7 @@ def activations(
         raise ConfigError(f"n is {n}; give at least 1, for example n=10")
     view = View(sae, on, modality, inference=inference, device=device)
     store, d_sae = view.store, view.sae.d_sae
-    known = as_names(names) if names is not None else names_of(view.run)
+    known = as_names(names) if names is not None else names_of(view.run, store)
     numbers = _numbers(store, range(min(FIRST_ROWS, len(store))) if rows is None else rows)
     asked = [concept] if isinstance(concept, str) else list(concept)
     if asked:

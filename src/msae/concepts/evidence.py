@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from msae.base.errors import ConfigError, require
 from msae.base.progress import progress
 from msae.data.arrays import unit_rows
 
@@ -159,25 +160,48 @@ UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO"
 """How the Unicode names of characters begin whose scripts put no spaces between words."""
 
 
-def rows_with_words(captions: Sequence[str], words: Sequence[str]) -> list[list[int]]:
+def rows_with_words(captions: Sequence[str], words: Sequence[str], language: str | None = None) -> list[list[int]]:
     """For each word, the numbers of the captions that contain it, as whole words, singular or plural.
 
     Letter case, punctuation and underscores do not count; a word may be a phrase, which must stand together. In scripts
-    without spaces between words it may stand anywhere. Plurals are English ones. A stemmer does not serve: Snowball's
-    takes *animal* and *animation* for one word, and *woman* and *women* for two.
+    without spaces between words it may stand anywhere. Plurals are English ones; with a `language` all its inflected
+    forms count, by the dictionaries of simplemma. A stemmer does not serve: Snowball's takes *animal* and *animation*
+    for one word, and *woman* and *women* for two.
+
+    Raises:
+        MissingDependencyError: A language is given, and simplemma is not installed.
+        ConfigError: simplemma has no dictionary of the language.
     """
+    forms = _inflected(language) if language else _forms
     wanted: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, word in enumerate(words):
-        for form in _forms(_tokens(word)):
+        for form in forms(_tokens(word)):
             wanted[form].append(number)
     longest = max((len(form) for form in wanted), default=0)
     rows: list[list[int]] = [[] for _ in words]
     for row, caption in enumerate(captions):
         tokens = _tokens(caption)
         phrases = {tokens[i : i + n] for n in range(1, longest + 1) for i in range(len(tokens) - n + 1)}
-        for number in {found for phrase in phrases for form in _forms(phrase) for found in wanted.get(form, ())}:
+        for number in {found for phrase in phrases for form in forms(phrase) for found in wanted.get(form, ())}:
             rows[number].append(row)
     return rows
+
+
+def _inflected(language: str) -> Callable[[tuple[str, ...]], set[tuple[str, ...]]]:
+    """What gives a phrase as it is and with the dictionary form of each of its words."""
+    require("simplemma")
+    import simplemma
+
+    try:
+        simplemma.lemmatize("a", lang=language)
+    except ValueError as err:
+        raise ConfigError(f"--language {language}: {err}; give a code such as en, de or fr") from err
+
+    @lru_cache(maxsize=1 << 16)
+    def lemma(word: str) -> str:
+        return str(simplemma.lemmatize(word, lang=language)).casefold()
+
+    return lambda phrase: {phrase, tuple(map(lemma, phrase))} if phrase else set()
 
 
 def _tokens(text: str) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def gallery(
     store = as_store(on, unnamed=run.modality)
     run.check_fit(store)
     d_sae = run.sae.d_sae
-    names = names_of(run)
+    names = names_of(run, store)
     alike: tuple[int, ...] = ()
     if concept is not None:
         latent, *others = _nearest_first(latents_of(concept, names, d_sae), names)

@@ -17,6 +17,7 @@ from msae.base.errors import ConfigError, RunError, nearest
 from msae.base.files import read_json, write_json
 from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
+from msae.data.store import EmbeddingStore
 from msae.sae.run import Run, RunLike
 
 SCHEMA_VERSION = 1
@@ -30,6 +31,10 @@ first in more than 5 % of cases."""
 AGREEMENT_SHARE = 1 / MIN_WORDS
 """A name must be among this share of the words that occur in the rows, by AUROC: so rarely is a word at random. Of
 fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
+
+
+HELD_AUROC = 0.6
+"""A name must separate the rows that mention it at least so well: less is a latent of a small part of what it says."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Activation and word go together, and hardly any other word goes better with the activation."""
-        return self.is_tested and self.low > 0.5 and self.rank <= AGREEMENT_SHARE * self.n_words
+        return self.is_tested and self.low > HELD_AUROC and self.rank <= AGREEMENT_SHARE * self.n_words
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ class RowEvidence:
     q: float
     """`p` adjusted for the number of latents that were judged: the share of names, among those with a q at most as
     large, that go with the activation by chance."""
+    contrast: float | None = None
+    """How much more similar to the name those rows are than all rows, in standard deviations; None in files that
+    earlier versions wrote."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,11 @@ class ConceptNames(Result):
         """How many names were tested on which rows, and how many held: a sentence for each kind of evidence."""
         on, counts = Path(str(self.record.get("on", ""))).name, self.counts
         lines = []
+        if (shown := self.record.get("shown_on")) is not None:
+            lines.append(
+                f"no name was tested on {Path(shown).name}, so each is only the nearest word here; to test them, type: "
+                f"msae name RUN --on {shown}"
+            )
         if "rows_tested" in counts:
             n, modality = self.record["on_rows"], self.record["on_modality"]
             lines.append(
@@ -248,9 +261,17 @@ class ConceptNames(Result):
         if not lines:
             lines.append(
                 "no name was tested on any rows: each is the word nearest to a decoder row and may be wrong; to test "
-                "them, type: msae name RUN --vocabulary STORE --on STORE"
+                "them, type: msae name RUN --on STORE"
             )
+        if n_unknown := self.record.get("n_unknown_words"):
+            n = self.record["n_words"] + n_unknown
+            lines.append(f"{n_unknown:,} of {n:,} words were left out: the encoder does not know them")
         return lines
+
+    def elsewhere(self, store: EmbeddingStore) -> ConceptNames:
+        """The same names for rows that did not test them: each is only the nearest word there."""
+        concepts = tuple(dataclasses.replace(one, rows=None, agreement=None) for one in self.concepts)
+        return dataclasses.replace(self, concepts=concepts, record={**self.record, "shown_on": str(store.path)})
 
     def latents_of(self, name: str) -> list[int]:
         """Every latent that bears the name or a synonym of it, in any letter case; wide SAEs have several.
@@ -348,7 +369,7 @@ class ConceptNames(Result):
         """
         file = _file(path)
         if not file.exists():
-            raise RunError(f"{file} does not exist; to name the latents, type: msae name RUN --vocabulary STORE")
+            raise RunError(f"{file} does not exist; to name the latents, type: msae name RUN")
         data = read_json(file, schema_version=SCHEMA_VERSION, error=RunError)
         try:
             concepts = tuple(_concept(entry, where=str(file)) for entry in data.pop("concepts"))
@@ -386,29 +407,37 @@ def _file(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def names_of(run: RunLike) -> ConceptNames | None:
+def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | None:
     """The names in a run folder, if there are any and they belong to the weights that are there now.
 
     A file that does not say of which weights it is (made by hand or by msae 0.1) is only compared by its size.
+
+    Args:
+        on: The rows that are shown. Names that were tested on them come first, whatever was named since; names that
+            were tested on other rows are only nearest words here.
 
     Raises:
         RunError: The file is damaged, or of another SAE.
     """
     run = Run.open(run)
+    if on is not None and (file := run.names_file_on(on.fingerprint)) and file.exists():
+        names = ConceptNames.load(file)
+        if names.record.get("sae") == run.weights:
+            return names
     if run.names_file is None or not run.names_file.exists():
         return None
     names, d_sae = ConceptNames.load(run.names_file), run.sae.d_sae
     if names.d_sae != d_sae:
         raise RunError(
-            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; "
-            f"type: msae name {run.folder} --vocabulary STORE"
+            f"{run.names_file} names {names.d_sae:,} latents, but the SAE has {d_sae:,}; type: msae name {run.folder}"
         )
     if names.record.get("sae", run.weights) != run.weights:
         raise RunError(
             f"{run.names_file} names the latents of other weights or thresholds than {run.folder} has now; "
-            f"type: msae name {run.folder} --vocabulary STORE"
+            f"type: msae name {run.folder}"
         )
-    return names
+    tested = names.record.get("on_fingerprint")
+    return names if on is None or tested in (None, on.fingerprint) else names.elsewhere(on)
 
 
 def _surety(concept: Concept) -> float:

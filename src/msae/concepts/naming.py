@@ -21,6 +21,7 @@ from msae.base.files import is_writable
 from msae.concepts import evidence
 from msae.concepts import rows as row_evidence
 from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, RowEvidence, Rule
+from msae.concepts.words import WORD_COLUMNS, embedded_words
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, check_fit, weights_hash
@@ -42,7 +43,6 @@ INFERENCE: Inference = "trained"
 """How activations are made, for texts and for rows: as in galleries."""
 ACTIVATION_ENTRIES = 1 << 28
 """Activations of the rows that confirm names held at once, 1 GB of them; more latents take another pass."""
-_WORD_COLUMNS = ("text", "caption", "word", "name")
 _CAPTION_COLUMNS = ("caption", "text", "label", "class", "title")
 
 
@@ -68,6 +68,9 @@ class NameSettings:
     column: str | None = None
     """The column of captions or labels of the store `on`. Without it, the first of caption, text, label, class and
     title."""
+    language: str | None = None
+    """The language of captions, such as de, whose inflected forms count as the word; needs msae[words]. Without it,
+    words in captions are found as they are and in the English plural."""
     untested: Untested = "unnamed"
     """What becomes of a name that neither pictures nor captions can confirm: captions hardly mention it, or mention
     fewer than 20 words."""
@@ -98,6 +101,7 @@ class NameOptions(TypedDict, total=False):
     candidates: int
     modality: Modality | None
     column: str | None
+    language: str | None
     untested: Untested
     max_rows: int
     seed: int
@@ -105,9 +109,11 @@ class NameOptions(TypedDict, total=False):
 
 def name(
     sae: RunLike,
-    vocabulary: EmbeddingStore | str | Path,
+    vocabulary: EmbeddingStore | str | Path | None = None,
     *,
+    words: str | Path | None = None,
     on: EmbeddingStore | str | Path | None = None,
+    encoder: str | Path | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     settings: NameSettings | None = None,
@@ -118,11 +124,15 @@ def name(
     Args:
         sae: A run folder, or a Hugging Face repository that holds an SAE.
         vocabulary: A store of words, embedded as text by the encoder of the SAE. Rows with the same word, such as
-            prompt templates of it, count as one word with their mean embedding.
+            prompt templates of it, count as one word with their mean embedding. Without it and without `words`, some
+            10,000 words that come with msae, embedded by the encoder of the SAE the first time.
+        words: A list of words to embed instead: a text file with one a line, or a .csv or .parquet with a column
+            `word`.
         on: A store to confirm names on, of the kind of rows that names shall hold for. Images need no captions: half
             of them choose the word whose likeness goes best with a latent's activation, the other half decides
             whether it holds. Captions or labels, where there are any, may refuse a name: a latent must be active where
             they contain it. Without a store every name is only the nearest word.
+        encoder: The encoder that embeds words, where it lies elsewhere or the SAE does not say which it was.
         out: Where to write names.json. Without it, into the run folder.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         settings: All settings at once, instead of `options`.
@@ -131,8 +141,9 @@ def name(
     Raises:
         StoreError: A store is of another encoder or width, or has no words or no captions.
         RunError: names.json cannot be written there.
-        ConfigError: A setting is unknown or out of range, `settings` are given beside `options`, or the SAE has no
-            statistics for what is asked.
+        EmbedderError: The encoder that shall embed words cannot be loaded.
+        ConfigError: A setting is unknown or out of range, `settings` are given beside `options`, `words` beside
+            `vocabulary`, or the SAE has no statistics for what is asked.
     """
     settings = settings_from(NameSettings, settings, options, where="name")
     run = Run.open(sae)
@@ -141,14 +152,20 @@ def name(
     if folder is not None and folder.is_dir() and not is_writable(folder):  # said before the work, not after it
         raise RunError(f"{target} cannot be written; give another place with --out names.json")
     sae = run.sae
+    if vocabulary is None:
+        vocabulary = embedded_words(run, words, encoder=encoder, device=device)
+    elif words is not None:
+        raise ConfigError("--words and --vocabulary both give the words; give one of them")
     store = as_store(vocabulary, "text")
-    words = read_words(sae, store, settings)
+    known = read_words(sae, store, settings)
     if settings.rule == "poster":
-        names = _by_poster(sae, words, settings)
+        names = _by_poster(sae, known, settings)
     else:
-        names = _by_evidence(View(run, store, "text", inference=INFERENCE, device=device), words, on, settings)
+        names = _by_evidence(View(run, store, "text", inference=INFERENCE, device=device), known, on, settings)
     if target is not None:
         names.save(target)
+    if out is None and (tested := names.record.get("on_fingerprint")) and (file := run.names_file_on(tested)):
+        names.save(file)  # names of other rows come and go; what these rows said stays
     return names
 
 
@@ -179,7 +196,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
         StoreError: The vocabulary has no words, or is of another encoder or width.
     """
     check_fit(sae, vocabulary)
-    texts, row_words = _distinct(_text_column(vocabulary, _WORD_COLUMNS, None), vocabulary)
+    texts, row_words = _distinct(_text_column(vocabulary, WORD_COLUMNS, None), vocabulary)
     raw = np.concatenate(list(vocabulary.batches("text", 8192)))
     n_rows = np.bincount(row_words)
     mean = np.zeros((len(texts), sae.d_in))
@@ -191,7 +208,8 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     b_dec = sae.b_dec.detach().cpu().numpy() if settings.subtract_b_dec else np.float32(0)
     groups = evidence.synonym_groups(unit_rows(mean - mean.mean(0)), threshold=settings.synonyms)
     record = {
-        "vocabulary": str(vocabulary.path),
+        "vocabulary": vocabulary.record.get("words", str(vocabulary.path)),
+        "n_unknown_words": int(vocabulary.record.get("n_unknown_words", 0)),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "vocabulary_metadata": vocabulary.metadata_fingerprint,
         "encoder": sae.config.encoder or vocabulary.encoder,
@@ -354,6 +372,7 @@ def _on_rows(
         "on_modality": view.modality,
         "on_rows": len(rows),
         "untested": settings.untested,
+        "language": settings.language,
     }
     by_rows: list[_Proposal] = []
     if view.modality == "image":
@@ -470,7 +489,7 @@ class _Captions:
     def __init__(self, view: View, words: Words, rows: Int64[np.ndarray, " n"], settings: NameSettings) -> None:
         captions = _text_column(view.store, _CAPTION_COLUMNS, settings.column, option="--column")
         self.view, self.words, self.rows = view, words, rows
-        by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts)
+        by_word = evidence.rows_with_words([captions[row] for row in self.rows], words.texts, settings.language)
         by_group: list[set[int]] = [set() for _ in range(int(words.groups.max()) + 1)]
         for group, found in zip(words.groups, by_word, strict=True):
             by_group[group].update(found)

@@ -21,10 +21,14 @@ from msae.sae.view import View
 
 NEAR_SHARE = 0.05
 """A word fits a row when it is among this share of all words by its similarity to the row."""
-HELD_SHARE = 0.5
-"""A name holds where it fits more than this share of the rows in which the latent is clearly active."""
-AGREED_CORRELATION = 0.3
-"""Or where the decoder's direction proposes the same word, and activation and similarity correlate more than this."""
+HELD_SHARE = 0.4
+"""A name holds where it fits more than this share of the rows in which the latent is clearly active,"""
+HELD_CORRELATION = 0.3
+"""and activation and similarity correlate more than this, which a latent of few rows cannot reach,"""
+HELD_CONTRAST = 1.75
+"""or those rows are more similar to the word than all rows by more than this many standard deviations;"""
+AGREED_CORRELATION = 0.4
+"""or where the decoder's direction proposes the same word, and they correlate more than this."""
 MIN_CLEAR = 5
 """Rows in which a latent is clearly active that a half needs."""
 ENTRIES = 1 << 24
@@ -78,7 +82,12 @@ def choose(
     is_agreed = np.array(
         [other >= 0 and groups[other] == groups[own] for other, own in zip(proposed, best, strict=True)]
     )
-    is_held = (n_fit > HELD_SHARE * n_clear) | (is_agreed.astype(bool) & (correlation > AGREED_CORRELATION))
+    inside = n_fit / np.maximum(1, n_clear)
+    elsewhere = (fits.n_near - n_fit) / np.maximum(1, len(second) - n_clear)
+    mean, spread = decider.similarity(directions[torch.from_numpy(best).to(view.device)])
+    contrast = (fits.similarity / np.maximum(1, n_clear) - mean) / np.maximum(spread, 1e-12)
+    is_held = (inside > HELD_SHARE) & ((correlation > HELD_CORRELATION) | (contrast > HELD_CONTRAST))
+    is_held |= is_agreed.astype(bool) & (correlation > AGREED_CORRELATION)
     is_held &= (
         (n_words >= MIN_WORDS)
         & is_tested
@@ -95,11 +104,12 @@ def choose(
             rank=int(rank[i]),
             n_words=n_words,
             n_clear=int(n_clear[i]),
-            fits=_round(n_fit[i] / max(1, n_clear[i])),
+            fits=_round(inside[i]),
             low=_round(low[i]),
-            fits_elsewhere=_round((fits.n_near[i] - n_fit[i]) / max(1, len(second) - n_clear[i])),
+            fits_elsewhere=_round(elsewhere[i]),
             p=float(p[i]),
             q=float(q[i]),
+            contrast=_round(contrast[i]),
         )
         for i in range(len(latents))
     ]
@@ -126,14 +136,20 @@ class _Sums:
 
     def correlations(self, directions: Tensor, which: Tensor | slice) -> Tensor:
         """Of the latents `which` with the similarity of the rows to every word; 0 where either never varies."""
-        mean = self.x / self.n
-        covariance = self.zx[which] / self.n - torch.outer(self.z[which] / self.n, mean)
+        covariance = self.zx[which] / self.n - torch.outer(self.z[which] / self.n, self.x / self.n)
         variance = (self.zz[which] / self.n - (self.z[which] / self.n).square()).clamp_min(0)
-        spread = self.xx / self.n - torch.outer(mean, mean)
+        scale = torch.outer(variance.sqrt(), self._spread(directions.double()))
+        return torch.where(scale > 1e-12, (covariance @ directions.double().T) / scale.clamp_min(1e-12), 0.0)
+
+    def similarity(self, directions: Tensor) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+        """Mean and standard deviation of the similarity of the rows to each word."""
         words = directions.double()
-        of_words = ((words @ spread) * words).sum(1).clamp_min(0)
-        scale = torch.outer(variance.sqrt(), of_words.sqrt())
-        return torch.where(scale > 1e-12, (covariance @ words.T) / scale.clamp_min(1e-12), 0.0)
+        return (words @ (self.x / self.n)).cpu().numpy(), self._spread(words).cpu().numpy()
+
+    def _spread(self, words: Tensor) -> Tensor:
+        mean = self.x / self.n
+        covariance = self.xx / self.n - torch.outer(mean, mean)
+        return ((words @ covariance) * words).sum(1).clamp_min(0).sqrt()
 
 
 def _sums(view: View, rows: Int64[np.ndarray, " n"], latents: Int64[np.ndarray, " c"] | None = None) -> _Sums:
@@ -186,6 +202,8 @@ class _Fits:
     n_clear: Int64[np.ndarray, " c"]
     n_fit: Int64[np.ndarray, " c"]
     n_near: Int64[np.ndarray, " c"]
+    similarity: Float[np.ndarray, " c"]
+    """Sum over the rows in which the latent is clearly active."""
 
     def p_values(self) -> np.ndarray:
         """The chance of so many fits, were the rows that the word fits dealt out at random."""
@@ -204,6 +222,7 @@ def _fits(
     usual: Tensor,
 ) -> _Fits:
     n_clear, n_fit, n_near = (torch.zeros(len(latents), dtype=torch.int64, device=view.device) for _ in range(3))
+    total = torch.zeros(len(latents), dtype=torch.float64, device=view.device)
     words = torch.from_numpy(own).to(view.device)
     n_near_words = max(1, int(NEAR_SHARE * len(directions)))
     size = max(1, ENTRIES // len(directions))
@@ -212,12 +231,14 @@ def _fits(
             x = block[first : first + size]
             similarity = x @ directions.T
             least = similarity.topk(n_near_words, dim=1).values[:, -1:]
-            is_near = similarity[:, words] >= least
+            own_similarity = similarity[:, words]
+            is_near = own_similarity >= least
             clear = view.activate(x)[:, latents] >= usual.float()
             n_clear += clear.sum(0)
             n_fit += (clear & is_near).sum(0)
             n_near += is_near.sum(0)
-    return _Fits(len(rows), *(one.cpu().numpy() for one in (n_clear, n_fit, n_near)))
+            total += torch.where(clear, own_similarity, 0).sum(0, dtype=torch.float64)
+    return _Fits(len(rows), *(one.cpu().numpy() for one in (n_clear, n_fit, n_near, total)))
 
 
 def _round(value: float | np.floating) -> float:

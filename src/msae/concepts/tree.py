@@ -398,7 +398,7 @@ def concept_tree(
     model, folder = run.sae, run.folder
     if max_rows < 1 or (k is not None and k < 1):
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
-    names = names_of(run)
+    names = names_of(run, store)
     known = None if pairs is None else _known_pairs(pairs, names, folder)
     if k is None:
         k = counted(model)

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError, first_line
 from msae.base.files import atomic_path, locked, read_json, remove_leftovers, write_json
 from msae.base.progress import progress
+from msae.base.records import of_record, to_record
 from msae.data.arrays import first_bad_row, open_safetensors
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
@@ -300,7 +301,7 @@ def _embed_chunks(
             batches = _joined(_decoded_ahead(pool, source, embedder, cut))
             for number in itertools.count(n_chunks):
                 chunk = _embedded(source, embedder, _chunk_of(batches, chunk_items), advance)
-                if chunk.n_items == 0:
+                if chunk.report.items == 0:
                     break
                 write_chunk(chunk_path(folder, number), chunk)
         finally:
@@ -424,9 +425,7 @@ def _embedded(source: Source, embedder: Embedder, batches: Iterable[_Batch], adv
     if source.has_captions:
         rows["text"] = [empty]
     items: list[SourceItem] = []
-    skipped: list[tuple[str, str]] = []
-    converted: Counter[str] = Counter()
-    n_items = n_truncated = 0
+    report = Report()
     for batch in batches:
         if batch.items and source.has_images:
             pixels = {name: torch.cat([one[name] for one in batch.pixels]) for name in batch.pixels[0]}
@@ -434,14 +433,12 @@ def _embedded(source: Source, embedder: Embedder, batches: Iterable[_Batch], adv
         if batch.items and source.has_captions:
             captions = [item.caption or "" for item in batch.items]
             rows["text"].append(_checked(embedder.embed_texts(captions), batch, embedder))
-            n_truncated += embedder.count_truncated(captions)
+            report.truncated += embedder.count_truncated(captions)
         items += batch.items
-        skipped += batch.skipped
-        converted.update(batch.converted)
-        n_items += batch.n_items
+        report.add(Report(batch.n_items, batch.skipped, batch.converted))
         advance(batch.n_items)
     arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
-    return Chunk(arrays, _metadata(source, items), n_items, skipped, dict(converted), n_truncated)
+    return Chunk(arrays, _metadata(source, items), report)
 
 
 def _checked(x: NDArray[np.float32], batch: _Batch, embedder: Embedder) -> NDArray[np.float16]:
@@ -482,29 +479,25 @@ def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> Embedd
     files = list_chunks(out / PARTIAL / "chunks")
     ids: list[str] = []
     schemas = []
-    skipped: list[Skipped] = []
-    converted: Counter[str] = Counter()
-    n_items = n_truncated = 0
+    report = Report()
     for file in files:
         chunk = read_chunk(file)
         ids += chunk.metadata.column("id").to_pylist()
         schemas.append(chunk.metadata.schema)
-        skipped += [Skipped(*entry) for entry in chunk.skipped]
-        converted.update(chunk.converted)
-        n_items += chunk.n_items
-        n_truncated += chunk.n_truncated
+        report.add(chunk.report)
+    skipped = report.skipped
     if not ids:
         first = f": {skipped[0].id}: {skipped[0].reason}" if skipped else ""
         shutil.rmtree(out / PARTIAL / "chunks")  # else the next run would not look at the source again
-        raise SourceError(f"none of the {n_items:,} samples of {state['source']} can be embedded{first}")
+        raise SourceError(f"none of the {report.items:,} samples of {state['source']} can be embedded{first}")
     record: dict[str, Any] = {
         **{key: state[key] for key in _RECORDED},
         "counts": {
-            "inputs": n_items,
+            "inputs": report.items,
             "rows": len(ids),
             "skipped": len(skipped),
-            "converted": dict(sorted(converted.items())),
-            "truncated_captions": n_truncated,
+            "converted": dict(sorted(report.converted.items())),
+            "truncated_captions": report.truncated,
         },
         "notes": list(notes),
         "skipped_is_complete": len(skipped) <= MAX_LISTED,
@@ -533,20 +526,34 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+@dataclass
+class Report:
+    """What became of some samples of a source."""
+
+    items: int = 0
+    """Samples, embedded or not."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Those that were not embedded."""
+    converted: dict[str, int] = field(default_factory=dict)
+    """How many images needed which conversion."""
+    truncated: int = 0
+    """Captions that were cut off."""
+
+    def add(self, other: Report) -> None:
+        """Count what became of other samples too."""
+        self.items += other.items
+        self.skipped += other.skipped
+        self.converted = dict(Counter(self.converted) + Counter(other.converted))
+        self.truncated += other.truncated
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """What a run of source positions adds to a store."""
 
     rows: dict[Modality, NDArray[np.float16]]
     metadata: pa.Table
-    n_items: int
-    """Samples of the source, embedded or not."""
-    skipped: list[tuple[str, str]]
-    """Id and reason of those that were not embedded."""
-    converted: dict[str, int]
-    """How many images needed which conversion."""
-    n_truncated: int
-    """Captions that were cut off."""
+    report: Report
 
 
 def list_chunks(folder: Path) -> list[Path]:
@@ -574,16 +581,10 @@ def write_chunk(path: Path, chunk: Chunk) -> None:
     buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, chunk.metadata.schema) as stream:
         stream.write_table(chunk.metadata)
-    report = {
-        "items": chunk.n_items,
-        "skipped": chunk.skipped,
-        "converted": chunk.converted,
-        "truncated": chunk.n_truncated,
-    }
     tensors: dict[str, NDArray[Any]] = {"metadata": np.frombuffer(buffer.getvalue(), np.uint8)}
     tensors.update((str(modality), rows) for modality, rows in chunk.rows.items())
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"report": json.dumps(report)})
+        save_file(tensors, temporary, metadata={"report": json.dumps(to_record(chunk.report))})
 
 
 def read_chunk(path: Path) -> Chunk:
@@ -595,16 +596,11 @@ def read_chunk(path: Path) -> Chunk:
     import pyarrow as pa
 
     tensors, strings = open_safetensors(path, StoreError)
+    remedy = "delete it and all later ones"
     try:
         metadata = pa.ipc.open_stream(pa.py_buffer(tensors["metadata"].values)).read_all()
         report = json.loads(strings["report"])
-        return Chunk(
-            {name: tensors[name].values for name in MODALITIES if name in tensors},
-            metadata,
-            report["items"],
-            [(id, reason) for id, reason in report["skipped"]],
-            report["converted"],
-            report["truncated"],
-        )
     except (pa.ArrowException, KeyError, ValueError, TypeError) as err:
-        raise StoreError(f"{path} is damaged ({first_line(err)}); delete it and all later ones") from err
+        raise StoreError(f"{path} is damaged ({first_line(err)}); {remedy}") from err
+    rows = {name: tensors[name].values for name in MODALITIES if name in tensors}
+    return Chunk(rows, metadata, of_record(Report, report, where=str(path), error=StoreError, remedy=remedy))

@@ -166,6 +166,11 @@ class Embedder:
         tokens = self._tokenizer(self._prepared(texts), verbose=False)["input_ids"]
         return sum(len(row) > self.max_tokens for row in tokens)
 
+    def is_known(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the tokenizer knows every word of each text; one that has no token for all others knows them all."""
+        tokens = self._tokenizer(self._prepared(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._tokenizer.unk_token_id not in row for row in tokens]
+
     @property
     def _is_siglip(self) -> bool:
         return bool(self._model.config.model_type != "clip")

@@ -134,6 +134,10 @@ class Run:
         """Where `msae name` leaves names; it need not exist. None without a folder."""
         return self._file("names.json")
 
+    def names_file_on(self, fingerprint: str) -> Path | None:
+        """Where the names lie that were tested on the rows of that fingerprint; it need not exist."""
+        return self._file(f"names/{fingerprint[:24]}.json")
+
     @property
     def report_file(self) -> Path | None:
         """Where `msae report` writes without --out."""

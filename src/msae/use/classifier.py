@@ -6,13 +6,14 @@ The file's keys are defined in docs/audit.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,12 +21,49 @@ from msae.base.errors import ConfigError, first_line
 from msae.base.files import atomic_path
 from msae.data.arrays import open_npz
 
+SCORE = "score"
+"""What stands for the class of a model of one number."""
 KEYS = ("weight", "bias", "classes", "mean", "scale", "unit_norm")
 
 
 @dataclass(frozen=True)
+class Readout:
+    """How an audit reads a linear model: the fewest logits that say all, and its outputs.
+
+    Outputs are the probabilities of the watched classes; of a model of one number, that number.
+    """
+
+    weight: Float[Tensor, "k d_in"]
+    bias: Float[Tensor, " k"]
+    unit_norm: bool
+    watched: tuple[int, ...]
+    kind: Literal["two classes", "classes", "score"]
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.watched)
+
+    def outputs(self, logits: Float[Tensor, "k n c"]) -> Float[Tensor, "f n c"]:
+        """Of every row after every edit; `logits` may be overwritten."""
+        if self.kind == "score":
+            return logits
+        if self.kind == "classes":
+            return logits.softmax(0)[list(self.watched)]
+        return torch.cat([logits if this == 1 else -logits for this in self.watched]).sigmoid_()
+
+    def predicted(self, logits: Float[Tensor, "k n c"]) -> Int[Tensor, "n c"]:
+        """The number of the likeliest class; 0 where there are none."""
+        if self.kind == "score":
+            return torch.zeros(logits.shape[1:], dtype=torch.int64)
+        return logits.argmax(0) if self.kind == "classes" else (logits[0] > 0).long()
+
+
+@dataclass(frozen=True)
 class LinearClassifier:
-    """logits = features @ weight.T + bias, with features = (x - mean) * scale, of unit norm if `unit_norm`."""
+    """logits = features @ weight.T + bias, with features = (x - mean) * scale, of unit norm if `unit_norm`.
+
+    One row of weights and no classes are a score: its one logit is what the model says.
+    """
 
     classes: tuple[str, ...]
     weight: Float[Tensor, "k d_in"]
@@ -45,6 +83,19 @@ class LinearClassifier:
         u = self.features(x)
         return torch.addmm(self.bias, functional.normalize(u, dim=1) if self.unit_norm else u, self.weight.T)
 
+    @property
+    def is_score(self) -> bool:
+        """It gives a number and no classes."""
+        return len(self.weight) == 1
+
+    def readout(self, watched: Sequence[int]) -> Readout:
+        """How an audit reads it, with the probabilities of the `watched` classes as outputs."""
+        weight, bias = self.weight, self.bias
+        kind: Literal["two classes", "classes", "score"] = "score" if self.is_score else "classes"
+        if len(weight) == 2:
+            kind, weight, bias = "two classes", weight[1:] - weight[:1], bias[1:] - bias[:1]
+        return Readout(weight, bias, self.unit_norm, tuple(watched), kind)
+
     @classmethod
     def load(cls, path: str | Path, *, d_in: int, classes: tuple[str, ...] = ()) -> LinearClassifier:
         """The classifier in a file.
@@ -58,6 +109,8 @@ class LinearClassifier:
         """
         path = Path(path)
         arrays = _read(path)
+        if not np.size(arrays.get("classes", KEYS)):  # of a score
+            arrays = {key: value for key, value in arrays.items() if key != "classes"}
         unknown = sorted(set(arrays) - set(KEYS))
         if unknown or "weight" not in arrays:
             found = ", ".join(sorted(arrays)) or "nothing"
@@ -69,10 +122,12 @@ class LinearClassifier:
                 f"{path} has weights of width {weight.shape[1]}, the embeddings have {d_in}; fit it on embeddings of "
                 f"the same encoder"
             )
-        if len(weight) == 1:  # as scikit-learn keeps two classes: the logit of the second
+        if len(weight) == 1 and (
+            classes or np.size(arrays.get("classes", ()))
+        ):  # as scikit-learn keeps two: the logit of the second
             weight, bias = np.concatenate([0 * weight, weight]), np.r_[0.0, bias]
-        names = tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array(classes)))) or tuple(
-            str(number) for number in range(len(weight))
+        names = tuple(str(name) for name in np.atleast_1d(arrays.get("classes", np.array(classes)))) or (
+            (SCORE,) if len(weight) == 1 else tuple(str(number) for number in range(len(weight)))
         )
         if not len(names) == len(weight) == len(bias):
             raise ConfigError(
@@ -88,12 +143,22 @@ class LinearClassifier:
         return cls(names, w, b, mean, scale, bool(arrays.get("unit_norm", False)), str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write an `.npz` that `load` reads."""
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file, weight=self.weight.numpy(), bias=self.bias.numpy(), classes=np.array(self.classes),
-                mean=self.mean.numpy(), scale=self.scale.numpy(), unit_norm=np.array(self.unit_norm),
-            )  # fmt: skip
+        """Write an `.npz` or a `.safetensors` that `load` reads."""
+        path = Path(path)
+        arrays = {key: getattr(self, key).contiguous().numpy() for key in ("weight", "bias", "mean", "scale")}
+        names = [] if self.is_score else list(self.classes)
+        with atomic_path(path) as temporary:
+            if path.suffix == ".safetensors":
+                from safetensors.numpy import save_file
+
+                words = {"unit_norm": json.dumps(self.unit_norm)} | ({"classes": json.dumps(names)} if names else {})
+                save_file(arrays, temporary, words)
+            else:
+                with temporary.open("wb") as file:
+                    np.savez(
+                        file, weight=arrays["weight"], bias=arrays["bias"], mean=arrays["mean"], scale=arrays["scale"],
+                        classes=np.array(names, str), unit_norm=np.array(self.unit_norm),
+                    )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 class Push(NamedTuple):
     """Moves `r` of `n` embeddings for `c` edits, as a linear classifier sees them."""
 
-    logit: Float[Tensor, "#n c k"]
-    """r . w for each class."""
+    logit: Float[Tensor, "k _ c"]
+    """r . w for each row of weights."""
     along: Float[Tensor, "n c"]
     """r . u, with u the embedding."""
     length2: Float[Tensor, "#n c"]
@@ -44,41 +46,50 @@ class Concepts:
     reader: Float[Tensor, " l"]
     """What each activation adds to the strength."""
     weight: Float[Tensor, "k d"]
-    """The classifier's."""
+    """The classifier's readout."""
 
-    @property
+    @cached_property
     def n(self) -> int:
         return int(self.owner[-1]) + 1
 
+    @cached_property
+    def _members(self) -> Float[Tensor, "l c"]:
+        """One where a latent belongs to a concept."""
+        return functional.one_hot(self.owner, self.n).float()
+
     def sum(self, per_latent: Float[Tensor, "n l"]) -> Float[Tensor, "n c"]:
         """Sums over the latents of each concept."""
-        if self.n == len(self.owner):
-            return per_latent
-        return per_latent.new_zeros(len(per_latent), self.n).index_add_(1, self.owner, per_latent)
+        return per_latent if self.n == len(self.owner) else per_latent @ self._members
 
     def strengths(self, z: Float[Tensor, "n l"]) -> Float[Tensor, "n c"]:
         """How much of each concept there is."""
-        return z if self.n == len(self.owner) else self.sum(z * self.reader)
+        if self.n == len(self.owner):
+            return z
+        return z.new_zeros(len(z), self.n).index_add_(1, self.owner, z * self.reader)
 
     def removal(self, u: Float[Tensor, "n d"], z: Float[Tensor, "n l"]) -> Push:
         """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
-        along_rows = u @ self.rows.T
-        to_classes = self.rows @ self.weight.T
-        logit = torch.stack([self.sum(z * column) for column in to_classes.T], dim=2)
-        return Push(-logit, -self.sum(z * along_rows), self._length2(z))
+        logit = torch.stack([self.sum(z * column) for column in self._to_classes.T])
+        return Push(-logit, -self.sum(z * (u @ self.rows.T)), self.sum(z * (z @ self._gram)))
+
+    @cached_property
+    def _to_classes(self) -> Float[Tensor, "l k"]:
+        return self.rows @ self.weight.T
+
+    @cached_property
+    def _gram(self) -> Float[Tensor, "l l"]:
+        """Products of the rows of one concept."""
+        return (self.rows @ self.rows.T) * (self.owner[:, None] == self.owner)
+
+    @cached_property
+    def direction(self) -> Float[Tensor, "c d"]:
+        """What one unit of strength adds to the classifier's features."""
+        return self._members.T @ (self.pattern[:, None] * self.rows)
 
     def raising(self, u: Float[Tensor, "n d"], strength: Float[Tensor, " c"]) -> Push:
         """The push that gives each concept this strength where it has none."""
-        r = strength[:, None] * self.sum((self.pattern[:, None] * self.rows).T).T
-        return Push((r @ self.weight.T)[None], u @ r.T, r.square().sum(1)[None])
-
-    def _length2(self, z: Float[Tensor, "n l"]) -> Float[Tensor, "n c"]:
-        length2 = self.sum(z.square() * self.rows.square().sum(1))
-        counts = torch.bincount(self.owner)
-        for concept in torch.nonzero(counts > 1).flatten().tolist():
-            own = slice(int(counts[:concept].sum()), int(counts[: concept + 1].sum()))
-            length2[:, concept] = (z[:, own] @ self.rows[own]).square().sum(1)
-        return length2
+        r = strength[:, None] * self.direction
+        return Push((self.weight @ r.T)[:, None], u @ r.T, r.square().sum(1)[None])
 
 
 def make_concepts(
@@ -114,16 +125,15 @@ def edited_logits(
     push: Push,
     *,
     unit_norm: bool,
-) -> Float[Tensor, "n c k"]:
+) -> Float[Tensor, "k n c"]:
     """Logits of every embedding after every edit.
 
     Args:
-        scores: u . w for each class.
+        scores: u . w for each row of weights.
         length2: u . u.
         unit_norm: The classifier scales its input to unit norm.
     """
-    raw = scores[:, None, :] + push.logit
+    raw = scores.T[:, :, None] + push.logit
     if unit_norm:
-        after = length2[:, None] + 2 * push.along + push.length2
-        raw = raw * after.clamp_min(1e-24).rsqrt()[:, :, None]
-    return raw + bias
+        raw *= (length2[:, None] + 2 * push.along + push.length2).clamp_min_(1e-24).rsqrt_()
+    return raw.add_(bias[:, None, None])

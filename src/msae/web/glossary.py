@@ -26,7 +26,7 @@ def glossary(heading: str = "h2") -> Markup:
     file = next(place for place in PLACES if place.exists())
     _, _, text = file.read_text(encoding="utf-8").partition("\n")
     page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    page = re.sub(r" \(<a [^>]*>[\w-]+\.md</a>\)|</?a\b[^>]*>", "", page)  # other files of docs/ are not here
+    page = re.sub(r"\s\(<a [^>]*>[\w-]+\.md</a>\)|</?a\b[^>]*>", "", page)  # other files of docs/ are not here
     page = re.sub(r"<(/?)h2>", rf"<\1{heading}>", page)
     return Markup(re.sub(r"<p><strong>([^<]+)</strong>", _with_id, page))  # noqa: S704 - our own text, escaped
 

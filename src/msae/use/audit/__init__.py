@@ -5,6 +5,7 @@ What is tested and how to read it is in docs/audit.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
+from msae.use.audit.fix import Fix, Way, fix_classifier
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
+from msae.use.audit.slices import Slice
 from msae.use.audit.subjects import make_subject, parse_class_texts
 from msae.use.classifier import LinearClassifier
 
@@ -30,9 +33,12 @@ __all__ = [
     "Control",
     "Debiasing",
     "Effect",
+    "Fix",
     "Group",
+    "Slice",
     "Sweep",
     "Sweeper",
+    "Way",
     "audit",
     "parse_class_texts",
 ]
@@ -50,6 +56,10 @@ def audit(
     positive: str | None = None,
     names: Names | str | Path | None = None,
     all_latents: bool = False,
+    where: str | None = None,
+    fix: str | Path | None = None,
+    groups: str | None = None,
+    errors: bool = False,
     modality: Modality | None = None,
     inference: Inference = "trained",
     n_permutations: int | None = None,
@@ -77,6 +87,13 @@ def audit(
         positive: The class whose probability is watched. Without it, the second of two classes, or all of more.
         names: The names.json to use. Without it, the run's.
         all_latents: Audit every latent, named or not.
+        where: Audit only rows whose metadata fit, as in "split == 'test' and size in (1, 2)".
+        fix: Write a better classifier to this .npz or .safetensors file: without the concept of `concept`, or else
+            without the strongest that stands out. Ways to do so are compared on rows used for neither fitting nor
+            choosing.
+        groups: With `fix`: the column of two values that says which rows have the concept. Without it, its firing does.
+        errors: Also look for slices of errors: concepts that the wrong predictions of a class have more of than the
+            right ones.
         modality: Which embeddings of the store. Without it, images where the store has them.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
@@ -91,24 +108,55 @@ def audit(
         RunError: The run is missing or damaged.
         StoreError: A store is missing or damaged, does not fit the run, or lacks the modality or the column.
     """
+    if groups is not None and fix is None:
+        raise ConfigError(f"--groups {groups} says which rows a fix is judged by; add --fix FILE")
+    if fix is not None and Path(fix).suffix not in (".npz", ".safetensors"):
+        raise ConfigError(f"--fix {fix} is no .npz or .safetensors file; give it one of these endings")
     view = View(sae, on, modality, inference=inference, device=device)
     subject = make_subject(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
-        train_store=train_store, seed=seed, positive=positive, device=device,
+        train_store=train_store, seed=seed, positive=positive, where=where, device=device,
     )  # fmt: skip
-    groups, notes = _groups(view.run, concept, names, all_latents=all_latents)
-    n_permutations = n_permutations or max(2000, 40 * len(groups))
-    auditor = Auditor(subject, groups, n_permutations, sweep_id, np.random.default_rng(seed))
+    if errors and subject.truth is None:
+        raise ConfigError("errors need true classes; give --target COLUMN with classes")
+    known, notes = _groups(view.run, concept, names, all_latents=all_latents)
+    n_permutations = n_permutations or max(2000, 40 * len(known))
+    auditor = Auditor(
+        subject,
+        known,
+        n_permutations,
+        sweep_id,
+        np.random.default_rng(seed),
+        keep_rare=bool(concept),
+        errors=errors,
+    )
     concepts, sample = auditor.run()
-    return Audit(
+    found = Audit(
         target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
-            "n_controls": N_CONTROLS, "seed": seed, "test": auditor.test,
+            "n_controls": N_CONTROLS, "where": where, "asked": bool(concept),
+            "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes), sample=sample,
+        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes),
+        slices=tuple(auditor.slices) if errors else None, sample=sample,
     )  # fmt: skip
+    if fix is None:
+        return found
+    this = _to_fix(found, bool(concept))
+    fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
+    return dataclasses.replace(found, fix=fixed)
+
+
+def _to_fix(found: Audit, is_asked: bool) -> ConceptAudit:
+    """The concept to take out of the classifier."""
+    if is_asked and len(found.concepts) > 1:
+        raise ConfigError(f"--fix takes one concept out, {len(found.concepts)} were given; keep one --concept")
+    candidates = found.concepts if is_asked else [one for one in found.ranked if not one.is_target]
+    if not candidates:
+        raise ConfigError("no concept stands out, so there is nothing to fix; name one with --concept")
+    return candidates[0]
 
 
 def _groups(
@@ -143,6 +191,6 @@ def _groups(
     guessed = [name for name in groups if isinstance(names, ConceptNames) and names.shown_name(name) != name]
     note = (
         f"{len(guessed)} of the {len(groups)} names are only the nearest words: no rows have confirmed them; to test "
-        f"them, type: msae name RUN --vocabulary STORE --on STORE"
+        f"them, type: msae name RUN --on STORE"
     )
     return groups, [note] if guessed else []

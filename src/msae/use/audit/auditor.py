@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from msae.base import statistics
@@ -22,18 +23,19 @@ from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
 from msae.sae.view import View
-from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, probabilities, quantiles
+from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, quantiles
 from msae.use.audit.results import TESTS, Association, ConceptAudit, Control, Debiasing, Effect, Group, Sample, Sweep
+from msae.use.audit.slices import Slice, chosen_slices, compare_errors, otsu_border, slice_of
 from msae.use.audit.subjects import Subject, make_subject
 from msae.use.interventions import Concepts
 
 N_CONTROLS = 20
-SAMPLE_ROWS = 4096
-"""Rows of controls and plots: the mean change of a probability is then known to better than .01."""
+SAMPLE_ROWS = 2048
+"""Rows of controls and plots: the mean change of a probability is then known to about .01."""
 ACTIVATION_ENTRIES = 1 << 28
 """Activations of the audited latents held at once, 1 GB of them; more latents take another pass."""
-WORST_GROUP_ROWS = 10
-"""The accuracy of fewer rows says nothing."""
+FEWEST_ROWS = 10
+"""The accuracy of a group of fewer says nothing. A concept that fires in fewer is left out; of few rows, in 1 %."""
 RANKED_BY = ("remove", "set_p50")
 ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "train_shift")
 
@@ -41,15 +43,23 @@ ASSOCIATIONS = ("by_predicted", "by_true", "given_true", "train_shift")
 class _Part(NamedTuple):
     """What a pass over some concepts leaves."""
 
+    names: list[str]
+    groups: list[tuple[int, ...]]
     measured: Measured
     amounts: Mapping[str, Tensor]
     associations: dict[str, list[Association | None]]
     sweeps: list[Sweep | None]
     sample: Float32[np.ndarray, "m c"]
+    slices: list[Slice]
 
 
 class Auditor:
-    """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order."""
+    """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order.
+
+    Args:
+        keep_rare: Audit concepts that hardly ever fire too.
+        errors: Look for slices of errors.
+    """
 
     def __init__(
         self,
@@ -58,19 +68,28 @@ class Auditor:
         n_permutations: int,
         sweep_id: str | None,
         rng: np.random.Generator,
+        *,
+        keep_rare: bool = False,
+        errors: bool = False,
     ) -> None:
         self.subject, self.view = subject, subject.view
-        self.names, self.groups = list(groups), list(groups.values())
+        self.groups = groups
         self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
         self.rng = rng
+        self.fewest = 0 if keep_rare else min(FEWEST_ROWS, max(1, len(subject.rows) // 100))
         self.sweep_row = None if sweep_id is None else self.view.store.ids.row_of(sweep_id)
         self.sample_places = np.sort(
             rng.choice(len(self.subject.rows), min(SAMPLE_ROWS, len(self.subject.rows)), replace=False)
         )
+        self.errors = errors
+        self.slices: list[Slice] = []
+        """Candidate slices, those with most of the class's errors first."""
         self.notes: list[str] = []
+        self.rare: list[str] = []
+        """Names of the concepts that were left out because they fire in too few rows."""
         self.test: str | None = None
         """The one test that the audit reports, chosen by what the rows allow, before any p-value is looked at."""
-        self.predicted: Int64[np.ndarray, " n"] = np.empty(0, np.int64)
+        self.predicted: Int64[np.ndarray, " n"] = np.zeros(len(subject.rows), np.int64)
 
     def run(self) -> tuple[list[ConceptAudit], Sample]:
         """Every concept, strongest causal effect first and the class's own words last, and the rows for plots."""
@@ -80,52 +99,121 @@ class Auditor:
                 parts.append(self._measure(some))
                 advance(len(some))
         self._note_predictions()
+        groups = [group for part in parts for group in part.groups]
+        if not groups:
+            raise ConfigError(
+                f"none of the {len(self.groups)} concepts fires in {self.fewest} of the {len(self.subject.rows):,} "
+                f"audited rows; give more rows, or other concepts with --concept"
+            )
         controls = control_sizes(
-            self.subject, self._sample_rows, self.groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
+            self.subject, self._sample_rows, groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
         )
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
+        self.slices = chosen_slices([one for part in parts for one in part.slices])
         self.test = next((name for name in TESTS if any(associations[name])), None)
-        audits = []
-        number = 0
+        audits: list[ConceptAudit] = []
         for part in parts:
-            for column in range(len(part.sweeps)):
-                theirs = {name: associations[name][number] for name in ASSOCIATIONS}
-                audits.append(self._concept(part, column, number, controls[number], theirs))
-                number += 1
+            for column in range(len(part.names)):
+                theirs = {name: associations[name][len(audits)] for name in ASSOCIATIONS}
+                audits.append(self._concept(part, column, controls[len(audits)], theirs))
+        audits = self._beside_stronger(audits)
         order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
         truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
         sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
         return [audits[i] for i in order], sample
 
+    def _beside_stronger(self, audits: list[ConceptAudit]) -> list[ConceptAudit]:
+        """The audits, those that would stand out tested again among rows alike in the stronger ones that do.
+
+        A latent that fires a little more under hats goes with the classes where hats do: beside hats it does not.
+        """
+        subject, training = self.subject, self.subject.training
+        found = list(audits)
+        strata = np.zeros(len(subject.rows) + (0 if training is None else len(training.rows)), np.int64)
+        if subject.truth is not None:
+            strata += np.concatenate([subject.truth, *([] if training is None else [training.truth])])
+        truth, is_first = strata.copy(), True
+        for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect)):
+            if not audits[i].stands_out or subject.classifier.is_score:
+                continue
+            strength = self._strength(audits[i].latents)
+            if not is_first:
+                again = self._test_again(strength, truth, strata) or _association(0.0, -1.0, 1.0, 1.0, "")
+                found[i] = dataclasses.replace(audits[i], beside_stronger=again)
+            if found[i].stands_out:
+                strata = 2 * strata + (strength > otsu_border(strength.astype(np.float64)))
+                is_first = False
+        return found
+
+    def _strength(self, group: tuple[int, ...]) -> Float32[np.ndarray, " n"]:
+        """Of one concept in the audited rows, then in the training rows."""
+        parts = [(self.view, self.subject.rows)]
+        parts += [] if self.subject.training is None else [(self.subject.training.view, self.subject.training.rows)]
+        z = [view.table(rows, group) for view, rows in parts]
+        mean = torch.zeros(self.view.sae.d_sae)
+        mean[list(group)] = torch.from_numpy(z[0].mean(0))
+        return self.subject.concepts([group], mean).strengths(torch.from_numpy(np.concatenate(z))).numpy()[:, 0]
+
+    def _test_again(
+        self, strength: Float32[np.ndarray, " n"], truth: Int64[np.ndarray, " n"], strata: Int64[np.ndarray, " n"]
+    ) -> Association | None:
+        """The audit's test of one concept within `strata`, parts of the true classes."""
+        n = len(self.subject.rows)
+        if self.test == "train_shift":
+            return self.tests.train_shift(strength[:, None], np.arange(len(strength)) >= n, truth, strata)[0]
+        return self.tests.associate(strength[:n, None], self.predicted, strata[:n])[0]
+
     def describe_classifier(self) -> dict[str, Any]:
         """What the JSON says of the classifier."""
         classifier, truth = self.subject.classifier, self.subject.truth
+        record: dict[str, Any] = {"source": classifier.source, "n_train": self.subject.n_train, "is_score": False}
+        if classifier.is_score:
+            numbers, scores = self.subject.numbers, self._scores
+            record |= {"is_score": True, "mean": float(scores.mean()), "sd": float(scores.std())}
+            if numbers is not None:
+                from scipy.stats import spearmanr
+
+                record["correlation"] = float(spearmanr(scores, numbers).statistic)
+            return record | {"classes": [], "accuracy": None, "predicted": {}}
         counts = np.bincount(self.predicted, minlength=len(classifier.classes))
-        return {
-            "source": classifier.source,
+        return record | {
             "classes": list(classifier.classes),
-            "n_train": self.subject.n_train,
             "accuracy": None if truth is None else float((self.predicted == truth).mean()),
             "predicted": dict(zip(classifier.classes, counts.tolist(), strict=True)),
         }
 
-    def _passes(self) -> Iterator[list[tuple[int, ...]]]:
+    def _passes(self) -> Iterator[dict[str, tuple[int, ...]]]:
         """The concepts, as many at a time as there is memory for."""
         most = max(1, ACTIVATION_ENTRIES // len(self.subject.rows))
-        some: list[tuple[int, ...]] = []
-        for group in self.groups:
-            if some and sum(map(len, some)) + len(group) > most:
+        some: dict[str, tuple[int, ...]] = {}
+        for name, group in self.groups.items():
+            if some and sum(map(len, some.values())) + len(group) > most:
                 yield some
-                some = []
-            some.append(group)
+                some = {}
+            some[name] = group
         yield some
 
-    def _measure(self, groups: list[tuple[int, ...]]) -> _Part:
-        rows, truth = self.subject.rows, self.subject.truth
+    def _measure(self, asked: dict[str, tuple[int, ...]]) -> _Part:
+        rows, truth, training = self.subject.rows, self.subject.truth, self.subject.training
+        every = [latent for group in asked.values() for latent in group]
+        z = self.view.table(rows, every)
+        theirs = None if training is None else training.view.table(training.rows, every)
+        counts = [_rows_with(z, asked.values())] + ([] if theirs is None else [_rows_with(theirs, asked.values())])
+        is_rare = np.max(counts, axis=0) < self.fewest
+        self.rare += [name for name, rare in zip(asked, is_rare, strict=True) if rare]
+        if is_rare.any():
+            kept = ~np.repeat(is_rare, [len(group) for group in asked.values()])
+            z, theirs = z[:, kept], None if theirs is None else theirs[:, kept]
+        known = {name: group for (name, group), rare in zip(asked.items(), is_rare, strict=True) if not rare}
+        names, groups = list(known), list(known.values())
+        if not groups:
+            nothing: dict[str, list[Association | None]] = {name: [] for name in ASSOCIATIONS}
+            zero = torch.zeros(0, 2, 0)
+            empty = Measured({}, zero, zero, zero, zero, self.predicted)
+            return _Part([], [], empty, {}, nothing, [], np.empty((len(self.sample_places), 0), np.float32), [])
         latents = [latent for group in groups for latent in group]
-        z = self.view.table(rows, latents)
         mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
         concepts = self.subject.concepts(groups, mean)
@@ -134,40 +222,65 @@ class Auditor:
         measured = measure_edits(self.subject, rows, truth, concepts, z, amounts)
         self.predicted = measured.predicted
         sample = strengths[self.sample_places].astype(np.float32)
-        return _Part(
-            measured,
-            amounts,
-            {**self._associations(strengths), "train_shift": self._train_shift(strengths, concepts, latents)},
-            [self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)],
-            sample,
-        )
+        sweeps = [
+            self._sweep(group, concepts, column, measured, amounts, sample) for column, group in enumerate(groups)
+        ]
+        del z
+        associations = self._associations(strengths)
+        if theirs is not None and truth is not None and training is not None:
+            their_strengths = concepts.strengths(torch.from_numpy(theirs)).numpy()
+            is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
+            associations["train_shift"] = self.tests.train_shift(
+                np.concatenate([their_strengths, strengths]), is_training, np.concatenate([training.truth, truth])
+            )
+        slices = self._candidates(strengths, names, groups) if self.errors else []
+        return _Part(names, groups, measured, amounts, associations, sweeps, sample, slices)
+
+    def _candidates(
+        self, strengths: Float32[np.ndarray, "n c"], names: Sequence[str], groups: Sequence[tuple[int, ...]]
+    ) -> list[Slice]:
+        """The slices of the concepts that wrong predictions of a class have more of; q-values are not filled in."""
+        truth = self.subject.truth
+        assert truth is not None
+        is_wrong = self.predicted != truth
+        tested = compare_errors(strengths, truth, is_wrong, n_permutations=self.tests.n_permutations, rng=self.rng)
+        ids = [str(self.view.store.ids[int(row)]) for row in self.subject.rows]
+        classes = self.subject.classifier.classes
+        return [
+            slice_of(strengths[:, concept], truth == k, is_wrong, ids,
+                     (classes[k], names[concept], groups[concept], float(size), float(p), 1.0))
+            for k, concept, size, p in zip(*tested, strict=True)
+        ]  # fmt: skip
 
     def _associations(self, strengths: Float32[np.ndarray, "n c"]) -> dict[str, list[Association | None]]:
+        nothing: list[Association | None] = [None] * strengths.shape[1]
+        found = dict.fromkeys(ASSOCIATIONS, nothing)
+        ranked = statistics.Ranked(strengths)
+        if self.subject.classifier.is_score:
+            found["by_predicted"] = self.tests.correlate(ranked, self._scores)
+            if self.subject.numbers is not None:
+                found["by_true"] = self.tests.correlate(ranked, self.subject.numbers)
+            return found
         one_stratum = np.zeros(len(strengths), np.int64)
         truth, predicted = self.subject.truth, self.predicted
-        tests = {"by_predicted": (predicted, one_stratum)}
+        found["by_predicted"] = self.tests.associate(ranked, predicted, one_stratum)
         if truth is not None:
-            tests |= {"by_true": (truth, one_stratum), "given_true": (predicted, truth)}
-        found = {name: self.tests.associate(strengths, labels, strata) for name, (labels, strata) in tests.items()}
-        return {name: found.get(name, [None] * strengths.shape[1]) for name in ASSOCIATIONS}
+            found["by_true"] = self.tests.associate(ranked, truth, one_stratum)
+            found["given_true"] = self.tests.associate(ranked, predicted, truth)
+        return found
 
-    def _train_shift(
-        self, strengths: Float32[np.ndarray, "n c"], concepts: Concepts, latents: list[int]
-    ) -> list[Association | None]:
-        training, truth = self.subject.training, self.subject.truth
-        if training is None or truth is None:
-            return [None] * strengths.shape[1]
-        z = training.view.table(training.rows, latents)
-        theirs = concepts.strengths(torch.from_numpy(z)).numpy()
-        is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
-        return self.tests.train_shift(
-            np.concatenate([theirs, strengths]), is_training, np.concatenate([training.truth, truth])
-        )
+    @cached_property
+    def _scores(self) -> Float32[np.ndarray, " n"]:
+        """What a model of one number says of the audited rows."""
+        subject, size = self.subject, 8192
+        parts = [subject.classifier.logits(subject.raw(subject.rows[first : first + size]))[:, 0].numpy()
+                 for first in range(0, len(subject.rows), size)]  # fmt: skip
+        return np.concatenate(parts)
 
     def _concept(
-        self, part: _Part, column: int, number: int, sizes: Sizes, associations: dict[str, Association | None]
+        self, part: _Part, column: int, sizes: Sizes, associations: dict[str, Association | None]
     ) -> ConceptAudit:
-        name, group = self.names[number], self.groups[number]
+        name, group = part.names[column], part.groups[column]
         classes = self.subject.classifier.classes
         fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
         is_target = name.casefold() in {one.casefold() for one in classes}
@@ -177,7 +290,9 @@ class Auditor:
             return ConceptAudit(name, group, is_target, 0.0, train_shift=shift, test=self.test, note=never)
         place = _moved_most(part.measured, column)
         edits = {
-            kind: _effect(tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]))
+            kind: _effect(
+                tally, column, place, 0.0 if kind == "remove" else float(part.amounts[kind][column]), self._bounds
+            )
             for kind, tally in part.measured.tallies.items()
         }
         effect = float(np.mean([abs(edit.change) for kind in RANKED_BY if (edit := edits[kind]) is not None]))
@@ -218,6 +333,11 @@ class Auditor:
             row = self.sweep_row
         return sweep_row(self.subject, concepts, column, group, row, this, p99)
 
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        """Between which a change lies: of a probability, or of a score."""
+        return (-np.inf, np.inf) if self.subject.classifier.is_score else (-1.0, 1.0)
+
     @cached_property
     def _sample_rows(self) -> Int64[np.ndarray, " m"]:
         return self.subject.rows[self.sample_places]
@@ -228,29 +348,43 @@ class Auditor:
 
     @cached_property
     def _sample_probabilities(self) -> Float32[np.ndarray, "m k"]:
-        return self.subject.classifier.logits(self.subject.raw(self._sample_rows)).softmax(1).numpy()
+        logits = self.subject.classifier.logits(self.subject.raw(self._sample_rows))
+        return (logits if self.subject.classifier.is_score else logits.softmax(1)).numpy()
 
     def _note_predictions(self) -> None:
         seen = np.unique(self.predicted)
-        if len(seen) == 1:
+        if self.rare:
+            few = ", ".join(self.rare[:3]) + (" ..." if len(self.rare) > 3 else "")
+            self.notes.append(
+                f"concepts left out because they fire in fewer than {self.fewest} rows: {len(self.rare):,} ({few})"
+            )
+        if len(seen) == 1 and not self.subject.classifier.is_score:
             only = self.subject.classifier.classes[int(seen[0])]
             self.notes.append(f"the classifier predicts {only!r} for every row, so there is no association to test")
 
 
+def _rows_with(z: Float32[np.ndarray, "n l"], groups: Collection[tuple[int, ...]]) -> Int64[np.ndarray, " c"]:
+    """In how many rows any latent of each group fires; the columns of `z` are the groups' latents."""
+    ends = np.cumsum([0, *map(len, groups)])
+    return np.array([(z[:, first:last] > 0).any(1).sum() for first, last in itertools.pairwise(ends.tolist())])
+
+
 def _moved_most(measured: Measured, column: int) -> int:
-    """Place among the watched classes of the one whose probability is moved most."""
+    """Place among the outputs of the one that is moved most."""
     tallies = [measured.tallies[kind] for kind in RANKED_BY]
-    moved = [(tally.change[column] / tally.n[column].clamp_min(1)).abs() for tally in tallies]
+    moved = [(tally.change[:, column] / tally.n[column].clamp_min(1)).abs() for tally in tallies]
     return int((moved[0] + moved[1]).argmax())
 
 
-def _effect(tally: Tally, column: int, place: int, strength: float) -> Effect | None:
+def _effect(tally: Tally, column: int, place: int, strength: float, bounds: tuple[float, float]) -> Effect | None:
     n = int(tally.n[column])
     if n == 0:
         return None
-    mean = float(tally.change[column, place]) / n
-    variance = max(0.0, float(tally.change2[column, place]) / n - mean**2)
-    low, high = mean_interval(mean, variance, n, bounds=(-1.0, 1.0))
+    mean = float(tally.change[place, column]) / n
+    variance = max(0.0, float(tally.change2[place, column]) / n - mean**2)
+    low, high = mean_interval(mean, variance, n, bounds=bounds)
+    if not np.isfinite([low, high]).all():  # one row alone
+        low = high = mean
     return Effect(mean, low, high, float(tally.flips[column]) / n, n, strength)
 
 
@@ -261,7 +395,7 @@ def _control(sizes: Sizes, effect: float) -> Control | None:
     known = ~np.isnan(effects)
     theirs = np.where(known, effects, 0).sum(0) / known.sum(0).clip(1)
     means = [float(one[~np.isnan(one)].mean()) if not np.isnan(one).all() else None for one in sizes]
-    return Control(len(theirs), means[0], means[1], means[2], float(theirs.max()), float((theirs < effect).mean()))
+    return Control(len(theirs), means[0], means[1], float(theirs.max()), float((theirs < effect).mean()))
 
 
 def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Debiasing:
@@ -276,14 +410,10 @@ def _debiasing(measured: Measured, column: int, classes: tuple[str, ...]) -> Deb
                 float(hits) / size if size else None for hits in correct[:, true, int(present)]
             ]
             groups.append(Group(name, present, size, before, removed, levelled))
-    shares = (correct / n)[:, n >= WORST_GROUP_ROWS]
+    shares = (correct / n)[:, n >= FEWEST_ROWS]
     worst = [float(kind.min()) if shares.shape[1] else None for kind in shares]
     overall = (correct.sum((1, 2)) / n.sum()).tolist()
     return Debiasing(tuple(groups), worst[0], worst[1], worst[2], overall[0], overall[1], overall[2])
-
-
-BLOCK = 256
-"""Columns whose intervals are computed at once; they take some tables of that width."""
 
 
 @dataclass(frozen=True)
@@ -303,86 +433,105 @@ class PermutationTests:
         return list(range(len(self.classes))) if self.positive is None else [self.positive]
 
     def associate(
-        self, strengths: Float32[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
+        self,
+        strengths: Float32[np.ndarray, "n c"] | statistics.Ranked,
+        labels: Int64[np.ndarray, " n"],
+        strata: Int[np.ndarray, " n"],
     ) -> list[Association | None]:
         """For each column its association with `labels` among rows of one stratum; q-values are not filled in yet.
 
         None for a column without two different values, and for all where no stratum has two classes.
         """
-        found: list[Association | None] = [None] * strengths.shape[1]
-        columns = _varying(strengths)
-        wins = statistics.net_wins(strengths[:, columns], strata)
-        sizes = [statistics.cliffs_delta(wins, labels == k, strata) for k in self.watched]
-        usable = [(k, size) for k, size in zip(self.watched, sizes, strict=True) if size is not None]
-        if not len(columns) or not usable:
+        ranked = strengths if isinstance(strengths, statistics.Ranked) else statistics.Ranked(strengths)
+        found: list[Association | None] = [None] * ranked.shape[1]
+        columns = ranked.varying
+        order = np.argsort(strata, kind="stable")
+        pairs = [statistics.n_pairs(labels == k, strata) for k in self.watched]
+        if not len(columns) or not any(pairs):
             return found
+        wins = ranked.net_wins(strata, columns, order)
+        known = (labels[order], strata[order])
+        sizes = [statistics.cliffs_delta(wins, known[0] == k, known[1]) for k in self.watched]
+        usable = [(k, size) for k, size in zip(self.watched, sizes, strict=True) if size is not None]
         best = np.abs(np.stack([size for _, size in usable])).argmax(0)
         p = statistics.permutation_p(
-            wins, labels, strata, n_permutations=self.n_permutations, rng=self.rng, focus=self.positive
+            wins, *known, n_permutations=self.n_permutations, rng=self.rng, focus=self.positive
         )
         del wins
         for place, (k, size) in enumerate(usable):
             own = np.flatnonzero(best == place)
-            for first in range(0, len(own), BLOCK):
-                some = own[first : first + BLOCK]
-                ends = statistics.cliffs_delta_interval(strengths[:, columns[some]], labels == k, strata)
-                for i, low, high in zip(some, *ends, strict=True):
-                    found[columns[i]] = _association(size[i], low, high, p[i], self.classes[k])
+            ends = statistics.cliffs_delta_interval(ranked, labels == k, strata, columns[own])
+            for i, low, high in zip(own, *ends, strict=True):
+                found[columns[i]] = _association(size[i], low, high, p[i], self.classes[k])
+        return found
+
+    def correlate(self, ranked: statistics.Ranked, numbers: Float[np.ndarray, " n"]) -> list[Association | None]:
+        """For each column Spearman's correlation with `numbers`, with Fisher's interval; q-values are not filled in."""
+        found: list[Association | None] = [None] * ranked.shape[1]
+        columns = ranked.varying
+        if not len(columns) or np.ptp(numbers) == 0:
+            return found
+        wins = ranked.net_wins(np.zeros(len(numbers), np.int64), columns)
+        rho, p = statistics.correlation_p(wins, numbers, n_permutations=self.n_permutations, rng=self.rng)
+        half = statistics.Z_95 * np.sqrt((1 + rho**2 / 2) / max(len(numbers) - 3, 1))  # Bonett & Wright 2000
+        ends = np.tanh(np.arctanh(rho.clip(-0.999999, 0.999999)) + half * np.array([[-1.0], [1.0]]))
+        for i, size, low, high, value in zip(columns, rho, *ends, p, strict=True):
+            found[i] = _association(size, low, high, value, self.classes[0])
         return found
 
     def train_shift(
-        self, strengths: Float32[np.ndarray, "n c"], is_training: Bool[np.ndarray, " n"], truth: Int64[np.ndarray, " n"]
+        self,
+        strengths: Float32[np.ndarray, "n c"],
+        is_training: Bool[np.ndarray, " n"],
+        truth: Int64[np.ndarray, " n"],
+        strata: Int64[np.ndarray, " n"] | None = None,
     ) -> list[Association | None]:
         """For each column how much more it goes with a class in training rows than in the others.
 
         The effect is half of: Cliff's delta of training against other rows of the class, less the same of the other
         classes. Under the null hypothesis that training and other rows of a class have the column alike, membership
         may be shuffled within classes; whatever else separates the classes, in both sets of rows, does not count.
+
+        Args:
+            strata: Parts of the classes within which rows are compared and shuffled; None takes the classes.
         """
-        found: list[Association | None] = [None] * strengths.shape[1]
-        columns = _varying(strengths)
-        wins = statistics.net_wins(strengths[:, columns], truth)
+        strata = truth if strata is None else strata
+        ranked = statistics.Ranked(strengths)
+        del strengths
+        found: list[Association | None] = [None] * ranked.shape[1]
+        columns = ranked.varying
+        order = np.argsort(strata, kind="stable")
         best: dict[int, tuple[float, float, int]] = {}
         for k in self.watched:
             sides = [truth == k, truth != k]
-            pairs = [statistics.n_pairs(is_training[side], truth[side]) for side in sides]
+            pairs = [statistics.n_pairs(is_training[side], strata[side]) for side in sides]
             if not len(columns) or not all(pairs):
                 continue
-            weight = np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[:, None]
-            sizes = (wins * weight)[is_training].sum(0, dtype=np.float64)
+            weighted = ranked.net_wins(strata, columns, order)
+            weighted *= np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[order, None]
+            member = is_training[order]
+            sizes = statistics.sum_over(weighted, member)
             p = statistics.permutation_p(
-                wins * weight, is_training.astype(np.int64), truth,
+                weighted, member.astype(np.int64), strata[order],
                 n_permutations=self.n_permutations, rng=self.rng, focus=1,
             )  # fmt: skip
+            del weighted
             for i, (size, value) in enumerate(zip(sizes, p, strict=True)):
                 if i not in best or abs(size) > abs(best[i][0]):
                     best[i] = (float(size), min(1.0, float(value) * len(self.watched)), k)
         for k in self.watched:
             own = [i for i, one in best.items() if one[2] == k]
-            for first in range(0, len(own), BLOCK):
-                some = own[first : first + BLOCK]
-                chosen = strengths[:, columns[some]]
-                of_class, of_rest = (
-                    _with_interval(chosen[s], is_training[s], truth[s]) for s in (truth == k, truth != k)
-                )
-                ends = statistics.difference_interval(*of_class, *of_rest)
-                for i, low, high in zip(some, ends.low / 2, ends.high / 2, strict=True):
-                    found[columns[i]] = _association(best[i][0], low, high, best[i][1], self.classes[k])
+            if not own:
+                continue
+            is_class = truth == k
+            of_class, of_rest = (
+                statistics.cliffs_delta_estimate(ranked, is_training & side, np.where(side, strata, -1), columns[own])
+                for side in (is_class, ~is_class)
+            )
+            ends = statistics.difference_interval(*of_class, *of_rest)
+            for i, low, high in zip(own, ends.low / 2, ends.high / 2, strict=True):
+                found[columns[i]] = _association(best[i][0], low, high, best[i][1], self.classes[k])
         return found
-
-
-def _varying(strengths: Float32[np.ndarray, "n c"]) -> Int64[np.ndarray, " v"]:
-    """The columns with two different values."""
-    return np.flatnonzero(strengths.max(0) > strengths.min(0))
-
-
-def _with_interval(
-    strengths: Float32[np.ndarray, "n c"], is_positive: Bool[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
-) -> tuple[Float64[np.ndarray, " c"], statistics.Interval]:
-    """Cliff's delta of each column and its interval."""
-    size = statistics.cliffs_delta(statistics.net_wins(strengths, strata), is_positive, strata)
-    assert size is not None
-    return size, statistics.cliffs_delta_interval(strengths, is_positive, strata)
 
 
 def _association(size: float, low: float, high: float, p: float, class_: str) -> Association:
@@ -425,7 +574,8 @@ def sweep_row(
     edited = u + move @ concepts.rows[members]
     if classifier.unit_norm:
         edited = torch.nn.functional.normalize(edited, dim=1)
-    found = probabilities(edited @ classifier.weight.T + classifier.bias, [class_])[:, 0]
+    readout = classifier.readout([class_])
+    found = readout.outputs((edited @ readout.weight.T + readout.bias).T[:, :, None])[0, :, 0]
     strength = float((z[0] * concepts.reader[members]).sum())
     return Sweep(str(subject.view.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
 

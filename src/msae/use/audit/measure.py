@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.concepts.concept import quantiles_above_zero
 from msae.use.audit.subjects import Subject
-from msae.use.classifier import LinearClassifier
+from msae.use.classifier import Readout
 from msae.use.interventions import Concepts, Push, edited_logits
 
+ENOUGH = 10
+"""Live latents of no audited concept from which on they alone are controls."""
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
 EDIT_ENTRIES = 1 << 20
 """Edited logits held at once: small enough to stay in a CPU's cache from one operation to the next."""
@@ -27,23 +29,27 @@ class Tally:
     """Sums over the rows that one kind of edit changed."""
 
     n: Float[Tensor, " c"]
-    change: Float[Tensor, "c f"]
-    change2: Float[Tensor, "c f"]
+    change: Float[Tensor, "f c"]
+    change2: Float[Tensor, "f c"]
     flips: Float[Tensor, " c"]
 
     @classmethod
-    def empty(cls, n_concepts: int, n_watched: int) -> Tally:
-        sums = torch.zeros(n_concepts, n_watched, dtype=torch.float64)
-        return cls(torch.zeros(n_concepts, dtype=torch.float64), sums, sums.clone(), sums[:, 0].clone())
+    def empty(cls, n_concepts: int, n_outputs: int) -> Tally:
+        sums = torch.zeros(n_outputs, n_concepts, dtype=torch.float64)
+        return cls(sums[0].clone(), sums, sums.clone(), sums[0].clone())
 
-    def add(self, own: slice, is_edited: Tensor, change: Tensor, flipped: Tensor) -> None:
-        """Rows x concepts (x watched classes) of one batch, for the concepts in `own`."""
-        weight = is_edited.float()
-        change = change * weight[:, :, None]
+    def add(self, own: slice, weight: Tensor, change: Tensor, flipped: Tensor | None) -> None:
+        """Outputs x rows x concepts of one batch, for the concepts in `own`; a row's `weight` is 1 where it is edited.
+
+        Args:
+            flipped: Whose prediction changed; None counts neither these nor squares.
+        """
+        change *= weight
         self.n[own] += weight.sum(0)
-        self.change[own] += change.sum(0)
-        self.change2[own] += change.square().sum(0)
-        self.flips[own] += (flipped & is_edited).sum(0)
+        self.change[:, own] += change.sum(1)
+        if flipped is not None:
+            self.change2[:, own] += change.square_().sum(1)
+            self.flips[own] += (flipped * weight).sum(0)
 
 
 @dataclass
@@ -75,80 +81,72 @@ def measure_edits(
     concepts: Concepts,
     z: Float32[np.ndarray, "n l"],
     amounts: Mapping[str, Float[Tensor, " c"]],
+    *,
+    means_alone: bool = False,
 ) -> Measured:
     """Remove every concept where it fires and set it to each of `amounts` where it does not.
 
     Args:
         z: Activations of the concepts' latents on `rows`.
         amounts: By name of the edit, the strength of each concept.
+        means_alone: Measure no more than mean changes.
     """
-    classifier = subject.classifier
-    n_classes = len(classifier.classes)
-    tallies = {name: Tally.empty(concepts.n, len(subject.watched)) for name in ("remove", *amounts)}
+    readout = subject.readout
+    n_classes = len(subject.classifier.classes)
+    tallies = {name: Tally.empty(concepts.n, readout.n_outputs) for name in ("remove", *amounts)}
     nothing = torch.zeros(n_classes, 2, concepts.n, dtype=torch.float64)
     counts = [nothing.clone() for _ in range(4)]
     predicted = np.empty(len(rows), np.int64)
     measured = Measured(tallies, counts[0], counts[1], counts[2], counts[3], predicted)
     mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
     blocks = _blocks(concepts, 128)
-    per_row = max(len(block.concepts.owner) for block in blocks) * n_classes
+    per_row = max(len(block.concepts.owner) for block in blocks) * readout.n_outputs
     size = max(1, min(8192, EDIT_ENTRIES // per_row))
     for first in range(0, len(rows), size):
         own = slice(first, first + size)
-        u = classifier.features(subject.raw(rows[own]))
-        batch = _Batch(u, classifier, subject.watched)
+        batch = _Batch(subject.classifier.features(subject.raw(rows[own])), readout)
         measured.predicted[own] = batch.predicted.numpy()
         labels = None if truth is None else torch.from_numpy(truth[own])
         for block in blocks:
             own_z = torch.from_numpy(z[own, block.latents])
             fires = block.concepts.sum((own_z > 0).float()) > 0
-            edited = batch.edit(block.concepts.removal(u, own_z))
-            tallies["remove"].add(block.owns, fires, edited.change, edited.flipped)
-            if labels is not None:
-                levelled = batch.edit(block.concepts.removal(u, own_z - mean[block.latents]))
-                _add_groups(measured, block.owns, labels, fires, batch.predicted, edited.predicted, levelled.predicted)
+
+            def tally(
+                name: str, edited: Tensor, where: Tensor, block: _Block = block, batch: _Batch = batch
+            ) -> Tensor | None:
+                """Count an edit; the predictions after it."""
+                after = None if means_alone else readout.predicted(edited)
+                flipped = None if after is None else after != batch.predicted[:, None]
+                change = readout.outputs(edited) - batch.before
+                tallies[name].add(block.owns, where.float(), change, flipped)
+                return after
+
+            removed = tally("remove", batch.edit(block.concepts.removal(batch.u, own_z)), fires)
+            if labels is not None and removed is not None:
+                levelled = batch.edit(block.concepts.removal(batch.u, own_z - mean[block.latents]))
+                after = readout.predicted(levelled)
+                _add_groups(measured, block.owns, labels, fires, batch.predicted, removed, after)
             for name, strength in amounts.items():
-                edited = batch.edit(block.concepts.raising(u, strength[block.owns]))
-                tallies[name].add(block.owns, ~fires & (strength[block.owns] > 0), edited.change, edited.flipped)
+                raised = batch.edit(block.concepts.raising(batch.u, strength[block.owns]))
+                tally(name, raised, ~fires & (strength[block.owns] > 0))
     return measured
-
-
-@dataclass(frozen=True)
-class _Edited:
-    change: Float[Tensor, "n c f"]
-    predicted: Int[Tensor, "n c"]
-    flipped: Bool[Tensor, "n c"]
 
 
 class _Batch:
     """Embeddings with what an edit leaves as it is."""
 
-    def __init__(self, u: Tensor, classifier: LinearClassifier, watched: list[int]) -> None:
-        self._scores, self._length2 = u @ classifier.weight.T, u.square().sum(1)
-        self._classifier, self._watched = classifier, watched
+    def __init__(self, u: Tensor, readout: Readout) -> None:
+        self.u, self._readout = u, readout
+        self._scores, self._length2 = u @ readout.weight.T, u.square().sum(1)
         none = torch.zeros(len(u), 1)
-        logits = self._logits(Push(torch.zeros(1, 1, len(classifier.bias)), none, none))
-        self.predicted: Int[Tensor, " n"] = logits[:, 0].argmax(1)
-        self._before = probabilities(logits, watched)
+        logits = self.edit(Push(torch.zeros(len(readout.bias), 1, 1), none, none))
+        self.predicted: Int[Tensor, " n"] = readout.predicted(logits)[:, 0]
+        self.before = readout.outputs(logits)
 
-    def _logits(self, push: Push) -> Float[Tensor, "n c k"]:
-        own = self._classifier
+    def edit(self, push: Push) -> Float[Tensor, "k n c"]:
+        """The logits after an edit."""
+        own = self._readout
         return edited_logits(self._scores, self._length2, own.bias, push, unit_norm=own.unit_norm)
-
-    def edit(self, push: Push) -> _Edited:
-        logits = self._logits(push)
-        change = probabilities(logits, self._watched) - self._before
-        # argmax over two classes by hand: an order of magnitude faster
-        predicted = (logits[..., 1] > logits[..., 0]).long() if logits.shape[2] == 2 else logits.argmax(2)
-        return _Edited(change, predicted, predicted != self.predicted[:, None])
-
-
-def probabilities(logits: Float[Tensor, "*n k"], watched: list[int]) -> Float[Tensor, "*n f"]:
-    """Softmax over the classes, of the watched ones."""
-    if logits.shape[-1] == 2 and len(watched) == 1:
-        this = watched[0]
-        return torch.sigmoid(logits[..., this] - logits[..., 1 - this])[..., None]
-    return logits.softmax(-1)[..., watched]
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,6 @@ class Sizes(NamedTuple):
 
     remove: Float32[np.ndarray, " g"]
     set_p50: Float32[np.ndarray, " g"]
-    set_p99: Float32[np.ndarray, " g"]
 
 
 def control_sizes(
@@ -215,27 +212,34 @@ def control_sizes(
 ) -> list[Sizes]:
     """For each concept the effects of its random latents, on `rows`.
 
+    Latents of audited concepts are none, as long as enough others fire: they may carry what is looked for.
+
     Args:
         z: Activations of all latents on `rows`.
         n_controls: Random groups per concept; fewer where the SAE has fewer live latents.
     """
     profile = profile_of(z)
+    audited = sorted({latent for group in groups for latent in group})
+    if np.count_nonzero(np.delete(profile.n_fires, audited)) >= ENOUGH:
+        profile = Profile(
+            np.where(np.isin(np.arange(z.shape[1]), audited), -profile.n_fires, profile.n_fires), profile.place
+        )
     drawn = [matched_groups(group, profile, n_controls=n_controls, rng=rng) for group in groups]
     distinct = sorted({group for several in drawn for group in several})
     if not distinct:
         nothing = np.empty(0, np.float32)
-        return [Sizes(nothing, nothing, nothing) for _ in groups]
+        return [Sizes(nothing, nothing) for _ in groups]
     number_of = {group: number for number, group in enumerate(distinct)}
     concepts = subject.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
     strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
     natural = quantiles(strengths)
     amounts = {name: natural[name] for name in Sizes._fields if name in natural}
-    measured = measure_edits(subject, rows, None, concepts, own_z, amounts)
+    measured = measure_edits(subject, rows, None, concepts, own_z, amounts, means_alone=True)
     sizes = []
     for name in Sizes._fields:
         tally = measured.tallies[name]
-        mean = (tally.change.abs().max(1).values / tally.n).float()  # 0 / 0 is NaN: nothing to edit
+        mean = (tally.change.abs().max(0).values / tally.n).float()  # 0 / 0 is NaN: nothing to edit
         sizes.append(mean.numpy())
     return [Sizes(*(one[[number_of[group] for group in several]] for one in sizes)) for several in drawn]
 
@@ -244,6 +248,7 @@ class Profile(NamedTuple):
     """How often and how strongly each latent fires."""
 
     n_fires: Int64[np.ndarray, " d_sae"]
+    """Rows; below 0 for a latent that is no control."""
     place: Float64[np.ndarray, "d_sae 2"]
     """Logarithms of rows in which it fires and of its mean activation there."""
 
@@ -264,7 +269,7 @@ def matched_groups(
     each of its latents. The latents of `group` are never among them.
     """
     n_fires, place = profile
-    alive = np.setdiff1d(np.flatnonzero(n_fires), np.array(group))
+    alive = np.setdiff1d(np.flatnonzero(n_fires > 0), np.array(group))
     members = [latent for latent in group if n_fires[latent]]
     if not len(alive) or not members:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,16 @@ from jaxtyping import Float32, Int64
 from msae.base import records
 from msae.base.errors import ConfigError, nearest
 from msae.base.results import Result, shorten, text_table
+from msae.use.audit.fix import Fix
+from msae.use.audit.slices import Slice
+from msae.use.classifier import SCORE
 
 MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
+OWN = 0.75
+"""Share of an association that must be left beside stronger concepts: less is leakage that their strata missed."""
+LEVEL = 0.05
+"""The false discovery rate up to which a concept is reported."""
 TESTS = {
     "train_shift": "goes with the class in the training rows more than in the audited rows",
     "given_true": "goes with the predictions among rows of one true class",
@@ -69,7 +77,6 @@ class Control:
     remove: float | None
     """Mean size of their change of the class's probability."""
     set_p50: float | None
-    set_p99: float | None
     largest: float | None
     """The largest causal effect among them."""
     beaten: float
@@ -151,12 +158,37 @@ class ConceptAudit(Result):
     control: Control | None = None
     debiasing: Debiasing | None = None
     sweep: Sweep | None = None
+    beside_stronger: Association | None = None
+    """By the audit's test, among rows alike in the stronger concepts that stand out; None for the first of them, and
+    for those that would not stand out anyway."""
     note: str | None = None
 
     @property
     def latent(self) -> int:
         """The first of its latents."""
         return self.latents[0]
+
+    @property
+    def effect_low(self) -> float:
+        """Lower end of the 95 % interval of `effect`."""
+        edits = [edit for edit in (self.remove, self.set_p50) if edit is not None]
+        ends = [max(0.0, edit.low if edit.change > 0 else -edit.high) for edit in edits]
+        return sum(ends) / len(ends) if ends else 0.0
+
+    @property
+    def is_beyond_controls(self) -> bool:
+        """Its effect, at the lower end of its interval, is larger than that of every random latent like it."""
+        largest = None if self.control is None else self.control.largest
+        return largest is not None and self.effect_low > largest
+
+    @property
+    def stands_out(self) -> bool:
+        """It goes with the classes (q < .05 by the audit's one test), its effect is beyond its controls', and its
+        association is its own: at least three quarters are left among rows alike in stronger concepts, with p < .05."""
+        main, beside = self.main, self.beside_stronger
+        if main is None or main.q >= LEVEL or not self.is_beyond_controls:
+            return False
+        return beside is None or (beside.p < LEVEL and abs(beside.effect_size) >= OWN * abs(main.effect_size))
 
     @property
     def main(self) -> Association | None:
@@ -166,11 +198,13 @@ class ConceptAudit(Result):
 
     @property
     def towards(self) -> str | None:
-        """Where more of the concept moves the prediction: `towards CLASS`, `away from CLASS`; None where not edited."""
+        """Where more of the concept moves the model: `towards CLASS`, `away from CLASS`; a score `up` or `down`."""
         change = self.set_p50.change if self.set_p50 else -self.remove.change if self.remove else 0.0
-        return (
-            None if change == 0 or self.class_ is None else f"{'towards' if change > 0 else 'away from'} {self.class_}"
-        )
+        if change == 0 or self.class_ is None:
+            return None
+        if self.class_ == SCORE:
+            return "up" if change > 0 else "down"
+        return f"{'towards' if change > 0 else 'away from'} {self.class_}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
@@ -249,6 +283,10 @@ class Audit(Result):
     settings: dict[str, Any]
     concepts: tuple[ConceptAudit, ...]
     notes: tuple[str, ...] = ()
+    fix: Fix | None = None
+    """How one concept is best taken out of the classifier; where that was asked for."""
+    slices: tuple[Slice, ...] | None = None
+    """Candidate slices of errors, class by class; where they were asked for."""
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str | int) -> ConceptAudit:
@@ -266,18 +304,15 @@ class Audit(Result):
             raise ConfigError(f"no concept {name!r} was audited{hint}")
         return found
 
-    def reported(self, level: float = 0.05) -> list[ConceptAudit]:
-        """The concepts whose q-value is below `level`, by the audit's one test (`settings["test"]`).
-
-        Among them the share that is false is at most `level`, on average over audits.
-        """
-        return [concept for concept in self.concepts if concept.main is not None and concept.main.q < level]
+    def reported(self) -> list[ConceptAudit]:
+        """The concepts that stand out: they go with the classes, and do more than every random latent like them."""
+        return [concept for concept in self.concepts if concept.stands_out]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
-        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes")
+        kept = ("target", "on", "classes", "n", "n_left_out", "classifier", "settings", "notes", "fix", "slices")
         record: dict[str, Any] = {name: _plain(getattr(self, name)) for name in kept}
-        return record | {"concepts": [concept.to_json() for concept in self.concepts]}
+        return record | {"verdict": self.verdict, "concepts": [concept.to_json() for concept in self.concepts]}
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Audit:
@@ -303,37 +338,127 @@ class Audit(Result):
         """One record for each concept, in the order of `concepts`."""
         return [row for concept in self.concepts for row in concept.records()]
 
-    def to_text(self, n: int = 20) -> str:
-        """The strongest `n` concepts in a table of six columns, and what the columns mean."""
-        accuracy = self.classifier.get("accuracy")
-        facts = [f"{self.n:,} rows of {self.on}", str(self.classifier.get("source", ""))]
-        facts += [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
-        facts += [f"{self.n_left_out:,} rows without a known label left out"] if self.n_left_out else []
-        head = ("concept", "pushes", "by", "q", "rows", "worst group")
-        lines = ["; ".join(fact for fact in facts if fact), ""]
-        lines += text_table(head, [_cells(concept, self.n) for concept in self.concepts[:n]], right=(2, 3, 4))
-        if len(self.concepts) > n:
-            lines.append(f"{len(self.concepts) - n} more concepts; --json FILE writes all")
-        lines += ["", *self._legend(), *(f"note: {note}" for note in self.notes)]
-        return "\n".join(lines)
+    @property
+    def is_score(self) -> bool:
+        """The model gives a number and no classes."""
+        return bool(self.classifier.get("is_score"))
 
-    def _legend(self) -> list[str]:
-        test = next((concept.test for concept in self.concepts if concept.test), None)
+    @property
+    def n_by_chance(self) -> float:
+        """How many concepts would stand out if all were random latents: of as many, each has the largest effect of 21
+        (of itself and its controls) as often as any other."""
+        n_tested = sum(one.main is not None and one.main.q < LEVEL for one in self.concepts)
+        return n_tested / (1 + int(self.settings.get("n_controls", 20)))
+
+    @property
+    def ranked(self) -> list[ConceptAudit]:
+        """The concepts to look at, the strongest first; none where hardly more stand out than chance would have, that
+        is, not even one standard deviation more.
+
+        Those that bear the name of a class come last: a classifier of squares should react to squares.
+        """
+        found = self.reported()
+        return found if len(found) > self.n_by_chance + self.n_by_chance**0.5 else []
+
+    @property
+    def shown(self) -> list[ConceptAudit]:
+        """What the table and the page begin with: the concepts that were asked for, or else those that are ranked."""
+        return list(self.concepts) if self.settings.get("asked") else self.ranked
+
+    @property
+    def verdict(self) -> str:
+        """What the audit found, in one sentence or two."""
+        n_out, chance = len(self.reported()), self.n_by_chance
+        if self.is_score:
+            head = f"The score of {self.n:,} rows is {self.classifier['mean']:.3g} on average (standard deviation "
+            head += f"{self.classifier['sd']:.2g})"
+            known = self.classifier.get("correlation")
+            head += "" if known is None else f" and goes with the true numbers at a rank correlation of {known:.2f}"
+        else:
+            accuracy = self.classifier.get("accuracy")
+            head = (
+                f"The classifier is right in {accuracy:.1%} of" if accuracy is not None else "The classifier has seen"
+            )
+            head += f" {self.n:,} rows of {len(self.classes)} classes"
+        if self.settings.get("asked"):
+            which = f"{n_out} of the {len(self.concepts):,} concepts asked for"
+            return f"{head}; {which} {'stands' if n_out == 1 else 'stand'} out beyond their controls."
+        of = f"of {len(self.concepts):,} concepts"
+        if not self.ranked:
+            few = f"{n_out} {of} do more than every one of {self.settings.get('n_controls')} random latents like them"
+            return f"{head}. Nothing stands out: {few}, where chance would have {chance:.1f}."
+        return f"{head}; {n_out} {of} stand out beyond their controls, where chance would have {chance:.1f}."
+
+    def to_text(self, n: int = 20) -> str:
+        """The verdict, the concepts that stand out in a table of six columns, and what the columns mean."""
+        facts = [str(self.classifier.get("source", "")), self.on]
+        facts += [f"{self.n_left_out:,} rows without a known label left out"] if self.n_left_out else []
+        lines = [self.verdict, "; ".join(fact for fact in facts if fact)]
+        ranked = self.shown
+        if ranked:
+            head = ("concept", "pushes", "by", "q", "rows", "what helps")
+            lines += ["", *text_table(head, [_cells(concept, self.n) for concept in ranked[:n]], right=(2, 3, 4))]
+            lines += [f"{len(ranked) - n} more; --json FILE writes all"] if len(ranked) > n else []
+            lines += ["", *self._legend(ranked)]
+        lines += ["", *self._fix_lines()] if self.fix else []
+        lines += ["", *_slice_lines(self.slices)] if self.slices is not None else []
+        return "\n".join([*lines, "", *(f"note: {note}" for note in self.notes)]).rstrip()
+
+    def _legend(self, ranked: Sequence[ConceptAudit]) -> list[str]:
+        test = next((concept.test for concept in ranked if concept.test), None)
+        moved = "score" if self.is_score else "probability of the class"
         lines = [
-            "pushes: which class more of the concept makes likelier or less likely; (class) marks a class's own name",
-            "by: mean change of the class's probability when the concept is removed or set; "
-            "in brackets the largest of random latents",
+            "pushes: where more of the concept moves the model; (class) marks a class's own name, which is no news",
+            f"by: mean change of the {moved} when the concept is removed or set; in brackets the largest of "
+            f"{self.settings.get('n_controls')} random latents",
             "rows: in how many rows the concept fires",
         ]
         if test is not None:
             lines.insert(
                 2, f"q: the smallest false discovery rate at which one may say: it {TESTS[test]} (test {test})"
             )
-        if any(concept.debiasing for concept in self.concepts):
+        if any(concept.debiasing for concept in ranked):
             lines.append(
-                "worst group: accuracy of the worst group now, and with the concept removed or levelled (at its mean)"
+                "what helps: accuracy of the worst group now, and with the concept removed or levelled (at its mean); "
+                "--fix FILE writes a better classifier"
             )
-        return lines
+        n_others = len(self.concepts) - len(ranked)
+        if not n_others:
+            return lines
+        return [*lines, f"{n_others:,} concepts do no more than random latents and are not ranked; --json has them"]
+
+    def _fix_lines(self) -> list[str]:
+        fix = self.fix
+        assert fix is not None
+        rows = [("as it is", f"{fix.worst:.3f}", f"{fix.overall:.3f}", "")]
+        for way in fix.ways:
+            note = "recommended" if way.name == fix.recommended else "" if way.is_file else "needs the SAE"
+            rows.append((way.name, f"{way.worst:.3f}", f"{way.overall:.3f}", note))
+        head = ("without " + shorten(fix.concept, 20), "worst group", "all rows", "")
+        closing = (
+            f"{fix.file} holds the recommended classifier"
+            if fix.file
+            else "no way does better at a cost of at most one point overall, so nothing was written"
+        )
+        return [
+            *text_table(head, rows, right=(1, 2)),
+            f"accuracy on {fix.n_judge:,} rows used for neither fitting nor choosing; groups by {fix.groups}; "
+            f"the smallest has {fix.n_smallest} rows",
+            closing,
+        ]
+
+
+def _slice_lines(slices: Sequence[Slice]) -> list[str]:
+    if not slices:
+        return ["no concept is more common among the wrong predictions of a class than among the right ones (q < .05)"]
+    rows = [
+        (one.class_, shorten(one.name), f"{one.n:,}", f"{one.error:.1%}", f"{one.error_elsewhere:.1%}", f"{one.q:.2g}")
+        for one in slices
+    ]
+    return [
+        *text_table(("class", "concept", "rows", "wrong", "wrong elsewhere", "q"), rows, right=(2, 3, 4, 5)),
+        "rows of the class in which the concept is clearly present, and how many of them, and of the others, are wrong",
+    ]
 
 
 def _cells(concept: ConceptAudit, n: int) -> list[str]:
@@ -345,18 +470,18 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
         f"{concept.effect:.3f}{largest}" if concept.remove or concept.set_p50 else "-",
         "-" if main is None else f"{main.q:.2g}",
         f"{round(concept.firing_rate * n):,}",
-        _help(concept.debiasing),
+        what_helps(concept.debiasing),
     ]
 
 
-def _help(groups: Debiasing | None) -> str:
+def what_helps(groups: Debiasing | None) -> str:
     """The worst group's accuracy, and by which of the two ways it rises."""
     if groups is None or groups.worst is None:
         return "-"
     ways = {"levelled": groups.worst_levelled, "removed": groups.worst_removed}
     better = {way: value for way, value in ways.items() if value is not None and value > groups.worst}
     if not better:
-        return f"{groups.worst:.3f}, nothing helps"
+        return f"{groups.worst:.3f}, nothing here"
     way = max(better, key=lambda way: better[way])
     return f"{groups.worst:.3f} > {better[way]:.3f} {way}"
 

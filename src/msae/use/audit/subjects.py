@@ -6,12 +6,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
@@ -21,7 +23,8 @@ from msae.data.tables import CAPTION_COLUMNS
 from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.view import View
-from msae.use.classifier import LinearClassifier
+from msae.use.classifier import SCORE, LinearClassifier, Readout
+from msae.use.filters import Filter
 from msae.use.interventions import Concepts, make_concepts
 
 MAX_CLASSES = 50
@@ -60,6 +63,13 @@ class Subject:
     """Which rows were held out."""
     positive: int | None = None
     """The class whose probability is watched; None watches all of them."""
+    numbers: Float64[np.ndarray, " n"] | None = None
+    """Of a model of one number, what it should say."""
+
+    @cached_property
+    def readout(self) -> Readout:
+        """How the classifier is read."""
+        return self.classifier.readout(self.watched)
 
     @property
     def watched(self) -> list[int]:
@@ -74,7 +84,7 @@ class Subject:
         """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
         view, classifier = self.view, self.classifier
         to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
-        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, classifier.weight)
+        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, self.readout.weight)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
@@ -140,6 +150,7 @@ def make_subject(
     train_store: EmbeddingStore | str | Path | None,
     seed: int,
     positive: str | None = None,
+    where: str | None = None,
     device: str = "auto",
 ) -> Subject:
     """The rows and the classifier that the options of `audit` name.
@@ -151,7 +162,11 @@ def make_subject(
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
         raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
     given = None
-    labels = None if target is None else labels_of(store, target)
+    kept = np.ones(len(store), bool) if where is None else Filter.parse(where).mask(store.metadata)
+    if not kept.any():
+        raise ConfigError(f"no row of {store.path} fits {where!r}; give another --where")
+    numbers = None if target is None else numbers_of(store, target)
+    labels = None if target is None or numbers is not None else labels_of(store, target)
     if classifier is not None:
         known = tuple(sorted({label for label in labels or () if label is not None}))
         given = (
@@ -163,8 +178,16 @@ def make_subject(
             raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store, device)
+    if positive is not None and (numbers is not None or (given is not None and given.is_score)):
+        raise ConfigError(f"--positive {positive} names a class, and the model gives a number; leave it out")
+    if given is not None and given.is_score:
+        return _scored(view, given, numbers, np.flatnonzero(kept))
+    if given is not None and numbers is not None:
+        raise ConfigError(f"column {target!r} holds numbers and the classifier has classes; give a column of classes")
     if given is not None:
-        return _with_given(view, labels, given, positive)
+        return _with_given(view, labels, given, positive, rows=np.flatnonzero(kept))
+    if numbers is not None:
+        return _fitted_score(view, numbers, str(target), train_store, kept, seed)
     if target is None or labels is None:
         raise ConfigError("nothing to audit; give --target COLUMN, or a classifier with --classifier FILE")
     other = (
@@ -174,15 +197,88 @@ def make_subject(
     )
     theirs = labels if other is view else labels_of(other.store, target)
     held = hold_out(
-        other.store, store, modality, train_rows=labelled_rows(theirs), on_rows=labelled_rows(labels), seed=seed
+        other.store,
+        store,
+        modality,
+        train_rows=_kept(labelled_rows(theirs), kept) if other is view else labelled_rows(theirs),
+        on_rows=_kept(labelled_rows(labels), kept),
+        seed=seed,
     )
     source = f"half of {store.path}" if train_store is None else str(other.store.path)
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
-    subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train))
+    n_missing = sum(label is None for label, keep in zip(labels, kept, strict=True) if keep)
+    subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train), n_missing=n_missing)
     if train_store is None:
         return subject
     training = _training(other, theirs, held.train, fitted, seed)
     return dataclasses.replace(subject, training=training, notes=(held.note,) if held.note else ())
+
+
+def numbers_of(store: EmbeddingStore, column: str) -> Float64[np.ndarray, " n"] | None:
+    """The numbers in a column, NaN where one is missing; None where it holds classes: no numbers, or few different."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    labels = store.labels(column, option="--target")  # says what is missing
+    values = store.metadata.column(column)
+    if len(set(labels) - {None}) <= MAX_CLASSES:
+        return None
+    try:
+        if pa.types.is_string(values.type):
+            values = pc.if_else(pc.equal(values, ""), None, values)
+        return np.asarray(values.cast(pa.float64()).to_numpy(), np.float64)
+    except pa.ArrowException:
+        return None
+
+
+def _scored(
+    view: View,
+    classifier: LinearClassifier,
+    numbers: Float64[np.ndarray, " n"] | None,
+    rows: Int64[np.ndarray, " m"],
+    n_train: int | None = None,
+) -> Subject:
+    """Rows audited by a model of one number."""
+    n = len(rows)
+    if numbers is not None:
+        rows = rows[np.isfinite(numbers[rows])]
+        if not len(rows):
+            raise ConfigError("the column has a number in none of the audited rows; name another with --target")
+    known = None if numbers is None else numbers[rows]
+    return Subject(view, rows, None, n - len(rows), classifier, n_train, positive=0, numbers=known)
+
+
+def _fitted_score(
+    view: View,
+    numbers: Float64[np.ndarray, " n"],
+    column: str,
+    train_store: EmbeddingStore | str | Path | None,
+    kept: NDArray[np.bool_],
+    seed: int,
+) -> Subject:
+    """Ridge regression on a training store, or on a random half of the rows."""
+    from sklearn.linear_model import RidgeCV
+
+    other = view if train_store is None else View(view.run, train_store, view.modality, device=str(view.device))
+    theirs = numbers if other is view else numbers_of(other.store, column)
+    if theirs is None:
+        raise ConfigError(f"column {column!r} of {other.store.path} holds classes, {view.store.path} has numbers there")
+    allowed = kept if other is view else np.ones(len(theirs), bool)
+    held = hold_out(
+        other.store, view.store, view.modality, seed=seed, train_rows=np.flatnonzero(np.isfinite(theirs) & allowed),
+        on_rows=np.flatnonzero(np.isfinite(numbers) & kept),
+    )  # fmt: skip
+    known = view.standardizer.statistics[view.modality]
+    scale = torch.full_like(known.mean, known.scale)
+    nothing = torch.zeros(1, view.store.d_in)
+    source = f"ridge regression on {f'half of {view.store.path}' if other is view else other.store.path}"
+    blank = LinearClassifier((SCORE,), nothing, torch.zeros(1), known.mean, scale, True, source)
+    x = torch.from_numpy(other.store.take(held.train, view.modality))
+    u = torch.nn.functional.normalize(blank.features(x), dim=1).double().numpy()
+    model = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(u, theirs[held.train])
+    weight, bias = (torch.from_numpy(np.atleast_1d(part)).float() for part in (model.coef_, model.intercept_))
+    fitted = dataclasses.replace(blank, weight=weight[None], bias=bias)
+    return _scored(view, fitted, numbers, held.on, len(held.train))
 
 
 def _training(
@@ -204,15 +300,15 @@ def _with_given(
     classifier: LinearClassifier,
     positive: str | None,
     *,
-    rows: Int64[np.ndarray, " n"] | None = None,
+    rows: Int64[np.ndarray, " n"],
     n_train: int | None = None,
+    n_missing: int = 0,
 ) -> Subject:
     watched = _positive(classifier, positive)
     if labels is None:
-        return Subject(view, np.arange(len(view)), None, 0, classifier, None, positive=watched)
+        return Subject(view, rows, None, 0, classifier, None, positive=watched)
     number_of = {name: number for number, name in enumerate(classifier.classes)}
-    candidates = np.arange(len(view)) if rows is None else rows
-    truth = np.array([number_of.get(labels[row] or "", -1) for row in candidates], dtype=np.int64)
+    truth = np.array([number_of.get(labels[row] or "", -1) for row in rows], dtype=np.int64)
     kept = truth >= 0
     if not kept.any():
         theirs = sorted({label for label in labels if label is not None})[:4]
@@ -220,8 +316,13 @@ def _with_given(
             f"the classifier's classes {', '.join(classifier.classes[:4])} are none of the column's "
             f"{', '.join(theirs)}; name another column with --target, or write its values into the file as classes"
         )
-    n_missing = len(candidates) - int(kept.sum()) if rows is None else sum(label is None for label in labels)
-    return Subject(view, candidates[kept], truth[kept], n_missing, classifier, n_train, positive=watched)
+    n_missing += len(rows) - int(kept.sum())
+    return Subject(view, rows[kept], truth[kept], n_missing, classifier, n_train, positive=watched)
+
+
+def _kept(rows: Int64[np.ndarray, " n"], kept: NDArray[np.bool_]) -> Int64[np.ndarray, " m"]:
+    found: Int64[np.ndarray, " m"] = rows[kept[rows]]
+    return found
 
 
 def _positive(classifier: LinearClassifier, name: str | None) -> int | None:

@@ -105,7 +105,7 @@ class Searcher:
         """
         run = Run.open(sae)
         store = as_store(on, modality, unnamed=run.modality)
-        known = as_names(names) if names is not None else names_of(run)
+        known = as_names(names) if names is not None else names_of(run, store)
         run.check_fit(store)
         return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
 

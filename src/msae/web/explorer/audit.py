@@ -36,7 +36,7 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
     values: dict[str, Any] = _sweep(world, run, found, address) if swept else {}
     return draw(
         "result", world, run, address, audit=found,
-        section=section(found, n_plotted=PLOTTED, brief=True, faces=_faces(world, run, found)),
+        section=section(found, store=run.store, n_plotted=PLOTTED, faces=_faces(world, run, found)),
         concepts=[concept.name for concept in swept], concept=address.one("concept") or (swept and swept[0].name),
         row=address.one("row") or (first and first.id), **values,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def loaded(text: str) -> Markup:
         return render("explorer/loaded.html", problem=err)
     swept = [concept for concept in found.concepts if concept.sweep][:SWEPT]
     drawings = [sweep_drawing(concept, concept.sweep) for concept in swept if concept.sweep]
-    return render("explorer/loaded.html", problem=None, section=section(found, brief=True), drawings=drawings)
+    return render("explorer/loaded.html", problem=None, section=section(found), drawings=drawings)
 
 
 PARTS = {"": page, "result": result, "sweep": sweep}

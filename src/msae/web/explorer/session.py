@@ -56,7 +56,7 @@ class LoadedRun:
         self.folder, self.label, self.store, self.device = folder, label, store, device
         self.opened = Run.open(folder)
         self.sae = self.opened.sae
-        self.names: ConceptNames | None = names_of(self.opened)
+        self.names: ConceptNames | None = names_of(self.opened, store)
         if store is not None:
             self.opened.check_fit(store)
         self.slow, self.preparing, self.placing = threading.RLock(), threading.RLock(), threading.Lock()

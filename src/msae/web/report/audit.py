@@ -1,4 +1,4 @@
-"""The audit as HTML: the ranked table, and for the strongest concepts density, boxes, groups and sweep.
+"""The audit as HTML: the verdict, what stands out with pictures and plots, the fix, and all concepts in a table.
 
 `section` is what a larger page includes; `write_html` makes a page of it that opens offline.
 """
@@ -13,40 +13,49 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from msae.data.store import EmbeddingStore
+from msae.data.thumbnails import Album
 from msae.use.audit import Audit, ConceptAudit
+from msae.use.audit.results import what_helps
 from msae.web import page
 from msae.web.report.figures import COLOURS, as_svg, draw_sweep, legend, new_figure, plain
 
 N_PLOTTED = 8
+N_CASES, SIDE = 6, 112
+"""Pictures of either side of a concept, and pixels of their longer side."""
 HEAD = (
-    "concept", "latents", "class", "effect", "removed", "set to p50", "set to p99", "largest control",
-    "controls beaten", "answers changed", "Cliff's delta", "p", "q", "q of errors",
-    "worst group", "worst group, levelled", "accuracy", "accuracy, levelled",
+    "concept", "pushes", "effect", "largest control", "q", "rows", "worst group, best edit", "latents", "removed",
+    "set to p50", "set to p99", "answers changed", "association", "p", "q of errors", "accuracy, levelled",
 )  # fmt: skip
-BRIEF = (0, 2, 3, 4, 6, 7, 9, 12)
+BRIEF = range(7)
 """Columns of a table that fits a page."""
 MEANINGS = {
+    "pushes": "where more of the concept moves the model",
+    "effect": "mean change of the probability of the class (or of the score) when the concept is removed, and when it "
+    "is set to a typical strength where it is absent",
+    "largest control": "the largest effect of random latents that fire as often and as strongly; a smaller effect is "
+    "no evidence",
+    "q": "the share of false findings to expect among all concepts with a q as small",
+    "rows": "in how many rows the concept fires",
+    "worst group, best edit": "the lowest accuracy among the groups of rows with one class, with or without the "
+    "concept; then with the concept removed or levelled (at its mean), whichever is better",
     "latents": "the latents that bear the concept's name",
-    "class": "the class whose probability is watched",
-    "effect": "the largest change of the probability of the class when the concept is removed or set to a typical "
-    "strength",
     "removed": "the mean change of the probability when the concept is removed, with its 95% interval",
     "set to p50": "the same when it is set to the median of the rows in which it fires",
     "set to p99": "the same when it is set to the 99th percentile of the rows in which it fires",
-    "largest control": "the largest effect of random latents that fire as often; a smaller effect is no evidence",
-    "controls beaten": "the share of those random latents whose effect is smaller",
     "answers changed": "the share of the rows with the concept whose predicted class changes when it is removed",
-    "Cliff's delta": "how often the concept is stronger in rows of the class than in others, less how often it is "
-    "weaker; 0 is no difference",
-    "p": "chance of a difference as large if concept and class had nothing to do with each other",
-    "q": "p corrected for the number of tests; concepts below 0.05 are bold",
-    "q of errors": "the same, where only rows of the same true class are compared: does it go with the errors?",
-    "worst group": "the lowest accuracy among the groups of rows with one class, with or without the concept",
-    "worst group, levelled": "the same with the concept at its mean in every row; if it rises, the classifier "
-    "relied on the concept",
-    "accuracy": "of all rows",
+    "association": "how often the concept is stronger in rows of the class than in others, less how often it is weaker "
+    "(Cliff's delta; of a score, the rank correlation); 0 is none",
+    "p": "chance of an association as large if concept and class had nothing to do with each other",
+    "q of errors": "q where only rows of the same true class are compared: does it go with the errors?",
     "accuracy, levelled": "of all rows, with the concept at its mean in every row",
 }
+TEST = (
+    "A concept stands out when two things hold. First, it goes together with the model's answers more than shuffled "
+    "answers would: the labels are shuffled thousands of times, and q says which share of such findings is false. "
+    "Second, removing or setting it changes the answers more than the same edit of each of 20 random latents that fire "
+    "as often. A random latent passes the second about once in 21 times: hence the number that chance would have."
+)
 MAX_GROUPS = 6
 """More groups than these have their labels upright."""
 MAX_CLASSES = len(COLOURS)
@@ -54,83 +63,130 @@ MAX_CLASSES = len(COLOURS)
 
 
 def write_html(audit: Audit, path: str | Path) -> None:
-    """Write the audit as one page without scripts or links to anywhere."""
-    page.write_page(page.render("report/audit.html", audit=audit, section=section(audit)), Path(path))
+    """Write the audit as one page without scripts or links to anywhere; pictures are inlined where the store is."""
+    store = EmbeddingStore.open(audit.on) if Path(audit.on).exists() else None
+    page.write_page(page.render("report/audit.html", audit=audit, section=section(audit, store=store)), Path(path))
 
 
 def section(
     audit: Audit,
     *,
+    store: EmbeddingStore | None = None,
     n_plotted: int = N_PLOTTED,
-    n_rows: int | None = None,
     brief: bool = False,
     faces: Mapping[str, tuple[str, Markup]] = MappingProxyType({}),
 ) -> Markup:
-    """The audit as a piece of HTML.
+    """The audit as a piece of HTML: the verdict, then what stands out, then all the rest.
 
     Args:
+        store: Where pictures of the strongest cases are found.
         n_plotted: Concepts that are drawn.
-        n_rows: Concepts in the table; None has all.
-        brief: Only the columns that a first look needs.
+        brief: Leave out the table of all concepts.
         faces: Of concepts by name, what is shown instead of it, and a picture or nothing.
     """
-    plotted = [concept for concept in audit.concepts if concept.main or concept.remove][:n_plotted]
-    chosen = BRIEF if brief else range(len(HEAD))
+    ranked = audit.shown
+    drawn = ranked[:n_plotted] if audit.sample is not None else []
+    album = None if store is None else Album(store.picture_roots, SIDE)
+    rest = [concept for concept in audit.concepts if concept not in ranked]
     return page.render(
         "report/audit_section.html",
+        verdict=audit.verdict,
         facts=_facts(audit),
         notes=audit.notes,
-        head=[HEAD[i] for i in chosen],
-        meanings={HEAD[i]: MEANINGS[HEAD[i]] for i in chosen if HEAD[i] in MEANINGS},
-        rows=[
-            (concept, concept.main is not None and concept.main.q < 0.05, [_cells(concept)[i] for i in chosen[1:]])
-            for concept in audit.concepts[:n_rows]
+        head=HEAD,
+        brief_head=[HEAD[i] for i in BRIEF],
+        meanings=MEANINGS,
+        test=TEST,
+        ranked=[[_cells(concept, audit.n)[i] for i in BRIEF] for concept in ranked],
+        rest=[] if brief and ranked else [_cells(concept, audit.n) for concept in rest],
+        n_rest=len(rest),
+        drawn=[
+            (concept, sentence(audit, concept), cases(audit, concept, store, album), concept_svgs(audit, concept))
+            for concept in drawn
         ],
+        fix=audit.fix,
+        slices=audit.slices or (),
         faces=faces,
-        n_more=len(audit.concepts) - len(audit.concepts[:n_rows]),
-        drawn=[] if audit.sample is None else [(concept, concept_svgs(audit, concept)) for concept in plotted],
     )
+
+
+def sentence(audit: Audit, concept: ConceptAudit) -> str:
+    """What was found about a concept, in words."""
+    what = "the score" if audit.is_score else f"the probability of {concept.class_}"
+    parts = [f"Fires in {round(concept.firing_rate * audit.n):,} of {audit.n:,} rows"]
+    if concept.remove is not None:
+        way = "raises" if concept.remove.change > 0 else "lowers"
+        parts.append(f"removing it {way} {what} by {abs(concept.remove.change):.3f} on average")
+    if concept.set_p50 is not None:
+        way = "raises" if concept.set_p50.change > 0 else "lowers"
+        parts.append(
+            f"setting it, where it is absent, to a typical strength {way} it by {abs(concept.set_p50.change):.3f}"
+        )
+    if concept.control is not None and concept.control.largest is not None:
+        parts.append(f"the largest of {concept.control.n} random latents changes it by {concept.control.largest:.3f}")
+    return "; ".join(parts)
+
+
+def cases(
+    audit: Audit, concept: ConceptAudit, store: EmbeddingStore | None, album: Album | None
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The rows that have most of a concept, on two sides by what the model says of them: titles and pictures."""
+    if store is None or album is None or audit.sample is None:
+        return []
+    strengths = audit.sample.strengths[:, audit.concepts.index(concept)]
+    order = np.argsort(-strengths, kind="stable")
+    if audit.is_score:
+        sides = [("most of it", order[strengths[order] > 0]), ("none of it", order[::-1][strengths[order[::-1]] <= 0])]
+    else:
+        is_class = audit.sample.predicted[order] == audit.classes.index(str(concept.class_))
+        fires = strengths[order] > 0
+        sides = [
+            (f"most of it, predicted {concept.class_}", order[is_class & fires]),
+            ("most of it, predicted otherwise", order[~is_class & fires]),
+        ]
+    found = []
+    for title, places in sides:
+        rows = store.describe_rows(audit.sample.rows[places[:N_CASES]])
+        # A map of where the concept lies in each picture belongs over these thumbnails.
+        pictures = [(uri, row.words) for row in rows if (uri := album.uri(row.path)) is not None]
+        found += [(title, pictures)] if pictures else []
+    return found
 
 
 def _facts(audit: Audit) -> list[str]:
     classifier = audit.classifier
     facts = [] if audit.target is None else [f"target: the column {audit.target}"]
-    facts += [
-        f"{audit.n:,} rows of {Path(audit.on).name}",
-        f"classes {', '.join(audit.classes)}",
-        f"classifier: {str(classifier['source']).replace(audit.on, Path(audit.on).name)}",
-    ]
-    if classifier.get("accuracy") is not None:
-        facts.append(f"accuracy {classifier['accuracy']:.3f}")
+    facts += [f"rows of {Path(audit.on).name}"]
+    facts += [] if audit.is_score else [f"classes {', '.join(audit.classes)}"]
+    facts += [f"model: {str(classifier['source']).replace(audit.on, Path(audit.on).name)}"]
+    facts += [f"only rows with {audit.settings['where']}"] if audit.settings.get("where") else []
     if audit.n_left_out:
         facts.append(f"{audit.n_left_out:,} rows without a known label left out")
     return facts
 
 
-def _cells(concept: ConceptAudit) -> list[str]:
+def _cells(concept: ConceptAudit, n: int) -> list[str]:
     main, control, groups = concept.main, concept.control, concept.debiasing
     latents = ", ".join(f"#{latent}" for latent in concept.latents[:3]) + (" …" if len(concept.latents) > 3 else "")
     edits = [
         "-" if edit is None else f"{edit.change:+.3f} [{edit.low:+.3f}, {edit.high:+.3f}]"
         for edit in (concept.remove, concept.set_p50, concept.set_p99)
     ]
-    accuracies = [None] * 4 if groups is None else [
-        groups.worst, groups.worst_levelled, groups.overall, groups.overall_levelled
-    ]  # fmt: skip
     return [
-        concept.name,
-        latents,
-        concept.class_ or "-",
+        concept.name + (" (class)" if concept.is_target else ""),
+        concept.towards or "-",
         _number(concept.effect),
-        *edits,
         _number(None if control is None else control.largest),
-        "-" if control is None else f"{control.beaten:.0%}",
+        "-" if main is None else f"{main.q:.2g}",
+        f"{round(concept.firing_rate * n):,}",
+        what_helps(groups),
+        latents,
+        *edits,
         _number(None if concept.remove is None else concept.remove.flip_rate),
         "-" if main is None else f"{main.effect_size:+.2f} [{main.low:+.2f}, {main.high:+.2f}]",
         "-" if main is None else f"{main.p:.2g}",
-        "-" if main is None else f"{main.q:.2g}",
         "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
-        *(_number(share) for share in accuracies),
+        _number(None if groups is None else groups.overall_levelled),
     ]
 
 
@@ -142,7 +198,7 @@ def concept_svgs(audit: Audit, concept: ConceptAudit) -> list[str]:
     """Density and boxes of the concept's strength by class, accuracy by group, and the sweep of one sample, as SVG."""
     assert audit.sample is not None
     strengths = audit.sample.strengths[:, audit.concepts.index(concept)]
-    classes = audit.classes[:MAX_CLASSES]
+    classes = ("all rows",) if audit.is_score else audit.classes[:MAX_CLASSES]
     by_predicted = [strengths[audit.sample.predicted == k] for k in range(len(classes))]
     truth = audit.sample.truth
     by_true = None if truth is None else [strengths[truth == k] for k in range(len(classes))]

@@ -15,6 +15,7 @@ from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, RunError, StoreError
 from msae.base.files import is_writable
 from msae.base.results import Result
+from msae.concepts.names import names_of
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.rows import names_to_show
 from msae.data.store import EmbeddingStore, as_store
@@ -133,6 +134,7 @@ def report(
     looked = _look(facts, on, device)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+        facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given))
@@ -327,9 +329,7 @@ class _Draft:
         facts = self.facts
         if facts.names is None:
             on = ("--on", self.store_word)
-            self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, "--vocabulary", "WORDS.store", *on
-            )
+            self._lacks("names", "its latents have not been named", "name", facts.folder, *on)
         if self.looked is None:
             self._lacks(
                 "samples",
@@ -381,9 +381,9 @@ class _Draft:
             audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
             self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
-        shown = [one for one in self.audit.concepts[:12] if max(one.latents) < self.facts.config.d_sae]
+        shown = [one for one in self.audit.shown if max(one.latents) < self.facts.config.d_sae]
         faces = {one.name: self._face(one.name, one.latents) for one in shown if self.looked is not None}
-        return audit_page.section(self.audit, n_plotted=3, n_rows=12, brief=True, faces=faces)
+        return audit_page.section(self.audit, n_plotted=3, brief=True, faces=faces)
 
     def _face(self, concept: str, latents: Sequence[int]) -> tuple[str, Markup]:
         assert self.looked is not None
