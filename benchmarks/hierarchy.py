@@ -1,7 +1,7 @@
 """The tree of latents scored against known nestings: the demo's scenes, or labels of the form broad/narrow.
 
     python benchmarks/hierarchy.py RUN --on STORE [--column label] [--k 8] [--json FILE]
-    python benchmarks/hierarchy.py RUN RUN --on STORE --vocabulary STORE [--k 64]
+    python benchmarks/hierarchy.py RUN... --on STORE --vocabulary STORE --isa FILE --half choose|judge [--k 8 16]
 
 What nests is known: in scenes, "red and striped" lies under "red" and under "striped"; with a label column such as
 `flowers/rose`, the label lies under its first part. Each latent is called after the known concept that it matches
@@ -9,8 +9,12 @@ best (F1 on one half of the rows, .5 at least); the tree is read from the other 
 different concepts are counted right where the child's concept lies under the parent's. Beside it stands the plain
 alternative: as many edges, from each child to the more frequent latent with the nearest decoder row.
 
-With --vocabulary latents have the names of `msae name`, and what nests are words that nest by name: "electric guitar"
-lies under "guitar" where both are words of the vocabulary. That writes a section of RESULTS.md.
+With --isa, a table of the columns `child` and `ancestor`, what nests are words, such as WordNet's "poodle" under
+"animal". Each word is called after the latent with the nearest decoder row, and the words of one half of the children,
+drawn at random, are judged. It is said how often the tree has the general word above the special one and how often the
+other way round, which share of all its relations between judged words are pairs of the table, and the same for the
+words dealt to the latents anew (chance) and for as many pairs of words by the cosine of their embeddings, the more
+general of two being the one that is nearer to all words. That writes a section of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,15 +26,25 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msae.concepts.naming import name
-from msae.concepts.tree import Activity, Edge, Hierarchy, concept_tree, find_hierarchy, score_pairs
+from msae.base.errors import ConfigError
+from msae.concepts.tree import (
+    HIERARCHY_ROWS,
+    MIN_SHARE,
+    Activity,
+    Edge,
+    Hierarchy,
+    counted,
+    find_hierarchy,
+    score_pairs,
+)
 from msae.data.arrays import unit_rows
 from msae.data.store import EmbeddingStore
+from msae.data.tables import read_table
 from msae.sae.model import SAE
 from msae.sae.view import View
 from results import write_section
@@ -47,24 +61,26 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--on", type=Path, required=True)
     parser.add_argument("--column", help="a column of broad/narrow labels, where the store is not of scenes")
-    parser.add_argument("--k", type=int, help="latents that count as firing in a row; default: the smallest level")
-    parser.add_argument("--min-share", type=float, default=0.8)
+    parser.add_argument("--k", type=int, nargs="+", help="latents that count as firing in a row; default: the tree's")
+    parser.add_argument("--min-share", type=float, nargs="+", default=[MIN_SHARE])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--vocabulary", type=Path, help="name the latents by it; names.json of each RUN is replaced")
+    parser.add_argument("--vocabulary", type=Path, help="a store of the embeddings of words")
+    parser.add_argument("--isa", type=Path, help="a table of words (child) and more general ones (ancestor)")
+    parser.add_argument("--half", choices=("choose", "judge"), default="choose")
     options = parser.parse_args()
-    if options.vocabulary:
-        by_words(options)
+    if options.isa:
+        by_isa(options)
         return
     if len(options.runs) > 1:
-        parser.error("several runs are scored with --vocabulary only; give one")
+        parser.error("several runs are scored with --isa only; give one")
     run = options.runs[0]
     sae, store = SAE.load(run), EmbeddingStore.open(options.on, modality="image")
     concepts, pairs = of_labels(store, options.column) if options.column else of_scenes(store)
-    k = options.k or (sae.config.levels or (None,))[0]
+    k = options.k[0] if options.k else counted(sae)
     rows = np.arange(len(store))
     first, second = (fires_on(sae, store, rows[half::2], k) for half in (0, 1))
     names = best_concepts(first, {concept: held[0::2] for concept, held in concepts.items()})
-    found = find_hierarchy(second, min_share=options.min_share)
+    found = find_hierarchy(second, min_share=options.min_share[0])
     by_cosine = nearest_more_frequent(sae, found)
     record: dict[str, Any] = {
         "run": str(run),
@@ -88,43 +104,112 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def by_words(options: argparse.Namespace) -> None:
-    """The tree of each run, its latents named by a vocabulary, against the words of it that nest by name."""
+def by_isa(options: argparse.Namespace) -> None:
+    """Each run's tree, by each k and share, against the words of one half of a table."""
     vocabulary = EmbeddingStore.open(options.vocabulary, modality="text")
     column = next(column for column in ("caption", "text") if column in vocabulary.columns)
-    pairs = nested_words([str(word) for word in vocabulary.column(column)])
+    words, rows = words_of(
+        [str(word) for word in vocabulary.column(column)], vocabulary.take(np.arange(len(vocabulary)), "text")
+    )
+    place = {word: i for i, word in enumerate(words)}
+    table = read_table(options.isa, ConfigError)
+    columns = (map(plain, table[name].to_pylist()) for name in ("child", "ancestor"))
+    known = sorted({pair for pair in zip(*columns, strict=True) if set(pair) <= set(place)})
+    children = sorted({child for child, _ in known})
+    first = set(np.random.default_rng(0).permutation(children)[: len(children) // 2].tolist())
+    pairs = [(place[c], place[a]) for c, a in known if (c in first) == (options.half == "choose")]
+    judged = np.array(sorted({i for pair in pairs for i in pair}))
+    truth = np.zeros((len(words), len(words)), bool)
+    truth[tuple(np.array(pairs).T)] = True
+    truth = truth[np.ix_(judged, judged)]
+    general = (rows @ rows.T).mean(0)[judged]
+    cosine = rows[judged] @ rows[judged].T
     store = EmbeddingStore.open(options.on, modality="image")
+    spread = np.linspace(0, len(store) - 1, min(HIERARCHY_ROWS, len(store))).round().astype(np.int64)
     lines = [
-        f"{len(pairs):,} pairs of words of the vocabulary of which the last word of one is the other, such as "
-        f"{', '.join(f'{child} / {parent}' for child, parent in sorted(pairs)[:: max(1, len(pairs) // 3)][:3])}; what "
-        "nests by name need not nest in pictures. Up to 20,000 rows; judged are edges between latents of different "
-        "such names; *plain* is the precision of the plain alternative.",
+        f"{len(known):,} of {table.num_rows:,} pairs have both words in the vocabulary; the half *{options.half}* has "
+        f"{len(pairs):,}, of {len(judged):,} words; judged are pairs of different latents. *F1* is of found and "
+        "precision. *Chance*: found with the words dealt anew, mean of 100.",
         "",
-        "| run | named | counted | edges | judged | precision | random pair | known pairs | found | plain |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | k | share | edges | judged | found | reversed | precision | F1 | chance | text: found | reversed "
+        "| precision | F1 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in options.runs:
-        names = name(run, vocabulary=options.vocabulary)
-        tree = concept_tree(run, store, k=options.k, pairs=pairs)
-        called = {c.latent: " ".join(c.name.replace("_", " ").split()).casefold() for c in names}
-        plain = score_pairs(nearest_more_frequent(SAE.load(run), tree.hierarchy), called, pairs)
-        score = tree.score
-        assert score is not None
-        shares = [score.precision, score.chance, score.recall, plain.precision]
-        told = ["-" if share is None else f"{share:.3f}" for share in shares]
-        counted = f"the {tree.k} strongest" if tree.k else "all that fire"
-        lines.append(
-            f"| {run.name} | {len(names)} | {counted} | {len(tree.hierarchy.edges)} | {score.predicted} | {told[0]} "
-            f"| {told[1]} | {score.wanted} | {told[2]} | {told[3]} of {plain.predicted} |"
-        )
-        print(lines[-1], flush=True)
-    write_section("hierarchy-words", "Hierarchy against words that nest by name, real vectors", "\n".join(lines))
+        sae = SAE.load(run)
+        for k in options.k or [counted(sae)]:
+            activity = fires_on(sae, store, spread, k)
+            decoder = unit_rows(sae.W_dec.detach().numpy())
+            decoder[activity.fired < 20] = 0
+            own = (rows[judged] @ decoder.T).argmax(1)
+            for share in options.min_share:
+                found = find_hierarchy(activity, min_share=share)
+                over = ancestors(found, sae.d_sae)
+                apart = own[:, None] != own[None]
+                ours = related(over[np.ix_(own, own)] & apart, truth & apart)
+                rng = np.random.default_rng(0)
+                dealt = [rng.permutation(own) for _ in range(100)]
+                chance = np.mean([related(over[np.ix_(o, o)] & apart, truth & apart).found for o in dealt])
+                by_text = np.where((general[:, None] < general[None]) & apart, cosine, -np.inf)
+                least = np.partition(by_text.ravel(), -max(1, ours.n))[-max(1, ours.n)]
+                text = related(by_text >= least, truth & apart)
+                cells = [f"{value:.3f}" for value in (*ours[:3], ours.f1, chance, *text[:3], text.f1)]
+                lines.append(
+                    f"| {run.name} | {k} | {share} | {len(found.edges):,} | {ours.judged} | {' | '.join(cells)} |"
+                )
+                print(lines[-1], flush=True)
+    title = "Hierarchy against WordNet's is-a pairs, real vectors"
+    write_section(f"hierarchy-isa-{options.half}", f"{title}: {options.half}", "\n".join(lines))
 
 
-def nested_words(words: Sequence[str]) -> Pairs:
-    """(narrower, broader) for each word whose last word is another one of `words`."""
-    known = {" ".join(word.replace("_", " ").split()).casefold() for word in words}
-    return {(word, last) for word in known if (last := word.split()[-1:][0]) != word and last in known}
+class Related(NamedTuple):
+    """How relations between words agree with known ones."""
+
+    found: float
+    """Share of the known pairs that are related so."""
+    reversed: float
+    """Share of them that are related the other way round."""
+    precision: float
+    n: int
+    judged: int
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.found * self.precision / max(self.found + self.precision, 1e-12)
+
+
+def related(over: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Related:
+    """Of relations (special, general) against the known ones."""
+    right, n, judged = int((over & truth).sum()), int(over.sum()), int(truth.sum())
+    return Related(right / max(judged, 1), int((over.T & truth).sum()) / max(judged, 1), right / max(n, 1), n, judged)
+
+
+def ancestors(found: Hierarchy, d_sae: int) -> NDArray[np.bool_]:
+    """(child, ancestor): whether edges lead from the one to the other."""
+    over = np.zeros((d_sae, d_sae), bool)
+    above: dict[int, list[int]] = {}
+    for edge in found.edges:
+        above.setdefault(edge.child, []).append(edge.parent)
+    for child in sorted(above, key=lambda latent: -int(found.fired[latent])):  # a parent fires more often: it is done
+        for parent in above[child]:
+            over[child] |= over[parent]
+            over[child, parent] = True
+    return over
+
+
+def words_of(texts: Sequence[str], rows: NDArray[np.float32]) -> tuple[list[str], NDArray[np.float32]]:
+    """The different words and the unit mean of the embeddings of each, less the mean of all."""
+    words = [plain(text) for text in texts]
+    different = sorted(set(words))
+    place = {word: i for i, word in enumerate(different)}
+    total = np.zeros((len(different), rows.shape[1]), np.float32)
+    np.add.at(total, [place[word] for word in words], rows)
+    mean = total / np.bincount([place[word] for word in words])[:, None]
+    return different, unit_rows(mean - mean.mean(0))
+
+
+def plain(word: str) -> str:
+    return " ".join(word.replace("_", " ").split()).casefold()
 
 
 def of_scenes(store: EmbeddingStore) -> tuple[Concepts, Pairs]:

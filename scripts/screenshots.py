@@ -23,6 +23,7 @@ RUNS = ("msae", "topk-16", "relu-0.03")
 PAGES = {
     "concepts": "?page=concepts",
     "concept": "?page=concept&latent={latent}",
+    "map": "?page=map",
     "search": "?page=search&row={row}&set=night%3D4",
     "audit": "?page=audit&target=background",
     "models": "?page=models&evaluate=1",

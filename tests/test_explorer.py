@@ -27,7 +27,7 @@ pytest.importorskip("faiss", reason="faiss is not installed")
 
 from msae.web.explorer import audit as audit_page
 from msae.web.explorer import concept as concept_page
-from msae.web.explorer import offline
+from msae.web.explorer import offline, standing
 from msae.web.explorer import search as search_page
 from msae.web.explorer.address import Address
 from msae.web.explorer.app import MAX_UPLOAD, Explorer
@@ -140,7 +140,7 @@ def test_any_address_shows_a_page(explorer, text):
     assert "<h1>" in explorer.show(text)
 
 
-@pytest.mark.parametrize("page", ["concepts", "concept", "search", "find", "compare", "audit", "models"])
+@pytest.mark.parametrize("page", ["concepts", "concept", "map", "search", "find", "compare", "audit", "models"])
 @pytest.mark.parametrize("bad", [{"run": "../../etc"}, {"row": HOSTILE + "x"}, {"set": "red"}, {"set": "red=p99"},
                                  {"vector": "!!"}, {"latent": HOSTILE}, {"target": HOSTILE}, {"sort": HOSTILE},
                                  {"words": HOSTILE}, {"only": HOSTILE}, {"add": HOSTILE},
@@ -220,7 +220,48 @@ def test_a_concept_shows_its_strongest_samples_page_by_page(explorer, world):
     top = world.first.samples["text"].top(3)
     pages = [show(explorer, "text", page="concept", latent=3, from_text=first) for first in (0, 12)]
     for page, samples in zip(pages, (top[:12], top[12:24]), strict=True):
-        assert page.count("<li>") == len(samples)
+        assert page.split("</ol>")[0].count("<li>") == len(samples)
+
+
+def stands_out(z, samples, names, without=()):
+    """Concepts by mean activation over what is natural, one latent after the other."""
+    usual = samples.quantiles((0.99,))[:, 0]
+    found = {}
+    for latent in range(z.shape[1]):
+        concept = names.name_of(latent) or f"#{latent}"
+        if usual[latent] > 0 and z[:, latent].max() > 0 and concept not in without:
+            found[concept] = max(found.get(concept, 0), z[:, latent].mean() / usual[latent])
+    return sorted(found, key=lambda concept: -found[concept])
+
+
+def test_a_concepts_pictures_show_what_else_stands_out_named_or_not_above_its_threshold(explorer, world):
+    run = world.first
+    latent = int(np.argsort(-run.samples["image"].fired)[0])
+    rows = [sample.row for sample in run.samples["image"].top(latent, 12)]
+    z = run.sae.encode(world.store.take(np.array(rows), "image"))
+    own = run.names.name_of(latent) or f"#{latent}"
+    seen = standing.seen_in(world, run, rows, "image", without=(own,))
+    assert [one.found.concept for one in seen] == stands_out(z, run.samples["image"], run.names, (own,))[: len(seen)]
+    assert len(seen) == standing.SHOWN and own not in [one.found.concept for one in seen]
+    part = show(explorer, "image", page="concept", latent=latent)
+    for one in seen:
+        assert one.found.n_rows == int((z[:, one.found.latent] > 0).sum()) > 0
+        assert f"in {one.found.n_rows} of 12" in part and one.face.label in part
+        assert f"/picture/{one.face.picture.row}/96" in part  # no rows have confirmed a name of this run
+
+
+def test_the_row_of_a_sweep_shows_what_stands_out_in_it_and_unconfirmed_names_their_pictures(explorer, world):
+    run = world.first
+    page = show(explorer, "sweep", page="audit", target="background", row=world.store.ids[9])
+    z = run.sae.encode(world.store.take(np.array([9]), "image"))
+    for concept in stands_out(z, run.samples["image"], run.names)[: standing.SHOWN]:
+        assert run.names.shown_name(concept) in page
+    silent = [latent for latent in range(run.sae.d_sae) if z[0, latent] <= 0]
+    assert not any(f"latent={latent}&" in page or f'latent={latent}"' in page for latent in silent)
+    found = run.audit("background").concepts[0]
+    picture = run.samples["image"].top(max(found.latents, key=lambda i: run.samples["image"].maximum[i]), 1)[0].row
+    table = show(explorer, "result", page="audit", target="background").split("<tbody>")[-1]
+    assert f"/picture/{picture}/96" in table and html.escape(f"nearest word: {found.name}") in table
 
 
 # --- Search
@@ -382,7 +423,7 @@ def test_without_a_store_the_pages_say_how_to_give_one(folder, tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps({**config, "store": "gone.store"}))
     explorer = Explorer(open_world([tmp_path / "run"], None))
-    for page in ("concepts", "concept", "search", "audit", "models"):
+    for page in ("concepts", "concept", "map", "search", "audit", "models"):
         assert "msae explore" in show(explorer, page=page) and "--on STORE" in show(explorer, page=page)
     assert "Nearest decoder rows" in show(explorer, "relations", page="concept")
 
@@ -535,7 +576,7 @@ def test_its_own_origin_may_post_and_what_is_too_large_is_refused(base):
 def test_the_security_policy_allows_no_code_or_style_inside_a_page(base, explorer):
     policy = get(base, "/")[2]["content-security-policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy and "script-src" not in policy
-    for page in ("concepts", "concept", "search", "audit", "models"):
+    for page in ("concepts", "concept", "map", "search", "audit", "models"):
         tags = Tags(show(explorer, page=page)).tags
         assert not [tag for tag, values in tags if tag == "style" or (tag == "script" and "src" not in values)]
         assert not [key for _, values in tags for key in values if key == "style" or key.startswith("on")]

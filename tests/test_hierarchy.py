@@ -9,7 +9,7 @@ import torch
 from msae.base.errors import ConfigError
 from msae.cli import main
 from msae.concepts.names import Concept, ConceptNames
-from msae.concepts.tree import Activity, Edge, concept_tree, find_hierarchy, score_pairs
+from msae.concepts.tree import Activity, Edge, concept_tree, counted, find_hierarchy, score_pairs
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.view import View
@@ -117,14 +117,22 @@ def test_hierarchy_of_a_store_counts_the_k_strongest(tmp_path):
     x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     store = EmbeddingStore.open(tmp_path / "x.npy", modality="image")
-    sae = SAE(SAEConfig(8, 32, kind="matryoshka", levels=(4, 32))).eval()
+    sae = SAE(SAEConfig(8, 32, kind="matryoshka", levels=(2, 4, 32))).eval()
     h = sae.pre_activations(torch.cat(list(View(sae, store).rows())))
     fired = {k: (sae.activate(h, inference="topk", k=k) > 0).sum(0).numpy() for k in (4, 9)}
-    np.testing.assert_array_equal(concept_tree(sae, store).hierarchy.fired, fired[4])  # the smallest level
+    np.testing.assert_array_equal(concept_tree(sae, store).hierarchy.fired, fired[4])  # the last level
     np.testing.assert_array_equal(concept_tree(sae, store, k=9).hierarchy.fired, fired[9])
     assert concept_tree(sae, store, max_rows=100).hierarchy.n_rows == 100
     with pytest.raises(ConfigError, match="at least 1"):
         concept_tree(sae, store, k=0)
+
+
+@pytest.mark.parametrize(
+    ("levels", "k"), [((8, 16, 32, 64), 16), ((64, 128, 4096), 64), ((2, 4, 8), 8), ((2, 4, 4096), 4), ((4096,), None)]
+)
+def test_a_tree_counts_at_the_first_level_from_16_on(levels, k):
+    assert counted(SAE(SAEConfig(4, 4096, kind="matryoshka", levels=levels))) == k
+    assert counted(SAE(SAEConfig(4, 8, kind="topk", k=4))) is None
 
 
 @pytest.fixture

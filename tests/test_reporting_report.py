@@ -364,3 +364,20 @@ def test_concepts_come_by_how_well_they_tell_the_rows_apart_and_confirmed_names_
     assert len({5, 7} & set(found)) <= 1  # one latent for each name
     page = report(world / "run", store, out=world / "order.html").path.read_text()
     assert "nearest word: red" in page and "No rows have confirmed this word" in page
+
+
+def test_a_concept_says_what_else_stands_out_in_its_pictures_and_unnamed_ones_have_pictures(made, full):
+    facts = facts_of(made / "run")
+    looked = Looked.at(facts, EmbeddingStore.open(made / "pairs.store"), "cpu")
+    latent = int(np.argmax(looked.first.fired))
+    view = looked.concept(facts, latent, document.Album(looked.store.picture_roots, 16))
+    z = facts.sae.encode(looked.store.take(np.array([one.row for one in looked.first.top(latent, view.n)]), "image"))
+    strength = z.mean(0) / np.maximum(looked.first.quantiles((0.99,))[:, 0], 1e-9)
+    strength[[latent, *([5, 7] if latent in (5, 7) else [])]] = 0
+    best = int(strength.argmax())
+    named = {0: f"{EVIL}", 5: "nearest word: red", 7: "nearest word: red"}
+    assert view.others[0].label == named.get(best, f"#{best}") and view.others[0].n == (z[:, best] > 0).sum()
+    assert "What else stands out in these" in full[1]
+    label, picture = looked.face(facts, "red", [5, 7], document.Album(looked.store.picture_roots, 16))
+    assert label == "nearest word: red" and (picture is None or picture.startswith("data:image/jpeg"))
+    assert looked.face(facts, EVIL, [0], document.Album((), 16)) == (EVIL, None)

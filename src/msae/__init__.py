@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from msae.sae.train import TrainSettings, train
     from msae.use.audit import Audit, audit
     from msae.use.codes import encode
-    from msae.use.export import export
     from msae.use.compare import Comparison, compare
+    from msae.use.export import export
     from msae.use.search import SearchResult, search
     from msae.web.explorer import explore
     from msae.web.hub import push

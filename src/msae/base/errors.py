@@ -62,6 +62,7 @@ EXTRAS: Mapping[str, str] = {
     "numba": "fast",
     "llvmlite": "fast",
     "faiss": "index",
+    "umap": "map",
     "tensorboard": "loggers",
     "simplemma": "words",
     "onnx": "formats",

@@ -1,6 +1,6 @@
 """Which latents nest: parents and children from how often latents fire together.
 
-A child fires almost only where its parent fires, and more rarely. docs/gallery.md says what the rule is and what it
+A child fires mostly where its parent fires, and more rarely. docs/gallery.md says what the rule is and what it
 cannot see.
 """
 
@@ -25,7 +25,7 @@ from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import level_shares, top_samples
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.tables import TABLE_SUFFIXES, read_table
-from msae.sae.model import Inference
+from msae.sae.model import SAE, Inference
 from msae.sae.run import Run, RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 HIERARCHY_ROWS = 20_000
 """Rows that a hierarchy is read from; more make its intervals narrower, at d_sae^2 operations each."""
+MIN_SHARE = 0.5
+"""Of a child's rows, that its parent must fire in; with `LEVEL` chosen on known pairs of words, docs/gallery.md."""
+LEVEL = 16
+"""A latent counts where it is among so many strongest: at the first level that is as large, or else at the last."""
 PRINTED_NODES = 200
 
 Pairs = Collection[tuple[str, str]]
@@ -91,7 +95,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class Edge:
-    """A latent that fires almost only where another one fires."""
+    """A latent that fires mostly where another one fires."""
 
     child: int
     parent: int
@@ -169,7 +173,7 @@ class Hierarchy:
 
 
 def find_hierarchy(
-    activity: Activity, *, min_share: float = 0.8, min_lift: float = 1.5, min_fired: int = 20
+    activity: Activity, *, min_share: float = MIN_SHARE, min_lift: float = 1.5, min_fired: int = 20
 ) -> Hierarchy:
     """Parents and children among all latents, by products of blocks: no d_sae x d_sae matrix is ever held.
 
@@ -366,7 +370,7 @@ def concept_tree(
     modality: Modality | None = None,
     k: int | None = None,
     max_rows: int = HIERARCHY_ROWS,
-    min_share: float = 0.8,
+    min_share: float = MIN_SHARE,
     inference: Inference = "trained",
     pairs: Pairs | str | Path | None = None,
     device: str = "auto",
@@ -377,8 +381,8 @@ def concept_tree(
         sae: A run folder, or an SAE.
         on: Any store.
         modality: Which rows; None takes images where there are any.
-        k: Count a latent as firing only where it is among the k strongest of its row. None takes the smallest level
-            of a Matryoshka SAE, and every non-zero activation of any other.
+        k: Count a latent as firing only where it is among the k strongest of its row. None takes the first level of a
+            Matryoshka SAE from 16 on, and every non-zero activation of any other.
         max_rows: Rows to read, spread evenly over the store.
         min_share: A child's rows must be its parent's too in this share, at the lower end of a 95 % interval.
         pairs: Known pairs of a word and a broader one, or a table of them with columns `child` and `parent`, to score
@@ -396,8 +400,8 @@ def concept_tree(
         raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
     names = names_of(run, store)
     known = None if pairs is None else _known_pairs(pairs, names, folder)
-    if k is None and model.config.levels:
-        k = model.config.levels[0]
+    if k is None:
+        k = counted(model)
     chosen = np.linspace(0, len(store) - 1, min(max_rows, len(store))).round().astype(np.int64)
     activity = Activity(model.d_sae)
     view = View(run, store, modality, inference=inference, k=k, device=device)
@@ -414,6 +418,12 @@ def concept_tree(
         levels={latent: level_shares(samples, latent) for latent in nodes},
         score=None if known is None or names is None else score_pairs(found.edges, _words_in(known, names), known),
     )
+
+
+def counted(sae: SAE) -> int | None:
+    """Of how many strongest latents of a row a tree is made; None for all that are not zero."""
+    levels = [level for level in sae.config.levels or () if level < sae.d_sae]
+    return next((level for level in levels if level >= LEVEL), levels[-1] if levels else None)
 
 
 def read_pairs(path: str | Path) -> Pairs:

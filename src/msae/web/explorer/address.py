@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, urlencode
 
-PAGES = ("concepts", "concept", "search", "find", "compare", "audit", "models")
+PAGES = ("concepts", "concept", "map", "search", "find", "compare", "audit", "models")
 MAX_LENGTH = 60_000
 """Characters of a query string; a vector of 1,536 numbers takes 8,192 of them."""
 

@@ -32,7 +32,12 @@ SLOW = ("relations", "result", "evaluated", "values", "learnt", "compared")
 """Parts that may take seconds: one of them at a time, so that the quick ones are never waited for."""
 MAX_UPLOAD = 30_000_000
 """Bytes of a picture or an audit that is sent here; it is kept in memory and never written."""
-FILES = {"style.css": "text/css", "page.js": "text/javascript"}
+VENDOR = TEMPLATES.parent / "vendor"
+FILES = {
+    **{name: TEMPLATES / name for name in ("style.css", "page.js", "map.js")},
+    **{name: VENDOR / name for name in ("sigma.min.js", "graphology.umd.min.js")},
+}
+TYPES = {".css": "text/css", ".js": "text/javascript"}
 LAST_WORDS = 5.0
 """Seconds in which a page that waits for the explorer can fetch why it did not start."""
 HEADERS = {
@@ -56,11 +61,11 @@ class Explorer:
     """Answers what a browser asks of a world; keeps nothing of who asked."""
 
     def __init__(self, world: World) -> None:
-        from msae.web.explorer import audit, compare, concept, concepts, find, models, search
+        from msae.web.explorer import audit, compare, concept, concepts, find, map, models, search
 
         self.world = world
         self.pages: Mapping[str, Any] = {
-            "concepts": concepts, "concept": concept, "search": search, "find": find, "compare": compare,
+            "concepts": concepts, "concept": concept, "map": map, "search": search, "find": find, "compare": compare,
             "audit": audit, "models": models,
         }  # fmt: skip
         self._quick = threading.BoundedSemaphore(max(2, os.cpu_count() or 2))
@@ -100,6 +105,12 @@ class Explorer:
         with self._quick:
             vector: str = self.pages["search"].as_vector(self.world.embed_picture(picture))
             return vector
+
+    def places(self, query: str) -> dict[str, Any]:
+        """The points of the map of the run that an address names; raises `MsaeError` where there are none."""
+        run = self.world.runs.get(Address.parse(query).one("run"), self.world.first)
+        found: dict[str, Any] = self.pages["map"].places(run)
+        return found
 
     def audit(self, text: str) -> str:
         """An audit's JSON as a part of the page Audit."""
@@ -219,6 +230,15 @@ def build(opening: Opening) -> App:
     def state(_: Request) -> Response:
         return JSONResponse(opening.state(), headers={"cache-control": "no-store"})
 
+    def places(request: Request) -> Response:
+        explorer = opening.explorer
+        if explorer is None:
+            return gone
+        try:
+            return JSONResponse(explorer.places(request.url.query))
+        except MsaeError as err:
+            return JSONResponse({"problem": _problem(str(err))})
+
     async def embed(request: Request) -> Response:
         data = await _body(request)
         if data is None:
@@ -256,7 +276,7 @@ def build(opening: Opening) -> App:
         if name not in FILES:
             return Response("no such file", status_code=404, media_type="text/plain")
         headers = {"cache-control": "no-cache"}
-        return Response((TEMPLATES / name).read_bytes(), media_type=FILES[name], headers=headers)
+        return Response(FILES[name].read_bytes(), media_type=TYPES[FILES[name].suffix], headers=headers)
 
     @asynccontextmanager
     async def started(_: Starlette) -> AsyncIterator[None]:
@@ -267,6 +287,7 @@ def build(opening: Opening) -> App:
         Route("/", page),
         Route("/part/{name}", part),
         Route("/state", state),
+        Route("/places", places),
         Route("/glossary", glossary_page),
         Route("/embed", embed, methods=["POST"]),
         Route("/audit", audit, methods=["POST"]),

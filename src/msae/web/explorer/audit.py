@@ -12,11 +12,14 @@ from msae.use.audit.subjects import MAX_CLASSES
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.explorer.standing import face, seen_in
 from msae.web.overlay import as_svg
 from msae.web.page import render
 from msae.web.report import figures
 from msae.web.report.audit import section
 
+PLOTTED = 4
+"""Concepts of an audit that are drawn."""
 SWEPT = 4
 """Concepts of a loaded audit whose sweeps are drawn."""
 
@@ -53,14 +56,29 @@ def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
     return run.audit(target)
 
 
+def _faces(world: World, run: LoadedRun, found: Audit) -> dict[str, tuple[str, Markup]]:
+    """The label of each concept and, for one without a confirmed name, a picture of the row that fires it most."""
+    faces = {}
+    for concept in found.concepts:
+        shown = face(world, run, concept.name, concept.latents, run.modalities[0])
+        drawn = Markup() if shown.picture is None else render("explorer/thumb.html", world=world, row=shown.picture)
+        faces[concept.name] = (shown.label, drawn)
+    return faces
+
+
 def _sweep(world: World, run: LoadedRun, found: Audit, address: Address) -> dict[str, Any]:
+    """The drawing of a sweep, and what stands out in its row."""
+    assert world.store is not None
     concepts = _sweepable(found)
     concept = next((c for c in concepts if c.name == address.one("concept")), concepts[0])
     id = address.one("row") or (concept.sweep.id if concept.sweep else "")
     drawn = run.sweeper(str(found.target)).of(concept, id)
+    number = world.store.ids.row_of(id)
     return {
         "drawn": None if drawn is None else sweep_drawing(concept, drawn),
         "located": None if drawn is None or not world.has_pictures else _located(world, run, concept, drawn),
+        "row_shown": world.rows([number])[0],
+        "seen": seen_in(world, run, [number], run.modalities[0]),
     }
 
 

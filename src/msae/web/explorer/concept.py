@@ -14,6 +14,7 @@ from msae.sae.standardize import Modality
 from msae.web.explorer.address import Address
 from msae.web.explorer.filling import Slice, draw
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.explorer.standing import seen_in
 from msae.web.overlay import as_svg
 from msae.web.page import number
 from msae.web.report import figures
@@ -71,7 +72,9 @@ def _samples(
     why: str | None = None
     if is_located and is_part:
         regions, why = world.regions(run, numbers, [latent])
+    own = (run.names.name_of(latent) if run.names else None) or f"#{latent}"
     return {"modality": modality, "shown": shown, "is_located": is_located, "why": why,
+            "seen": seen_in(world, run, numbers, modality, without=(own,)),
             "samples": list(zip(samples, world.rows(numbers), regions, map(as_svg, regions), strict=True))}  # fmt: skip
 
 

@@ -60,10 +60,16 @@ def _table(world: World, run: LoadedRun, address: Address) -> dict[str, Any]:
     found = run.catalogue.select(address.one("words"), address.one("only"), sort)
     shown = Slice.of(address, len(found), ROWS, "table", "latents")
     latents = found[shown.first : shown.last].tolist()
-    return {"columns": COLUMNS, "sort": sort, "shown": shown, "latents": latents, "rows": _samples(world, run, latents)}
+    return {
+        "columns": COLUMNS,
+        "sort": sort,
+        "shown": shown,
+        "latents": latents,
+        "rows": samples_of(world, run, latents),
+    }
 
 
-def _samples(world: World, run: LoadedRun, latents: list[int]) -> dict[int, list[Row]]:
+def samples_of(world: World, run: LoadedRun, latents: list[int]) -> dict[int, list[Row]]:
     """The rows that fire each latent most, of the first modality."""
     if world.store is None or not run.samples:
         return {}

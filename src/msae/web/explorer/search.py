@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from msae.base.errors import ConfigError, MsaeError
 from msae.concepts.concept import LatentGroup
+from msae.concepts.strongest import standing_out
 from msae.data.rows import Row
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_edit
@@ -23,6 +23,7 @@ from msae.web.explorer.address import Address
 from msae.web.explorer.filling import draw
 from msae.web.explorer.find import Picked
 from msae.web.explorer.session import LoadedRun, World
+from msae.web.explorer.standing import face
 
 SLIDERS = 8
 CANDIDATES = 3 * SLIDERS
@@ -135,10 +136,10 @@ def sliders_of(world: World, run: LoadedRun, address: Address, query: Query) -> 
     known = run.searcher(searched(run, address)).concepts(query.modality, strict=True)
     changed = dict(edits_of(address))
     asked = list(dict.fromkeys([*(c for c in address.many("add") if c.strip()), *changed]))[:MAX_EDITS]
-    found = [concept for concept in strongest(run, query, z[0]) if concept not in asked]
+    found = [one.concept for one in standing_out(z.cpu().numpy(), run.natural(query.modality), run.names, CANDIDATES)]
     made: list[Slider] = []
     with run.preparing:
-        for concept in [*asked, *found]:
+        for concept in dict.fromkeys([*asked, *found]):
             if len(made) == len(asked) + SLIDERS:
                 break
             group = known[concept]
@@ -146,17 +147,9 @@ def sliders_of(world: World, run: LoadedRun, address: Address, query: Query) -> 
             if concept not in asked and len(group.latents) > 1 and own < group.natural.quantile(50):
                 continue  # one of its latents is strong here, but not the concept
             change = changed.get(concept)
-            label = run.names.shown_name(concept) if run.names else concept
-            is_named = run.names is not None and concept in run.names and label == concept
-            picture = None if is_named else _strongest_row(world, run, query, group)
+            label, picture = face(world, run, concept, group.latents, query.modality)
             made.append(Slider(concept, group, own, change.number if change else own, label, picture))
     return made
-
-
-def _strongest_row(world: World, run: LoadedRun, query: Query, group: LatentGroup) -> Row | None:
-    samples = run.samples.get(query.modality) or next(iter(run.samples.values()))
-    top = samples.top(max(group.latents, key=lambda latent: float(samples.maximum[latent])), 1)
-    return world.rows([top[0].row])[0] if top else None
 
 
 def edits_of(address: Address) -> list[tuple[str, Change]]:
@@ -170,21 +163,6 @@ def edits_of(address: Address) -> list[tuple[str, Change]]:
     if wrong is not None:
         raise ConfigError(f"the edit of {wrong!r} in this link is no strength; write for example set={wrong}=2")
     return list(edits.items())
-
-
-def strongest(run: LoadedRun, query: Query, z: Tensor) -> list[str]:
-    """The concepts of which the query has most for what is natural, named or not: names, else numbers of latents.
-
-    What is below its threshold in the query has no activation, and is not shown.
-    """
-    samples = run.samples.get(query.modality) or next(iter(run.samples.values()))
-    usual = torch.from_numpy(np.maximum(samples.quantiles((0.99,))[:, 0], 1e-6)).float()
-    found: dict[str, None] = {}
-    for latent in (z / usual).sort(descending=True).indices.tolist():
-        if float(z[latent]) <= 0 or len(found) == CANDIDATES:
-            break
-        found[(run.names.name_of(latent) if run.names else None) or f"#{latent}"] = None
-    return list(found)
 
 
 def result(world: World, run: LoadedRun, address: Address) -> SearchResult:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError, MsaeError, RunError, SourceError
 from msae.concepts.names import ConceptNames, names_of
+from msae.concepts.places import Places, places_of
 from msae.concepts.regions import Locator, Region, check_pictures
 from msae.concepts.samples import TopSamples, top_samples
 from msae.concepts.tree import ConceptTree, concept_tree
@@ -62,8 +63,9 @@ class LoadedRun:
         self.names: ConceptNames | None = names_of(self.opened, store)
         if store is not None:
             self.opened.check_fit(store)
-        self.slow, self.preparing = threading.RLock(), threading.RLock()
+        self.slow, self.preparing, self.placing = threading.RLock(), threading.RLock(), threading.Lock()
         self._searchers: dict[Modality, Searcher] = {}
+        self._views: dict[Modality, View] = {}
         self._audits: dict[str, Audit] = {}
         self._comparisons: dict[tuple[str, str, tuple[str, ...]], Comparison] = {}
         self._sweepers: dict[str, Sweeper] = {}
@@ -92,6 +94,24 @@ class LoadedRun:
     @cached_property
     def catalogue(self) -> Catalogue:
         return Catalogue.of(self.sae, self.names, self.samples)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the latents lie on the map; takes up to a minute the first time."""
+        with self.placing:
+            return places_of(self.opened)
+
+    def natural(self, modality: Modality) -> TopSamples:
+        """The samples that say what is natural for rows of `modality`; those of another where the store has none."""
+        return self.samples.get(modality) or next(iter(self.samples.values()))
+
+    def activations(self, rows: Sequence[int], modality: Modality) -> NDArray[np.float32]:
+        """The activations of some rows of the store."""
+        assert self.store is not None
+        with self.preparing:
+            if modality not in self._views:
+                self._views[modality] = View(self.opened, self.store, modality, device=self.device)
+        return self._views[modality].table(np.asarray(rows, dtype=np.int64))
 
     @cached_property
     def tree(self) -> ConceptTree | None:

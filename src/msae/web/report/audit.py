@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ def section(
     why: str | None = None,
     n_plotted: int = N_PLOTTED,
     brief: bool = False,
+    faces: Mapping[str, tuple[str, Markup]] = MappingProxyType({}),
 ) -> Markup:
     """The audit as a piece of HTML: the verdict, then what stands out, then all the rest.
 
@@ -100,6 +102,7 @@ def section(
         why: The reason for having none.
         n_plotted: Concepts that are drawn.
         brief: Leave out the table of all concepts.
+        faces: Of concepts by name, what is shown instead of it, and a picture or nothing.
     """
     ranked = audit.shown
     drawn = ranked[:n_plotted] if audit.sample is not None else []
@@ -130,6 +133,7 @@ def section(
         why=why,
         fix=audit.fix,
         slices=audit.slices or (),
+        faces=faces,
     )
 
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from msae import __version__
 from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, RunError, StoreError
 from msae.base.files import is_writable
@@ -354,14 +356,13 @@ class _Draft:
         latents = standing_out(facts.names, self.looked.first)
         if facts.names is not None and len(facts.names):
             latents = [latent for latent in latents if facts.names.concept_of(latent)]
-        concept_of = facts.names.concept_of if facts.names is not None else lambda _: None
         if "image" in self.looked.samples and self.looked.locator is None:
             try:
                 view = View(facts.run, self.looked.store, "image", device=self.looked.device)
                 self.looked = replace(self.looked, locator=Locator(view, local=True))
             except MsaeError as err:
                 self._lacks("regions", str(err))
-        return [self.looked.concept(latent, concept_of(latent), self.album) for latent in latents[: self.n_concepts]]
+        return [self.looked.concept(facts, latent, self.album) for latent in latents[: self.n_concepts]]
 
     def _all_names(self) -> tuple[list[str], int]:
         names = sorted({concept.name for concept in (self.facts.names.confirmed if self.facts.names else ())})
@@ -399,7 +400,14 @@ class _Draft:
             audit = ("audit", self.facts.folder, "--on", self.store_word, "--target", "COLUMN", "--json", "audit.json")
             self._lacks("audit", "no audit was given; make one, then add --audit audit.json to msae report", *audit)
             return None
-        return audit_page.section(self.audit, n_plotted=3, brief=True)
+        shown = [one for one in self.audit.shown if max(one.latents) < self.facts.config.d_sae]
+        faces = {one.name: self._face(one.name, one.latents) for one in shown if self.looked is not None}
+        return audit_page.section(self.audit, n_plotted=3, brief=True, faces=faces)
+
+    def _face(self, concept: str, latents: Sequence[int]) -> tuple[str, Markup]:
+        assert self.looked is not None
+        label, picture = self.looked.face(self.facts, concept, latents, self.album)
+        return label, page.render("report/thumb.html", label=label, picture=picture)
 
     def _comparison(self) -> str | None:
         if self.comparison is None:

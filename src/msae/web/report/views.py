@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
+from msae.concepts import strongest
 from msae.concepts.gallery import Magnitudes, magnitudes
 from msae.concepts.names import Concept, ConceptNames
 from msae.concepts.regions import Locator, OneLatent, Region
@@ -20,6 +22,7 @@ from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.store import EmbeddingStore
 from msae.data.thumbnails import Album
 from msae.sae.standardize import Modality
+from msae.sae.view import View
 from msae.use.search import SearchResult, search
 from msae.web.overlay import as_svg
 from msae.web.report import figures
@@ -28,6 +31,7 @@ from msae.web.report.facts import Facts
 N_CONCEPTS = 12
 N_PICTURES = 8
 N_TEXTS = 5
+N_OTHERS = 6
 N_HITS = 6
 ENOUGH_CHILDREN = 8
 """Of a tree; one with fewer is tried again at the next level."""
@@ -53,6 +57,16 @@ class Shown(NamedTuple):
         return as_svg(self.region)
 
 
+class Other(NamedTuple):
+    """A concept that stands out in the samples of another one."""
+
+    label: str
+    picture: str | None
+    """Without a confirmed name, the picture that fires it most."""
+    n: int
+    """Of the samples, those in which it is above its threshold."""
+
+
 class ConceptView(NamedTuple):
     """One latent as a report shows it."""
 
@@ -61,6 +75,10 @@ class ConceptView(NamedTuple):
     images: list[Shown]
     texts: list[Shown]
     histogram: str
+    others: list[Other]
+    """What else stands out in its samples of the first modality."""
+    n: int
+    """Of those samples."""
 
     @property
     def name(self) -> str:
@@ -115,10 +133,25 @@ class Looked:
     def magnitudes(self) -> dict[str, Magnitudes]:
         return {modality: magnitudes(found) for modality, found in self.samples.items()}
 
-    def concept(self, latent: int, concept: Concept | None, album: Album) -> ConceptView:
+    def concept(self, facts: Facts, latent: int, album: Album) -> ConceptView:
+        concept = facts.names.concept_of(latent) if facts.names is not None else None
         shown = {m: self._shown(m, latent, album) for m in self.samples}
         histogram = figures.activation_histogram(self.first, latent)
-        return ConceptView(latent, concept, shown.get("image", []), shown.get("text", []), histogram)
+        rows = np.array([sample.row for sample in self.first.top(latent, N_PICTURES)], dtype=np.int64)
+        others = self._others(facts, rows, concept.name if concept else f"#{latent}", album)
+        return ConceptView(latent, concept, shown.get("image", []), shown.get("text", []), histogram, others, len(rows))
+
+    def _others(self, facts: Facts, rows: NDArray[np.int64], own: str, album: Album) -> list[Other]:
+        if not len(rows):
+            return []
+        z = View(facts.run, self.store, next(iter(self.samples)), device=self.device).table(rows)
+        found = strongest.standing_out(z, self.first, facts.names, N_OTHERS, without=(own,))
+        return [Other(*self.face(facts, one.concept, [one.latent], album), one.n_rows) for one in found]
+
+    def face(self, facts: Facts, concept: str, latents: Sequence[int], album: Album) -> tuple[str, str | None]:
+        """The label of a concept and, without a confirmed name, the picture that fires it most."""
+        label, row = strongest.shown_as(concept, latents, facts.names, self.first)
+        return label, None if row is None else album.uri(self.store.describe_rows([row])[0].path)
 
     def _shown(self, modality: Modality, latent: int, album: Album) -> list[Shown]:
         top = self.samples[modality].top(latent, N_PICTURES if modality == "image" else N_TEXTS)
@@ -154,10 +187,9 @@ def _doubt(concept: Concept | None) -> int:
 
 
 def tree_of(facts: Facts, looked: Looked) -> ConceptTree:
-    """How latents nest, at the smallest level at which more than a few do."""
-    levels = (facts.config.levels or ())[:4]
+    """How latents nest, at the first level at which more than a few do."""
     best = concept_tree(facts.folder, looked.store, device=looked.device)
-    for level in levels[1:]:
+    for level in [level for level in facts.config.levels or () if level > (best.k or 0)][:3]:
         if len(best.hierarchy.parent) >= ENOUGH_CHILDREN:
             break
         deeper = concept_tree(facts.folder, looked.store, k=level, device=looked.device)

@@ -47,6 +47,7 @@ async function change(part, address, history_ = "replace") {
     shown = location.search;
     const used = target.contains(document.activeElement) ? document.activeElement : null;
     target.innerHTML = html;
+    target.dispatchEvent(new CustomEvent("msae-part", { bubbles: true }));
     // A link or box that was used by keyboard is a new one now: stay on it.
     const same = (one) => (used.name ? one.name === used.name : one.textContent[0] === used.textContent[0]);
     if (used) [...target.querySelectorAll(used.name ? "input" : "a")].find(same)?.focus();
