@@ -327,9 +327,7 @@ class _Draft:
         facts = self.facts
         if facts.names is None:
             on = ("--on", self.store_word)
-            self._lacks(
-                "names", "its latents have not been named", "name", facts.folder, *on
-            )
+            self._lacks("names", "its latents have not been named", "name", facts.folder, *on)
         if self.looked is None:
             self._lacks(
                 "samples",
