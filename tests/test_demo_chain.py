@@ -39,7 +39,7 @@ def test_it_makes_everything_it_names(small_world):
 
 def test_a_second_demo_makes_no_scene_store_or_run_again(small_world):
     _, result, _, again, before, after = small_world
-    changed = {p.name for p in before if before[p] != after.get(p)}
+    changed = {p.name for p in before if before[p] != after.get(p) and p.parent.name != "names"}
     assert changed <= {"words.txt", "names.json", "report.html", "README.md"}
     assert again.to_json()["evaluations"] == result.to_json()["evaluations"]
 

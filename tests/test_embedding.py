@@ -375,7 +375,7 @@ def bad_encoders(clip: Path, folder: Path) -> dict[str, str | Path]:
         "does not exist; did you mean 'pickled'?": folder / "pickle",
         "holds no config.json": folder / "nothing",
         "the hub does not give it": "no-such-owner/no-such-model",
-        "is a 'bert' model; wanted CLIP, SigLIP or SigLIP 2": bert,
+        "is a 'bert' model; wanted CLIP (also of open_clip), SigLIP or SigLIP 2": bert,
         "its config.json cannot be read": unreadable,
         "cut: its weights (model.safetensors) cannot be read": cut,
         "pickled: its weights (model.safetensors) cannot be read": pickled,

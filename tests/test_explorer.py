@@ -63,7 +63,7 @@ def test_a_concept_page_shows_regions_when_its_address_says_so(explorer, world):
     plain = show(explorer, "image", page="concept", latent=latent)
     assert 'class="region"' not in plain and 'name="where"' in plain and "checked" not in plain
     found = show(explorer, "image", page="concept", latent=latent, where=1)
-    n_pictures = found.count("<img src=")
+    n_pictures = found.count('<div class="looked"><img src=')
     assert n_pictures >= 10 and found.count('<svg class="region"') == n_pictures and "checked" in found
     assert found.count('aria-label="what makes it fire: ') == n_pictures == found.count('<small class="place">')
     assert "style=" not in found, "the pages' policy forbids styles in markup"

@@ -38,7 +38,9 @@ def result(world: World, run: LoadedRun, address: Address) -> Markup:
     locator, why = world.locator(run) if world.has_pictures else (None, None)
     return draw(
         "result", world, run, address, audit=found,
-        section=section(found, store=run.store, locator=locator, why=why, n_plotted=4),
+        section=section(
+            found, store=run.store, locator=locator, why=why, n_plotted=PLOTTED, faces=_faces(world, run, found)
+        ),
         concepts=[concept.name for concept in swept], concept=address.one("concept") or (swept and swept[0].name),
         row=address.one("row") or (first and first.id), **values,
     )  # fmt: skip
