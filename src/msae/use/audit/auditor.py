@@ -144,6 +144,7 @@ class Auditor:
                 found[i] = dataclasses.replace(audits[i], beside_stronger=again)
             if found[i].stands_out:
                 strata = 2 * strata + (strength > otsu_border(strength.astype(np.float64)))
+                strata = np.unique(strata, return_inverse=True)[1]  # small numbers: they are counted by bincount
                 is_first = False
         return found
 

@@ -63,6 +63,8 @@ def otsu_border(strength: Float64[np.ndarray, " n"]) -> float:
 
     Source: Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
+    if len(strength) < 2:
+        return np.inf
     ordered = np.sort(strength)
     below = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)[:-1]
