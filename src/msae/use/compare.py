@@ -256,7 +256,7 @@ class _Chosen(NamedTuple):
 
 
 def _check_apart(a: Part, b: Part) -> None:
-    if a.store.path != b.store.path:
+    if a.store.path.resolve() != b.store.path.resolve():
         return
     n = len(np.intersect1d(a.rows, b.rows))
     if n:
