@@ -249,7 +249,7 @@ class Auditor:
         classes = self.subject.classifier.classes
         return [
             slice_of(strengths[:, concept], truth == k, is_wrong, ids,
-                     (classes[k], names[concept], groups[concept], float(size), float(p), 1.0))
+                     (classes[k], names[concept], groups[concept], float(size), float(p)))
             for k, concept, size, p in zip(*tested, strict=True)
         ]  # fmt: skip
 
