@@ -2,8 +2,9 @@
 
     python benchmarks/firing.py --out FOLDER [--first-scene N] [--seeds …] [--widths …]
 
-For each value of each attribute the latent with the best AUROC, and the one whose firing has the best F1, are chosen on scenes to train
-on and measured on others. Firing is by the thresholds stored in the SAE: none is chosen for a value. FOLDER keeps stores and runs.
+For each value of each attribute the latent with the best AUROC, and the one whose firing has the best F1, are chosen on
+scenes to train on and measured on others. Firing is by the thresholds stored in the SAE: none is chosen for a value.
+FOLDER keeps stores and runs.
 """
 
 from __future__ import annotations
@@ -69,10 +70,8 @@ def row(name: str, seed: int, sae: SAE, world: World) -> str:
     worst = min(aurocs, key=lambda target: aurocs[target])
     active = (fires["judge"] > 0).sum(1).mean()
     never = 1 - (fires["train"] > 0).any(0).mean()
-    return (
-        f"| {name} | {seed} | {np.mean(list(aurocs.values())):.3f} | {aurocs[worst]:.3f} ({worst.attribute} {worst.value}) | "
-        f"{np.mean(scores):.3f} | {active:.1f} | {never:.0%} |"
-    )
+    mean, lowest = np.mean(list(aurocs.values())), f"{aurocs[worst]:.3f} ({worst.attribute} {worst.value})"
+    return f"| {name} | {seed} | {mean:.3f} | {lowest} | {np.mean(scores):.3f} | {active:.1f} | {never:.0%} |"
 
 
 @torch.no_grad()
