@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = ROOT / ".github" / "workflows"
 FROM_DOCS = {"msae/web/templates/glossary.md": ROOT / "docs" / "glossary.md"}
 
 
@@ -32,7 +33,7 @@ def built(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built):
     package = {path.relative_to(ROOT / "src").as_posix(): path for path in (ROOT / "src" / "msae").rglob("*")}
-    here = {name: path for name, path in package.items() if path.is_file() and path.suffix != ".pyc"} | FROM_DOCS
+    here = {name: path for name, path in package.items() if path.is_file() and "__pycache__" not in name} | FROM_DOCS
     with ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         assert names == set(here)
@@ -63,3 +64,12 @@ def test_the_sdist_is_small_and_leaves_out_benchmarks_and_pictures(built):
         "README.md", "constraints.txt", "pyproject.toml",
     }  # fmt: skip
     assert {"tests/conftest.py", "tests/test_packaging.py", "docs/glossary.md"} <= set(sizes)
+
+
+@pytest.mark.skipif(not WORKFLOWS.exists(), reason="an sdist has no workflows")
+def test_workflows_test_the_versions_we_name_and_pin_every_action():
+    text = (WORKFLOWS / "tests.yml").read_text(encoding="utf-8")
+    tested = re.findall(r'"(3\.\d+)"', re.search(r"python-version: \[(.*)\]", text).group(1))
+    assert tested == [one.rsplit(" ")[-1] for one in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", one)]
+    used = [one for file in WORKFLOWS.glob("*.yml") for one in re.findall(r"uses: (.*)", file.read_text("utf-8"))]
+    assert len(used) >= 8 and [one for one in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", one)] == []
