@@ -53,8 +53,8 @@ N_TRAIN, N_TEST = 400, 2000
 TWIN, FIXED = 0.5, (0.9, 0.95)
 STRENGTHS = (TWIN, 0.8, *FIXED)
 """Share of the crosses with the accessory, and of squares without; at .5 it goes with neither class."""
-_TOLD = ("shape", "colour", "size", "texture", "background")
-WORDS = (*(str(value) for kind in _TOLD for value in ATTRIBUTES[kind]), "hat", "frame", "shadow", "two shapes")
+_CLASSES = ("shape", "colour", "size", "texture", "background")
+WORDS = (*(str(value) for kind in _CLASSES for value in ATTRIBUTES[kind]), "hat", "frame", "shadow", "two shapes")
 _KINDS = ("shape", "colour", "size", "texture")
 SCHEMA = pa.schema(
     [(column, pa.string()) for column in ("id", "caption", "background", *_KINDS)]

@@ -141,7 +141,7 @@ class Opening:
         self.stop: Callable[[], None] = lambda: None
         """Ends the server, after a failure."""
         self._explorer: Explorer | None = None
-        self._done, self._told = threading.Event(), threading.Event()
+        self._done, self._delivered = threading.Event(), threading.Event()
         self._is_watched = False
 
     def start(self) -> None:
@@ -154,7 +154,7 @@ class Opening:
             self.failure = err
             self._done.set()
             if self._is_watched:
-                self._told.wait(LAST_WORDS)
+                self._delivered.wait(LAST_WORDS)
             self.stop()
             return
         self._explorer = explorer
@@ -193,7 +193,7 @@ class Opening:
         known = isinstance(self.failure, MsaeError | OSError)
         problem = str(self.failure) if known else f"unexpected {type(self.failure).__name__}; please report it"
         text = render("explorer/opening.html", doing=self.doing, problem=problem)
-        self._told.set()
+        self._delivered.set()
         return text
 
     def state(self) -> dict[str, Any]:
