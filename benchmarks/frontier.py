@@ -279,8 +279,14 @@ def table(records: list[dict[str, Any]]) -> str:
         f"| recipe | seeds | {' | '.join(f'k {k}' for k in kept)} | all | active | never | F1 | CPU s |",
         "|---" * (len(kept) + 7) + "|",
     ]
-    for name in [one for one in RECIPES if any(record["recipe"] == one for record in records)]:
-        own = [record for record in records if record["recipe"] == name]
+    order = list(RECIPES)
+    budgets = sorted({(r["expansion"], r["epochs"] or 10, order.index(r["recipe"])) for r in records})
+    for expansion, epochs, place in budgets:
+        own = [
+            record for record in records
+            if (record["expansion"], record["epochs"] or 10, record["recipe"]) == (expansion, epochs, order[place])
+        ]  # fmt: skip
+        name = order[place] + f" ({epochs} epochs)" * (epochs != 10) + f" (expansion {expansion:g})" * (expansion != 8)
         errors = {k: np.array([record["fvu_per_sample"][k] for record in own]) for k in (*kept, str(own[0]["d_sae"]))}
         cells = [f"{value.mean():.4f}" for value in errors.values()]
         if len(own) > 1:

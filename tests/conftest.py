@@ -8,6 +8,8 @@ import torch
 
 torch.set_num_threads(1)  # tests run beside each other
 
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="forks, makes pipes or locks files as POSIX does")
+
 SHARED = Path(os.environ.get("MSAE_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -697,6 +697,7 @@ def test_a_column_of_numbers_is_predicted_by_ridge_regression_on_half_of_the_row
     on = make_store(folder / "ages.store", x, labels, age=ages)
     found = audit(sae, on, "age", names=NAMES, n_permutations=200)
     assert found.n + found.classifier["n_train"] == N - 12 and found.classifier["correlation"] > 0.7
+    assert found.n_left_out == 12
     assert found.concepts[0].name == "planted" and found.concepts[0].towards == "up"
     with pytest.raises(ConfigError, match="names a class, and the model gives a number"):
         audit(sae, on, "age", names=NAMES, positive="a")

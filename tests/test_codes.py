@@ -85,7 +85,15 @@ def test_where_to_write_is_checked_before_anything_is_made(world):
     ):
         assert word in error_of(lambda given=given: msae.encode(run, store, **given))
     pytest.importorskip("qdrant_client")
-    for bad in ("qdrant://host", "qdrant://host/", "http://host/c", "qdrant://host/a/b", "qdrant:c", ""):
+    for bad in (
+        "qdrant://host",
+        "qdrant://host/",
+        "http://host/c",
+        "qdrant://host/a/b",
+        "qdrant://host:x/c",
+        "qdrant:c",
+        "",
+    ):
         assert "qdrant://HOST:6333/COLLECTION" in error_of(lambda bad=bad: msae.encode(run, store, to=bad))
     assert set(world.rglob("*")) == before
 
@@ -173,6 +181,8 @@ def test_a_folder_without_a_server_keeps_the_points(world):
     again = qdrant.QdrantClient(path=str(world / "qdrant"))
     assert again.count("photos").count == N
     again.close()
+    with pytest.raises(ConfigError, match="not empty"):  # Qdrant's files are pickles, and none is opened
+        msae.encode(world / "run", world / "photos.npy", to=f"qdrant://{world}/qdrant/others", k=3)
 
 
 def test_a_server_that_is_not_there_is_one_line(world):

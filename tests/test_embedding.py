@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from msae.data.embedder import Embedder
 from msae.data.images import read_picture
 from msae.data.sources import Source, SourceItem
 from msae.data.store import EmbeddingStore
+from tests.conftest import needs_posix
 from tests.tiny_clip import make_encoder
 
 KINDS = ("clip", "siglip", "siglip2")
@@ -333,7 +333,10 @@ def test_an_unfinished_store_goes_on_only_as_it_was_begun(encoders, clip, tmp_pa
     assert len(embed(samples(39), encoder=clip, out=out, batch_size=5)) == 31
 
 
+@needs_posix
 def test_two_processes_do_not_write_one_store(clip, tmp_path):
+    import fcntl
+
     out = tmp_path / "x.store"
     with pytest.raises(Interrupted, match="interrupted"):
         embed(samples(39, stop_at=36), encoder=clip, out=out, batch_size=2)

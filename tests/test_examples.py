@@ -1,6 +1,7 @@
 """Concepts from examples: what is learnt, kept, refused, and used."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from msae import find, learn_concept, search
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
 from msae.concepts.examples import FEWEST, best_thresholds, f1, from_rows, learn, load_examples
-from msae.concepts.names import names_of
+from msae.concepts.names import Concept, names_of
 from msae.data.parts import read_part
 from msae.data.store import StorePart, write_store
 from msae.sae.model import SAE, SAEConfig
@@ -98,6 +99,8 @@ def test_what_is_kept_is_what_was_found_and_is_a_concept_everywhere(world):
     assert load_examples(run) == {"three": made}
     names = names_of(run)
     assert names["THREE"] == [3] and names.by_name == {"Three": [3]} and names.shown_name("three") == "three"
+    with_a_latent = replace(names, concepts=(Concept(2, "three", 0.5, None), Concept(1, "one", 0.5, None)))
+    assert with_a_latent.by_name == {"one": [1], "Three": [3]}  # it goes before a latent's own name
     group = ConceptSet(View(run, store, block_rows=BLOCK_ROWS), names)["three"]
     z = torch.from_numpy(View(run, store).table(np.arange(N)))
     assert (group.is_present(group.strength(z)).numpy() == made.fires(z.numpy())).all()

@@ -22,6 +22,7 @@ from msae.sae.formats.folded import fold, unfold
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, Statistics
 from msae.sae.thresholds import SILENT
+from tests.conftest import needs_posix
 
 D_IN, D_SAE, N = 12, 40, 64
 
@@ -539,8 +540,8 @@ HOSTILE = [
     huge_config,
     nested_config,
     link_out_of_the_folder,
-    link_to_a_device,
-    named_pipe,
+    pytest.param(link_to_a_device, marks=needs_posix),
+    pytest.param(named_pipe, marks=needs_posix),
     another_size_in_our_file,
 ]
 

@@ -160,6 +160,16 @@ def test_an_edited_card_is_sent_as_it_is(run):
     assert "edited" in text and "license" not in text
 
 
+def test_no_path_of_this_machine_is_sent(hub, tmp_path):
+    folder = tmp_path / "secret" / "run"
+    make_sae(encoder="/home/me/secret/clip").with_l0(6, rows()).save(folder)
+    page = msae.report(folder).path.read_text(encoding="utf-8")
+    assert command(["push", str(folder), "me/sae", "--include", "report"], hub, tmp_path / "home")[0] == 0
+    files = hub.repos["me/sae"]
+    assert "secret" in page and not [name for name, data in files.items() if b"secret" in data]
+    assert b"embedding of clip into" in files["report.html"] and b"of clip" in files["README.md"]
+
+
 def test_what_cannot_be_included_is_said_first(run):
     with pytest.raises(ConfigError, match="msae report"):
         msae.push(run, "me/sae", dry_run=True, include=("report",))

@@ -20,6 +20,7 @@ from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.sae import activations, kernels, losses
 from msae.sae.kernels import Selection, adamw_step_, loading, reference, sae_loss
 from msae.sae.kernels.selection import Objective, Parameters
+from tests.conftest import needs_posix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 needs_interpreter = pytest.mark.skipif(
@@ -552,6 +553,7 @@ def test_the_optimizer_step_falls_back_to_torch_in_other_precisions():
 
 
 @needs_numba
+@needs_posix
 def test_a_forked_process_computes_too():
     program = (
         "import os, torch; torch.set_num_threads(2); from msae.sae.kernels import sae_loss, Selection\n"

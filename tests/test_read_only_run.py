@@ -12,6 +12,9 @@ import torch
 
 from msae.sae.model import SAE, SAEConfig
 from msae.sae.standardize import Standardizer, fit_statistics
+from tests.conftest import needs_posix
+
+pytestmark = needs_posix
 
 X = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
 

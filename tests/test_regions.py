@@ -151,6 +151,15 @@ def test_strengths_read_standardised_embeddings_of_unit_length(loaded, tmp_path)
     assert torch.allclose(strengths(view, x, [OneLatent(3), OneLatent(0)])(x), h[:, [3, 0]], atol=1e-5)
 
 
+def test_strengths_have_the_scale_of_the_activations(loaded, tmp_path):
+    view = view_of(loaded, tmp_path, level_scales=True)
+    view.sae.log_level_scales.data.fill_(0.7)
+    x = torch.from_numpy(view.store.take(np.arange(8), "image"))
+    z = view.activate(view.standardize(x))[:, 3]
+    assert (z > 0).any()
+    assert torch.allclose(strengths(view, x, [OneLatent(3)])(x)[z > 0, 0], z[z > 0], atol=1e-5)
+
+
 def test_a_topk_latent_that_loses_against_others_still_has_a_region(tmp_path):
     embedder = Embedder.load(make_encoder(tmp_path / "clip"), device="cpu", dtype="float32")
     view = View(

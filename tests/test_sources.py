@@ -16,6 +16,7 @@ from PIL import Image
 from msae.base.errors import SourceError
 from msae.data.images import read_picture
 from msae.data.sources import Source, SourceItem, open_source
+from tests.conftest import needs_posix
 
 N = 9
 
@@ -156,6 +157,7 @@ def test_a_folder_gives_its_images_by_sorted_relative_path(tmp_path):
         read_picture(items[-1].image)
 
 
+@needs_posix
 def test_linked_folders_are_read_once_and_pipes_are_not_opened(tmp_path):
     root = Path(folder(tmp_path))
     (tmp_path / "elsewhere").mkdir()

@@ -24,6 +24,7 @@ from msae.sae.train import TrainOptions, TrainSettings, learning_rate, shuffled_
 from msae.sae.train.rows import TrainingRows
 from msae.sae.train.training import Training
 from msae.web.report.figures import training_curves
+from tests.conftest import needs_posix
 
 SMALL = {"d_sae": 64, "batch_size": 64, "epochs": 4, "lr": 1e-3, "log_every": 5, "device": "cpu"}
 KINDS = {
@@ -178,6 +179,7 @@ assert os.waitpid(start(killed), 0)[1] == 0
 """
 
 
+@needs_posix
 def test_killed_ten_times_and_resumed_gives_the_same_bytes(store, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, "-c", KILLER, str(store), str(whole), str(killed)], check=True, timeout=120)
@@ -256,6 +258,7 @@ def test_a_jumprelu_that_begins_far_too_dense_is_not_taken_for_a_diverged_one(st
     assert (tmp_path / "run/sae.json").exists()
 
 
+@needs_posix
 def test_two_trainings_cannot_write_into_one_folder(store, tmp_path):
     program = (
         "import sys\nfrom pathlib import Path\nfrom msae.base.errors import RunError\n"

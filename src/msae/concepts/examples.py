@@ -82,10 +82,15 @@ class ExampleConcept(Result):
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows of the store that were not used, by reason."""
 
+    @property
+    def signed(self) -> dict[int, float]:
+        """The weight of each latent, below zero for those that speak against it."""
+        against = (-weight for weight in self.against_weights)
+        return dict(zip((*self.latents, *self.against), (*self.weights, *against), strict=True))
+
     def strength(self, z: Float[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
         """Of the concept in rows of activations of all latents."""
-        weights = np.array([*self.weights, *(-weight for weight in self.against_weights)])
-        return np.asarray(z[:, [*self.latents, *self.against]] @ weights)
+        return np.asarray(z[:, list(self.signed)] @ np.array(list(self.signed.values())))
 
     def fires(self, z: Float[np.ndarray, "n d_sae"]) -> Bool[np.ndarray, " n"]:
         """In which rows of activations of all latents it is present."""
@@ -95,9 +100,7 @@ class ExampleConcept(Result):
         return dict(to_record(self))
 
     def records(self) -> list[dict[str, Any]]:
-        signed = [*zip(self.latents, self.weights, strict=True)]
-        signed += [(latent, -weight) for latent, weight in zip(self.against, self.against_weights, strict=True)]
-        return [{"concept": self.name, "latent": latent, "weight": weight} for latent, weight in signed]
+        return [{"concept": self.name, "latent": latent, "weight": weight} for latent, weight in self.signed.items()]
 
     def to_text(self) -> str:
         """What `msae name --as` prints."""

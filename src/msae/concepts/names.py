@@ -201,9 +201,10 @@ class ConceptNames(Result):
     @property
     def by_name(self) -> dict[str, list[int]]:
         """The latents of each name, synonyms apart, in the order of the names."""
-        found: dict[str, list[int]] = {name: [] for name in sorted({concept.name for concept in self.concepts})}
-        for concept in self.concepts:
-            found[concept.name].append(concept.latent)
+        found: dict[str, list[int]] = {}
+        for concept in sorted(self.concepts, key=lambda one: one.name):
+            if self.example(concept.name) is None:
+                found.setdefault(concept.name, []).append(concept.latent)
         return found | {one.name: list(one.latents) for one in self.examples.values()}
 
     def concept_of(self, latent: int) -> Concept | None:

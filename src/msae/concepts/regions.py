@@ -208,6 +208,7 @@ def strengths(view: View, x: Float[Tensor, "n d_in"], concepts: Sequence[Concept
     activation alone there is no gradient below its threshold.
     """
     sae = view.sae
+    scale = sae.scale_at(sae.active_latents(view.inference, view.k))
     chosen = sorted({latent for concept in concepts for latent in concept.latents})
     z = view.activate(view.standardize(x.to(view.device)), chosen)
     read = torch.zeros(len(x), len(chosen), len(concepts), device=view.device)
@@ -219,6 +220,6 @@ def strengths(view: View, x: Float[Tensor, "n d_in"], concepts: Sequence[Concept
     def values(x: Tensor) -> Tensor:
         standard = view.standardizer.apply(x.to(view.device), view.modality)
         h = torch.addmm(sae.b_enc[chosen], standard - sae.b_dec, sae.W_enc[:, chosen])
-        return torch.einsum("nl,nlc->nc", h, read)
+        return torch.einsum("nl,nlc->nc", h, read) * scale
 
     return values

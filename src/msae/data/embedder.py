@@ -335,7 +335,7 @@ def _owners(store: MadeStore | None, sae: MadeBy | None) -> Iterator[tuple[str, 
 def _check_same(need: str, option: str | None, mine: EncoderId, owner: str, known: EncoderId) -> None:
     if is_other_encoder(mine, known):
         raise StoreError(
-            f"{need} would be embedded by {told_encoder(mine)}, but {owner} {told_encoder(known)}; {_remedy(option)}"
+            f"{need} would be embedded by {encoder_text(mine)}, but {owner} {encoder_text(known)}; {_remedy(option)}"
         )
 
 
@@ -360,7 +360,7 @@ def is_other_encoder(one: EncoderId, other: EncoderId) -> bool:
     return bool(one[compared] and other[compared] and one[compared] != other[compared])
 
 
-def told_encoder(encoder: EncoderId) -> str:
+def encoder_text(encoder: EncoderId) -> str:
     """An encoder in an error message, with the first twelve digits of its revision."""
     name, revision = encoder
     return " at ".join(part for part in (name, revision and revision[:12]) if part)

@@ -22,7 +22,7 @@ from msae.base.errors import ConfigError, MissingDependencyError, RunError, Stor
 from msae.base.files import atomic_path
 from msae.base.notices import notice
 from msae.base.records import read_record, write_record
-from msae.data.embedder import is_other_encoder, told_encoder
+from msae.data.embedder import encoder_text, is_other_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae import activations
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, Statistics, fit_statistics
@@ -467,7 +467,7 @@ class SAE(nn.Module):
             parts.append(f"{config.inference_l0:.4g} active latents a row on average")
         parts.append(f"standardises {' and '.join(self.standardizer.modalities) or 'nothing'}")
         if config.encoder:
-            parts.append(f"embeddings of {told_encoder((config.encoder, config.encoder_revision))}")
+            parts.append(f"embeddings of {encoder_text((config.encoder, config.encoder_revision))}")
         return f"SAE({', '.join(parts)})"
 
     def save(self, folder: str | Path) -> None:
@@ -639,8 +639,8 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
     mine, theirs = (known.encoder, known.encoder_revision), (store.encoder, store.encoder_revision)
     if is_other_encoder(mine, theirs):
         raise StoreError(
-            f"{store.path} was embedded by {told_encoder(theirs)}, but {name} reads embeddings of "
-            f"{told_encoder(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
+            f"{store.path} was embedded by {encoder_text(theirs)}, but {name} reads embeddings of "
+            f"{encoder_text(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
         )
 
 

@@ -215,15 +215,13 @@ def compare(
         raise ConfigError(f"no concept fires in {FEWEST} rows of {parts[0].shown} and {parts[1].shown}")
     strengths, fires = strengths[:, often], fires[:, often]
     is_a = np.arange(len(strengths)) < len(chosen.rows[0])
-    wins = statistics.net_wins(strengths, chosen.strata)
+    ranked = statistics.Ranked(strengths)
     p = statistics.permutation_p(
-        wins, is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
+        ranked.net_wins(chosen.strata), is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
         n_permutations=n_permutations or max(10_000, DRAWS * len(often)),
     )  # fmt: skip
     q = statistics.q_values(p)
-    effect = statistics.cliffs_delta(wins, is_a, chosen.strata)
-    assert effect is not None
-    ends = statistics.cliffs_delta_interval(strengths, is_a, chosen.strata)
+    effect, ends = statistics.cliffs_delta_estimate(ranked, is_a, chosen.strata)
     shares = _shares(fires, is_a, chosen.strata)
     order = np.lexsort((-np.abs(effect), np.where(q < ALPHA, 0, p), q >= ALPHA))
     found = []
@@ -256,7 +254,7 @@ class _Chosen(NamedTuple):
 
 
 def _check_apart(a: Part, b: Part) -> None:
-    if a.store.path != b.store.path:
+    if a.store.path.resolve() != b.store.path.resolve():
         return
     n = len(np.intersect1d(a.rows, b.rows))
     if n:

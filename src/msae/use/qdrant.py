@@ -45,18 +45,28 @@ class Place:
         """
         if client is not None:
             return cls(client, to)
-        parts = urlsplit(to)
+        wanted = f"--to {to}; give qdrant://HOST:6333/COLLECTION or qdrant:///FOLDER/COLLECTION"
+        try:
+            parts = urlsplit(to)
+            port = parts.port or 6333
+        except ValueError as err:
+            raise ConfigError(wanted) from err
         folder, _, collection = parts.path.rpartition("/")
         if parts.scheme not in ("qdrant", "qdrants") or not collection or bool(parts.netloc) == bool(folder):
-            raise ConfigError(f"--to {to}; give qdrant://HOST:6333/COLLECTION or qdrant:///FOLDER/COLLECTION")
+            raise ConfigError(wanted)
         require("qdrant_client")
         from qdrant_client import QdrantClient as Client
 
         if folder:
-            return cls(Client(path=str(Path(folder))), collection)
+            if Path(folder).exists() and any(Path(folder).iterdir()):
+                raise ConfigError(
+                    f"--to {to}: {folder} is not empty, and Qdrant unpickles what is in it; give another folder"
+                )
+            return cls(Client(path=folder), collection)
         scheme = "https" if parts.scheme == "qdrants" else "http"
         key = os.environ.get("QDRANT_API_KEY")
-        return cls(Client(url=f"{scheme}://{parts.hostname}:{parts.port or 6333}", api_key=key), collection)
+        url = f"{scheme}://{parts.hostname}:{port}"
+        return cls(Client(url=url, api_key=key, check_compatibility=False), collection)  # else a thread that warns
 
 
 def write_qdrant(view: View, parts: Iterable[Codes], place: Place, names: ConceptNames | None) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from msae.web.report.card import card, is_ours
 from msae.web.report.facts import facts_of
 
 Extra = Literal["names", "report"]
+PATH = re.compile(r"""(?<=[\s>"'=])/(?:[^\s/<>"']+/)+([^\s/<>"']*)""")
+"""An absolute path in a page, and its last part."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +101,8 @@ def push(
 def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequence[Extra]) -> list[str]:
     """Put what belongs into the repository into `stage`; gives what is worth knowing."""
     assert run.folder is not None
-    sae, notes = run.sae, []
+    sae, notes = copy.copy(run.sae), []
+    sae.config = replace(sae.config, encoder=_without_paths(sae.config.encoder))
     sae.save(stage)
     settings = run.settings or {"imported": True, "d_in": sae.d_in, "d_sae": sae.d_sae}
     known = {key: value for key, value in settings.items() if key not in ("schema_version", "made_by")}
@@ -109,7 +113,9 @@ def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequen
         shutil.copy(own, stage / CARD)
         notes.append(f"{CARD} is the one that was edited in {run.folder}")
     else:
-        (stage / CARD).write_text(card(facts_of(run.folder), place=repo, license=license), encoding="utf-8")
+        (stage / CARD).write_text(
+            card(replace(facts_of(run.folder), sae=sae), place=repo, license=license), encoding="utf-8"
+        )
         if license is None:
             notes.append("the card names no license, so nobody may use the weights; give for example --license mit")
     if sae.config.soft_cap is None:
@@ -129,7 +135,8 @@ def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequen
             data = json.loads(file.read_text(encoding="utf-8"))
             (stage / file.name).write_text(json.dumps(_without_paths(data), ensure_ascii=False), encoding="utf-8")
         else:
-            shutil.copy(file, stage / file.name)
+            page = re.sub(PATH, r"\1", file.read_text(encoding="utf-8"))
+            (stage / file.name).write_text(page, encoding="utf-8")
     return notes
 
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msae.base.errors import RunError, first_line
-from msae.base.files import MADE_BY
 from msae.base.results import shorten
 from msae.sae.formats.folded import Folded
 from msae.sae.model import first_not_finite
@@ -91,7 +90,7 @@ def read_pickle(folder: Path, name: str) -> Any:
 def tensors_of(data: Any, where: Path) -> dict[str, Tensor]:
     """A mapping of names to tensors that lie in memory as they claim; raises `RunError`."""
     if not isinstance(data, dict):
-        raise RunError(f"{where} holds a {type(data).__name__}, not the tensors of an SAE; {MADE_BY} import --help")
+        raise RunError(f"{where} holds a {type(data).__name__}, not the tensors of an SAE; type msae import --help")
     found = {str(name): tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
     for name, tensor in found.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

@@ -27,7 +27,7 @@ class DefaultRecipe:
     it is as small, but twice as many latents are never among the 64 strongest."""
     weighting: Weighting = "rising"
     """Weights move the error between small and large k. Equal ones leave the large levels, whose errors are small, to
-    the small ones; as the fourth root of k they are near TopK trained for that k at most of them."""
+    the small ones; as the fourth root of k they are near TopK trained for that k up to 128."""
     level_scales: bool = True
     """A row that keeps 8 latents needs stronger ones than a row that keeps 256. With a factor for each level the error
     is smaller at every k, and few latents fall silent."""

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from msae.base.errors import StoreError
-from msae.data.embedder import is_other_encoder, told_encoder
+from msae.data.embedder import encoder_text, is_other_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.standardize import MODALITIES, Modality
 
@@ -155,6 +155,6 @@ def _check_same_space(first: EmbeddingStore, other: EmbeddingStore) -> None:
         )
     if is_other_encoder(mine, theirs):
         raise StoreError(
-            f"{other.path} was embedded by {told_encoder(theirs)}, {first.path} by {told_encoder(mine)}; "
+            f"{other.path} was embedded by {encoder_text(theirs)}, {first.path} by {encoder_text(mine)}; "
             f"give stores of one model"
         )

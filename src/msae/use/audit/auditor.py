@@ -144,6 +144,7 @@ class Auditor:
                 found[i] = dataclasses.replace(audits[i], beside_stronger=again)
             if found[i].stands_out:
                 strata = 2 * strata + (strength > otsu_border(strength.astype(np.float64)))
+                strata = np.unique(strata, return_inverse=True)[1]  # small numbers: they are counted by bincount
                 is_first = False
         return found
 
@@ -248,7 +249,7 @@ class Auditor:
         classes = self.subject.classifier.classes
         return [
             slice_of(strengths[:, concept], truth == k, is_wrong, ids,
-                     (classes[k], names[concept], groups[concept], float(size), float(p), 1.0))
+                     (classes[k], names[concept], groups[concept], float(size), float(p)))
             for k, concept, size, p in zip(*tested, strict=True)
         ]  # fmt: skip
 

@@ -231,10 +231,7 @@ def _features(classifier: LinearClassifier, x: Float[Tensor, "n d"]) -> Float[Te
 
 
 def decoder_direction(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
+    subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator
 ) -> LinearClassifier:
     """What the concept adds to an embedding, projected out."""
     mean = torch.zeros(subject.view.sae.d_sae)
@@ -242,12 +239,7 @@ def decoder_direction(
     return _shifted(subject.classifier, subject.concepts([latents], mean).direction, fit)
 
 
-def encoder_rows(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
-) -> LinearClassifier:
+def encoder_rows(subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator) -> LinearClassifier:
     """What the concept is read from, projected out. Source: arXiv:2509.10809."""
     view, classifier = subject.view, subject.classifier
     rows = view.sae.W_enc.detach().cpu()[:, list(latents)].T
@@ -256,22 +248,14 @@ def encoder_rows(
 
 
 def mean_difference(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
+    subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator
 ) -> LinearClassifier:
     """The mean difference of rows with and without the concept, within classes, projected out."""
     x, has = _within_classes(_features(subject.classifier, fit.x), fit)
     return _shifted(subject.classifier, (x * has[:, None]).sum(0, keepdim=True), fit)
 
 
-def leace(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
-) -> LinearClassifier:
+def leace(subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator) -> LinearClassifier:
     """The smallest change after which no linear classifier reads the concept within a class.
 
     Source: Belrose et al. 2023, arXiv:2306.03819, theorem 4.2, with features and concept counted from their class's
@@ -315,12 +299,7 @@ def _recentred(fixed: LinearClassifier, before: LinearClassifier, fit: _Rows) ->
     return replace(fixed, bias=before.bias + (before.weight - fixed.weight) @ middle)
 
 
-def retrained(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
-) -> LinearClassifier:
+def retrained(subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator) -> LinearClassifier:
     """The last layer learnt anew on as many rows of each group. Source: Kirichenko et al. 2023, arXiv:2204.02937."""
     groups, counts = np.unique(fit.group, return_counts=True)
     parts = []
@@ -331,12 +310,7 @@ def retrained(
     return replace(subject.classifier, weight=weight, bias=bias)
 
 
-def reweighted(
-    subject: Subject,
-    latents: tuple[int, ...],
-    fit: _Rows,
-    rng: np.random.Generator,
-) -> LinearClassifier:
+def reweighted(subject: Subject, latents: tuple[int, ...], fit: _Rows, rng: np.random.Generator) -> LinearClassifier:
     """Learnt anew with every group weighing the same."""
     return _logistic(subject.classifier, fit, 1 / np.bincount(fit.group)[fit.group])
 

@@ -63,6 +63,8 @@ def otsu_border(strength: Float64[np.ndarray, " n"]) -> float:
 
     Source: Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
+    if len(strength) < 2:
+        return np.inf
     ordered = np.sort(strength)
     below = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)[:-1]
@@ -101,33 +103,23 @@ def slice_of(
     own: Bool[np.ndarray, " n"],
     is_wrong: Bool[np.ndarray, " n"],
     ids: Sequence[str],
-    candidate: tuple[str, str, tuple[int, ...], float, float, float],
+    candidate: tuple[str, str, tuple[int, ...], float, float],
 ) -> Slice:
     """The rows of a candidate: those of the class in which the concept is clearly present.
 
     Args:
         own: Rows of the class.
         ids: Of all rows.
-        candidate: Class, name, latents, effect size, p and q.
+        candidate: Class, name, latents, effect size and p; q is not filled in.
     """
-    class_, name, latents, size, p, q = candidate
+    class_, name, latents, size, p = candidate
     has = own & (strength > otsu_border(strength[own].astype(np.float64)))
-    errors = [float(is_wrong[rows].mean()) if rows.any() else 0.0 for rows in (has, own & ~has)]
-    where = tuple(ids[row] for row in np.flatnonzero(has).tolist())
+    error, elsewhere = [float(is_wrong[rows].mean()) if rows.any() else 0.0 for rows in (has, own & ~has)]
+    theirs = tuple(ids[row] for row in np.flatnonzero(has).tolist())
+    n_wrong = int(is_wrong[has].sum())
     return Slice(
-        class_,
-        name,
-        latents,
-        len(where),
-        int(is_wrong[has].sum()),
-        int(is_wrong[own].sum()),
-        errors[0],
-        errors[1],
-        size,
-        p,
-        q,
-        where,
-    )
+        class_, name, latents, len(theirs), n_wrong, int(is_wrong[own].sum()), error, elsewhere, size, p, 1.0, theirs
+    )  # fmt: skip
 
 
 def chosen_slices(tested: Sequence[Slice]) -> list[Slice]:

@@ -237,9 +237,10 @@ def _scored(
     numbers: Float64[np.ndarray, " n"] | None,
     rows: Int64[np.ndarray, " m"],
     n_train: int | None = None,
+    n_missing: int = 0,
 ) -> Subject:
-    """Rows audited by a model of one number."""
-    n = len(rows)
+    """Rows audited by a model of one number; those without a number are left out, beside the `n_missing` before."""
+    n = n_missing + len(rows)
     if numbers is not None:
         rows = rows[np.isfinite(numbers[rows])]
         if not len(rows):
@@ -278,7 +279,9 @@ def _fitted_score(
     model = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(u, theirs[held.train])
     weight, bias = (torch.from_numpy(np.atleast_1d(part)).float() for part in (model.coef_, model.intercept_))
     fitted = dataclasses.replace(blank, weight=weight[None], bias=bias)
-    return _scored(view, fitted, numbers, held.on, len(held.train))
+    n_missing = int((kept & ~np.isfinite(numbers)).sum())
+    subject = _scored(view, fitted, numbers, held.on, len(held.train), n_missing)
+    return subject if other is view else dataclasses.replace(subject, notes=(held.note,) if held.note else ())
 
 
 def _training(

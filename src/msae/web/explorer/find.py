@@ -94,8 +94,7 @@ def learnt(world: World, run: LoadedRun, address: Address) -> Markup:
 
 def _strongest(world: World, view: View, found: ExampleConcept) -> list[Row]:
     """The rows in which the concept is strongest."""
-    latents = [*found.latents, *found.against]
-    weights = np.array([*found.weights, *(-weight for weight in found.against_weights)])
+    latents, weights = list(found.signed), np.array(list(found.signed.values()))
     strength = np.concatenate([block.cpu().numpy() @ weights for block in view.activations(latents)])
     return world.rows(np.argsort(-strength, kind="stable")[:SHOWN].tolist())
 

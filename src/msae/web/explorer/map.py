@@ -57,15 +57,15 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     """The whole page; the places come from `places`, for they take a while the first time."""
     known = scales(run)
     by = next((scale for scale in known if scale.key == address.one("by")), known[0] if known else None)
-    return draw("map", world, run, address, choices=CHOICES, scales=known, by=by, **_points(world, run, address))
+    return draw("map", world, run, address, choices=CHOICES, scales=known, by=by, **_points(world, run, address, known))
 
 
 def points(world: World, run: LoadedRun, address: Address) -> Markup:
     """The list of the latents that fit, a page of them."""
-    return draw("points", world, run, address, **_points(world, run, address))
+    return draw("points", world, run, address, **_points(world, run, address, scales(run)))
 
 
-def _points(world: World, run: LoadedRun, address: Address) -> dict[str, Any]:
+def _points(world: World, run: LoadedRun, address: Address, known: list[Scale]) -> dict[str, Any]:
     fits = run.catalogue.select(address.one("words"), address.one("only"), "-evidence")
     fits = fits[np.isin(fits, placed(run))]
     shown = Slice.of(address, len(fits), LISTED, "points", "latents")
@@ -73,21 +73,21 @@ def _points(world: World, run: LoadedRun, address: Address) -> dict[str, Any]:
     is_all = len(fits) == len(placed(run))
     return {
         "shown": shown, "latents": latents, "rows": samples_of(world, run, latents),
-        "about": {latent: _about(run, latent) for latent in latents},
+        "about": {latent: _about(known, latent) for latent in latents},
         "fits": "all" if is_all else " ".join(map(str, fits.tolist())),
     }  # fmt: skip
 
 
-def _about(run: LoadedRun, latent: int) -> str:
+def _about(known: list[Scale], latent: int) -> str:
     """The classes of a latent in words."""
-    return "; ".join(f"{scale.label} {scale.classes[scale.of[latent]]}" for scale in scales(run))
+    return "; ".join(f"{scale.label} {scale.classes[scale.of[latent]]}" for scale in known)
 
 
 def card(world: World, run: LoadedRun, address: Address) -> Markup:
     """What is shown of one latent beside its point."""
     latent = address.number("latent", 0, high=run.sae.d_sae - 1)
     rows = samples_of(world, run, [latent]).get(latent, [])
-    return draw("card", world, run, address, latent=latent, rows=rows, about=_about(run, latent))
+    return draw("card", world, run, address, latent=latent, rows=rows, about=_about(scales(run), latent))
 
 
 def placed(run: LoadedRun) -> NDArray[np.int64]:
