@@ -235,6 +235,7 @@ def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_am
     assert again.to_json() == found.to_json()
     alone = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["Planted"], n_permutations=400)
     assert [one.name for one in alone.concepts] == ["planted"]
+    assert "; planted does not stand out beyond its controls." in alone.verdict
     own = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["rest", "silent"], n_permutations=20)
     assert "0 of the 2 concepts asked for stand out" in own.verdict and "\nrest " in own.to_text()  # asked for: shown
     assert alone["planted"].remove.change == pytest.approx(found["planted"].remove.change, abs=1e-6)
@@ -311,9 +312,10 @@ def test_the_table_has_what_stands_out_in_six_columns_and_says_what_each_means(f
     assert "(test train_shift)" in text and "random latents" in text
     assert not any(line.startswith("rest") for line in text.splitlines())  # no more than random latents do
     accuracy = found.classifier["accuracy"]
+    assert len(found.reported()) == 1
     assert found.verdict == (
-        f"The classifier is right in {accuracy:.1%} of 600 rows of 2 classes; {len(found.reported())} of 5 concepts "
-        f"stand out beyond their controls, where chance would have {found.n_by_chance:.1f}."
+        f"The classifier is right in {accuracy:.1%} of 600 rows of 2 classes; 1 of 5 concepts "
+        f"stands out beyond its controls, where chance would have {found.n_by_chance:.1f}."
     )
     assert text.startswith(found.verdict)
 
@@ -598,6 +600,40 @@ def test_otsus_border_divides_two_hills(sae, store):
     assert np.array_equal(clearly_present(View(sae, store, "image"), (1,), z), np.arange(1000) >= 700)
 
 
+def test_without_a_concept_the_fix_takes_the_strongest_that_has_enough_rows(sae, store, biased, folder, monkeypatch):
+    from msae.use import audit as module
+
+    common = {"train_store": biased, "names": NAMES, "n_permutations": 20, "fix": folder / "next.npz"}
+    order = ["planted", "rest"]
+    monkeypatch.setattr(Audit, "ranked", property(lambda self: [self[name] for name in order]))
+
+    def refuse(names):
+        def fix_classifier(subject, name, *args, **options):
+            if name in names:
+                raise module.TooFewRows(f"{name!r} has 4 rows")
+            return whole(subject, name, *args, **options)
+
+        return fix_classifier
+
+    whole = module.fix_classifier
+    monkeypatch.setattr(module, "fix_classifier", refuse(order[:1]))
+    found = audit(sae, store, "y", **common)
+    assert found.fix.concept == order[1] and f"so the next was taken: {order[0]}" in found.notes[-1]
+    monkeypatch.setattr(module, "fix_classifier", refuse(order))
+    with pytest.raises(ConfigError, match=f"none of the {len(order)} concepts .* '{order[0]}' has 4 rows"):
+        audit(sae, store, "y", **common)
+
+
+def test_a_fix_that_the_judging_rows_do_not_bear_out_is_doubted():
+    from msae.use.audit import Fix, Way
+
+    ways = (Way("reweigh", 0.78, 0.93, True), Way("erase", 0.89, 0.93, True))
+    fix = Fix("hat", "firing", 9, 9, 9, 3, 0.88, 0.93, ways, "reweigh", "a.npz")
+    assert "does not raise the worst group (0.880 as it is)" in fix.doubt
+    assert dataclasses.replace(fix, recommended="erase").doubt is None
+    assert dataclasses.replace(fix, recommended=None).doubt is None
+
+
 def test_a_fix_that_cannot_be_is_one_line(sae, store, biased, folder):
     common = {"train_store": biased, "names": NAMES, "n_permutations": 20}
     for options, message in (
@@ -728,7 +764,7 @@ def test_nothing_stands_out_unless_more_do_than_chance_would_have(found):
     weak = dataclasses.replace(found["rest"], **{found["rest"].test: dataclasses.replace(found["rest"].main, q=0.01)})
     assert planted.stands_out and not weak.stands_out
     few = dataclasses.replace(found, concepts=(planted, *[weak] * 6))  # 7 pass the test: 1/3 by chance, deviation .58
-    assert few.ranked == [planted] and "1 of 7 concepts stand out" in few.verdict
+    assert few.ranked == [planted] and "1 of 7 concepts stands out" in few.verdict
     many = dataclasses.replace(found, concepts=(planted, *[weak] * 20))  # 21 pass the test: 1 by chance
     assert many.ranked == [] and "Nothing stands out: 1 of 21 concepts" in many.verdict
 

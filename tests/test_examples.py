@@ -181,6 +181,7 @@ def test_finding_says_which_latent_goes_with_a_value(world):
     best = found.values[0].latents[0]
     assert (best.latent, best.auroc, best.fires_with, best.fires_without) == (2, 1.0, 1.0, 0.0)
     assert best.low < 1.0 == best.high and found.to_json()["values"][0]["latents"][0]["latent"] == 2
+    assert found.too_few == 0  # one value was asked for: no other was left out
     assert {one.value for one in find(run, store, "kind").values} == {"yes", "no"}
     with pytest.raises(StoreError, match="did you mean 'yes'"):
         find(run, store, "one", value="yess")

@@ -207,6 +207,8 @@ def test_an_audit_runs_and_a_sample_is_swept(person):
     page.wait_for_selector("section.audit .verdict")
     person.settle()
     assert page.locator("section.audit table").count() > 0
+    headings = [one for one in page.locator("h2").all_inner_texts() if one[:4] in ("What", "One ")]
+    assert headings == ["What the classifier relies on", "One row, one concept at several strengths"]
     assert page.locator("#part-sweep .figures > figure > svg").count() == 1
     before = page.locator("#part-sweep figcaption").first.inner_text()
     page.get_by_label("id of a row").fill(HOSTILE)

@@ -331,7 +331,7 @@ def test_the_command_trains_on_two_stores_and_prints_the_pairs(files, tmp_path, 
 @pytest.mark.parametrize(
     ("stores", "options", "error", "message"),
     [
-        (["images.npy"], {}, StoreError, "needs images and texts, but there are no text embeddings in .*images.npy"),
+        (["images.npy"], {}, StoreError, "no text embeddings in .*images.npy; .* such as my-text.npy"),
         (["texts.npy"], {}, StoreError, "there are no image embeddings in .*or --modality text"),
         ([], {}, StoreError, "there is no store to train on"),
         (["pairs.npz"], {"batch_size": 51}, ConfigError, "--batch-size 51 is odd; .*give an even number"),

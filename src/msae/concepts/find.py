@@ -67,7 +67,7 @@ class Found(Result):
     values: tuple[FoundValue, ...]
     """The most frequent first."""
     too_few: int
-    """Values left out because fewer than ten rows have them."""
+    """Values left out because fewer than ten rows have them; none where one value was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         values = [
@@ -170,7 +170,7 @@ def find(
             )
             for i, latent in enumerate(latents)
         )))  # fmt: skip
-    too_few = sum(n_rows < FEWEST for n_rows in counts.values())
+    too_few = sum(n_rows < FEWEST for n_rows in counts.values()) if value is None else 0
     return Found(str(view.store.path), column, view.modality, len(rows), tuple(found), too_few)
 
 

@@ -78,7 +78,8 @@ class TrainingRows:
                 other = "image" if one == "text" else "text"
                 raise StoreError(
                     f"--modality both needs images and texts, but there are no {one} embeddings in {paths}; give "
-                    f"another STORE that holds {one}s beside, or --modality {other}"
+                    f"another STORE that holds {one}s beside (a .npy does if a word of its name is {one}, such as "
+                    f"my-{one}.npy), or --modality {other}"
                 )
         paired = [store for store in self.stores if store.modalities == MODALITIES]
         self.pairs = Joined(paired) if paired else None

@@ -20,7 +20,7 @@ from msae.sae.run import Run
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.auditor import N_CONTROLS, Auditor, Sweeper
-from msae.use.audit.fix import Fix, Way, fix_classifier
+from msae.use.audit.fix import Fix, TooFewRows, Way, fix_classifier
 from msae.use.audit.results import Association, Audit, ConceptAudit, Control, Debiasing, Effect, Group, Sweep
 from msae.use.audit.slices import Slice
 from msae.use.audit.subjects import make_subject, parse_class_texts
@@ -89,8 +89,8 @@ def audit(
         all_latents: Audit every latent, named or not.
         where: Audit only rows whose metadata fit, as in "split == 'test' and size in (1, 2)".
         fix: Write a better classifier to this .npz or .safetensors file: without the concept of `concept`, or else
-            without the strongest that stands out. Ways to do so are compared on rows used for neither fitting nor
-            choosing.
+            without the strongest that stands out and has enough rows. Ways to do so are compared on rows used for
+            neither fitting nor choosing.
         groups: With `fix`: the column of two values that says which rows have the concept. Without it, its firing does.
         errors: Also look for slices of errors: concepts that the wrong predictions of a class have more of than the
             right ones.
@@ -144,19 +144,29 @@ def audit(
     )  # fmt: skip
     if fix is None:
         return found
-    this = _to_fix(found, bool(concept))
-    fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
-    return dataclasses.replace(found, fix=fixed)
+    refused: dict[str, TooFewRows] = {}
+    for this in _to_fix(found, bool(concept)):
+        try:
+            fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
+        except TooFewRows as error:
+            refused[this.name] = error
+            continue
+        skipped = [f"too few rows for a fix, so the next was taken: {', '.join(refused)}"] if refused else []
+        return dataclasses.replace(found, fix=fixed, notes=(*found.notes, *skipped))
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    raise ConfigError(f"none of the {len(refused)} concepts that stand out has enough rows for a fix: {first}")
 
 
-def _to_fix(found: Audit, is_asked: bool) -> ConceptAudit:
-    """The concept to take out of the classifier."""
+def _to_fix(found: Audit, is_asked: bool) -> Sequence[ConceptAudit]:
+    """The concepts to take out of the classifier, the first that has enough rows."""
     if is_asked and len(found.concepts) > 1:
         raise ConfigError(f"--fix takes one concept out, {len(found.concepts)} were given; keep one --concept")
     candidates = found.concepts if is_asked else [one for one in found.ranked if not one.is_target]
     if not candidates:
         raise ConfigError("no concept stands out, so there is nothing to fix; name one with --concept")
-    return candidates[0]
+    return candidates
 
 
 def _groups(

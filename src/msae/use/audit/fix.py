@@ -65,6 +65,21 @@ class Fix:
     best: the one with the highest accuracy overall. None where there is none."""
     file: str | None = None
 
+    @property
+    def doubt(self) -> str | None:
+        """What to think of a recommendation that the rows that judge do not bear out."""
+        ways = {way.name: way for way in self.ways}
+        if self.recommended is None or ways[self.recommended].worst > self.worst:
+            return None
+        return (
+            f"on these rows it does not raise the worst group ({self.worst:.3f} as it is), though it did on the rows "
+            "that chose it: do not rely on it; audit more rows, or keep the classifier as it is"
+        )
+
+
+class TooFewRows(ConfigError):
+    """A group is too small to learn, choose and judge a fix by."""
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -122,7 +137,7 @@ def fix_classifier(
     )
     present = sizes.sum(0) > 0
     if sizes[:, present].min() < FEWEST or present.sum() < 3:
-        raise ConfigError(
+        raise TooFewRows(
             f"the smallest group of a true class with or without {concept!r} has {int(sizes[:, present].min())} rows "
             f"in a third of the audited rows; a fix needs {FEWEST}: audit more rows, or another --concept"
         )

@@ -381,13 +381,17 @@ class Audit(Result):
             )
             head += f" {self.n:,} rows of {len(self.classes)} classes"
         if self.settings.get("asked"):
+            if len(self.concepts) == 1:
+                verb = "stands out" if n_out else "does not stand out"
+                return f"{head}; {self.concepts[0].name} {verb} beyond its controls."
             which = f"{n_out} of the {len(self.concepts):,} concepts asked for"
             return f"{head}; {which} {'stands' if n_out == 1 else 'stand'} out beyond their controls."
         of = f"of {len(self.concepts):,} concepts"
         if not self.ranked:
             few = f"{n_out} {of} do more than every one of {self.settings.get('n_controls')} random latents like them"
             return f"{head}. Nothing stands out: {few}, where chance would have {chance:.1f}."
-        return f"{head}; {n_out} {of} stand out beyond their controls, where chance would have {chance:.1f}."
+        out = "stands out beyond its controls" if n_out == 1 else "stand out beyond their controls"
+        return f"{head}; {n_out} {of} {out}, where chance would have {chance:.1f}."
 
     def to_text(self, n: int = 20) -> str:
         """The verdict, the concepts that stand out in a table of six columns, and what the columns mean."""
@@ -440,6 +444,7 @@ class Audit(Result):
             if fix.file
             else "no way does better at a cost of at most one point overall, so nothing was written"
         )
+        closing += f"\n{fix.doubt}" if fix.doubt else ""
         return [
             *text_table(head, rows, right=(1, 2)),
             f"accuracy on {fix.n_judge:,} rows used for neither fitting nor choosing; groups by {fix.groups}; "

@@ -61,6 +61,10 @@ def explore(
 
             for run in runs:
                 Run.open(run).sae  # noqa: B018
+        if isinstance(on, str | Path) and not Path(on).exists():
+            from msae.data.layout import files_of
+
+            files_of(Path(on))
         serve(runs, on, port, show, device, say, ready)
 
 
