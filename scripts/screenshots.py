@@ -25,6 +25,8 @@ PAGES = {
     "concept": "?page=concept&latent={latent}",
     "map": "?page=map",
     "search": "?page=search&row={row}&set=night%3D4",
+    "find": "?page=find&column=background&value=night",
+    "compare": "?page=compare&column=background&a=night&b=sand",
     "audit": "?page=audit&target=background",
     "models": "?page=models&evaluate=1",
 }

@@ -60,7 +60,7 @@ def test_what_differs_comes_first_and_nothing_else_is_said(run, tmp_path):
     assert first.effect_size == pytest.approx(2 * test.statistic / N**2 - 1)
     assert first.low < first.effect_size < first.high and first.p < 1e-3
     assert (first.share_a, first.share_b) == ((z[0] > 0).mean(), (z[1] > 0).mean())
-    assert "1 of 12 concepts set a.store and b.store apart (q < .05): 1 are stronger in a.store" in found.verdict
+    assert "1 of 12 concepts set a.store and b.store apart (q < .05): 1 stronger in a.store" in found.verdict
 
 
 def test_p_values_agree_with_those_of_ranks(run, tmp_path):

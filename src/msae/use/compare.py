@@ -112,7 +112,7 @@ class Comparison(Result):
         more = sum(one.effect_size > 0 for one in self.standing_out)
         return (
             f"{n:,} of {len(self.concepts):,} concepts set {self.a} and {self.b} apart{among} (q < .05): "
-            f"{more:,} are stronger in {self.a}, {n - more:,} in {self.b}"
+            f"{more:,} stronger in {self.a}, {n - more:,} in {self.b}"
         )
 
     def to_json(self) -> dict[str, Any]:
