@@ -111,6 +111,7 @@ class LatentMap {
 
   // A latent with its ring and its card; null hides both.
   show(latent, wait = CARD_DELAY) {
+    if (latent !== null && latent === this.active && !card.hidden) return;
     const changed = [this.active, latent].filter((one) => one !== null);
     clearTimeout(this.waiting);
     this.active = latent;
