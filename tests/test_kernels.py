@@ -482,6 +482,18 @@ def test_a_gpu_gets_the_reference():
     assert kernels._choose("auto", on_gpu, Objective(Selection(), (1.0,))) is reference
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_never_asks_a_device_for_a_value(kind):
+    """Tensors on the meta device have no values: whatever would wait for a GPU fails here."""
+    options = KINDS[kind]
+    weights = parameters(30, 200, with_threshold=options["selection"].bandwidth is not None)
+    weights = [nn.Parameter(p.detach().to("meta")) for p in weights]
+    threshold = weights[4] if len(weights) == 5 else None
+    loss = sae_loss(rows_of(7, 30).to("meta"), *weights[:4], threshold=threshold, **options)
+    loss.total.backward()
+    assert all(p.grad.shape == p.shape for p in weights) and loss.smallest_kept.shape == ()
+
+
 def test_msae_kernels_losses_and_metrics_are_there_after_import_msae():
     program = "import msae; msae.kernels.sae_loss; msae.losses.level_weights; msae.metrics.decoder_orthogonality"
     subprocess.run([sys.executable, "-c", program], check=True)
