@@ -18,7 +18,7 @@ from torch import nn
 from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.sae import activations, kernels, losses
 from msae.sae.kernels import Selection, adamw_step_, loading, reference, sae_loss
-from msae.sae.kernels.selection import Objective
+from msae.sae.kernels.selection import Objective, Parameters
 from tests.conftest import needs_posix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -489,7 +489,8 @@ def test_the_reference_never_asks_a_device_for_a_value(kind):
     weights = parameters(30, 200, with_threshold=options["selection"].bandwidth is not None)
     weights = [nn.Parameter(p.detach().to("meta")) for p in weights]
     threshold = weights[4] if len(weights) == 5 else None
-    loss = sae_loss(rows_of(7, 30).to("meta"), *weights[:4], threshold=threshold, **options)
+    objective = Objective(**{"weights": (1.0,), **options})
+    loss = reference.evaluate(rows_of(7, 30).to("meta"), Parameters(*weights[:4], threshold), objective)
     loss.total.backward()
     assert all(p.grad.shape == p.shape for p in weights) and loss.smallest_kept.shape == ()
 
