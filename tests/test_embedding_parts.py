@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from msae.base.errors import ConfigError, Interrupted, SourceError, StoreError
@@ -21,6 +22,7 @@ from msae.data.embedder import Embedder
 from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore
+from msae.data.tables import UniqueIds, hashes_of
 from tests.conftest import needs_posix
 from tests.test_embedding import files, photos, png
 from tests.tiny_clip import make_encoder
@@ -205,6 +207,26 @@ def test_samples_of_shards_are_counted_once_and_found_without_opening_the_shards
         opened.clear()
         assert list(found.items(start)) == wanted[start:]
         assert ("000.tar" in opened) == (start < 13)
+
+
+def test_ids_are_numbered_alike_whether_or_not_their_hashes_are_known():
+    draws = np.random.default_rng(0)
+    words = ["a", "a#2", "a#3", "b", "b#2", "c#", "#", "a#2#2", *(f"x{i}" for i in range(40))]
+    for n in range(0, 120, 3):
+        pieces = [list(draws.choice(words, n)) for _ in range(3)]
+        seen: dict[str, int] = {}  # the rule, without regard to memory
+        wanted = []
+        for id in itertools.chain(*pieces):
+            unique = id
+            while unique in seen:
+                seen[id] += 1
+                unique = f"{id}#{seen[id]}"
+            seen[unique] = 1
+            wanted.append(unique)
+        for hashes in (None, [hashes_of(piece) for piece in pieces]):
+            ids = UniqueIds(hashes)
+            assert [id for piece in pieces for id in ids.of(piece)] == wanted
+        assert len(set(wanted)) == len(wanted)
 
 
 @needs_posix

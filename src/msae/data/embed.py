@@ -34,7 +34,7 @@ from msae.data.layout import PARTIAL, Modality
 from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
-from msae.data.tables import array_of, common_schema, conform, unique_ids
+from msae.data.tables import UniqueIds, array_of, common_schema, conform, hashes_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -696,16 +696,21 @@ def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> Embedd
     for name in ("img_emb", "text_emb", "metadata"):
         shutil.rmtree(out / name, ignore_errors=True)
     files = list_chunks(out / PARTIAL / "chunks")
-    ids: list[str] = []
-    schemas = []
+    hashes = []
+    schemas: list[pa.Schema] = []
     report = Report()
+    n_rows = n_skipped = 0
     for file in files:
         chunk = read_chunk(file)
-        ids += chunk.metadata.column("id").to_pylist()
-        schemas.append(chunk.metadata.schema)
-        report.add(chunk.report)
+        hashes.append(hashes_of(chunk.metadata.column("id").to_pylist()))
+        if chunk.metadata.schema not in schemas[-1:]:
+            schemas.append(chunk.metadata.schema)
+        n_rows += chunk.metadata.num_rows
+        n_skipped += len(chunk.report.skipped)
+        listed = chunk.report.skipped[: MAX_LISTED - len(report.skipped)]
+        report.add(replace(chunk.report, skipped=listed))
     skipped = report.skipped
-    if not ids:
+    if not n_rows:
         first = f": {skipped[0].id}: {skipped[0].reason}" if skipped else ""
         shutil.rmtree(out / PARTIAL / "chunks")  # else the next run would not look at the source again
         raise SourceError(f"none of the {report.items:,} samples of {state['source']} can be embedded{first}")
@@ -713,29 +718,28 @@ def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> Embedd
         **{key: state[key] for key in _RECORDED},
         "counts": {
             "inputs": report.items,
-            "rows": len(ids),
-            "skipped": len(skipped),
+            "rows": n_rows,
+            "skipped": n_skipped,
             "converted": dict(sorted(report.converted.items())),
             "truncated_captions": report.truncated,
         },
         "notes": list(notes),
-        "skipped_is_complete": len(skipped) <= MAX_LISTED,
-        "skipped": [entry._asdict() for entry in skipped[:MAX_LISTED]],
+        "skipped_is_complete": n_skipped <= MAX_LISTED,
+        "skipped": [entry._asdict() for entry in skipped],
     }
-    parts = _numbered_parts(files, common_schema(schemas), ids)
+    parts = _numbered_parts(files, common_schema(schemas), UniqueIds(hashes))
     store = write_store(out, parts, shard_rows=state["shard_rows"], record=record)
     shutil.rmtree(out / PARTIAL)
     return store
 
 
-def _numbered_parts(files: Sequence[Path], schema: pa.Schema, ids: Sequence[str]) -> Iterator[StorePart]:
+def _numbered_parts(files: Sequence[Path], schema: pa.Schema, unique: UniqueIds) -> Iterator[StorePart]:
     """The chunks with columns of one type and with ids that occur once."""
     import pyarrow as pa
 
-    unique = unique_ids(ids)
     for file in files:
         chunk = read_chunk(file)
-        own = pa.array(list(itertools.islice(unique, chunk.metadata.num_rows)), pa.string())
+        own = pa.array(unique.of(chunk.metadata.column("id").to_pylist()), pa.string())
         table = conform(chunk.metadata, schema).set_column(0, "id", own)
         yield StorePart(chunk.rows, table)
 
