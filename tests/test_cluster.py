@@ -69,6 +69,7 @@ KILLED = """
 import json, logging, os, psutil, sys, threading, time
 from pathlib import Path
 import ray
+from msae.base.errors import EmbedderError
 from msae.data.embed import embed
 
 def kill_one():
@@ -87,8 +88,13 @@ killer = threading.Thread(target=kill_one, daemon=True)
 killer.start()
 store = embed(sys.argv[1], encoder=sys.argv[2], out=sys.argv[3], batch_size=2, dtype="float32", ray="auto", workers=1)
 killer.join(timeout=10)
+try:
+    embed(sys.argv[1], encoder=sys.argv[4], out=sys.argv[3] + ".bad", ray="auto", workers=1)
+except EmbedderError as err:
+    error = str(err)
 ray.shutdown()
-print(json.dumps({"rows": len(store), "skipped": len(store.skipped), "killed": len(killed)}))
+found = {"rows": len(store), "skipped": len(store.skipped), "killed": len(killed), "error": error}
+print(json.dumps({**found, "left": os.path.exists(sys.argv[3] + ".bad")}))
 """
 
 
@@ -100,17 +106,21 @@ def test_a_ray_of_two_workers_makes_the_bytes_of_one_process_though_one_is_kille
     source = photos(tmp_path / "photos", 300)
     (source / "030broken.png").write_bytes(b"broken")
     embed(source, encoder=encoder, out=tmp_path / "whole.store", batch_size=2, dtype="float32")
+    bad = make_encoder(tmp_path / "bad", "clip")
+    (bad / "tokenizer.json").unlink()
     out = tmp_path / "x.store"
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(encoder), str(out)],
+        [sys.executable, "-c", KILLED, str(source), str(encoder), str(out), str(bad)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"rows": 300, "skipped": 1, "killed": 1}
-    assert "a worker of the cluster was lost" in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "has no tokenizer" in found.pop("error")
+    assert found == {"rows": 300, "skipped": 1, "killed": 1, "left": False}
+    assert "workers of the cluster that were lost so far: 1" in done.stderr
     assert files(out) == files(tmp_path / "whole.store")
 
 

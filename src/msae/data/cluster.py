@@ -129,7 +129,7 @@ class _Driver:
         self.idle: list[Any] = []
         self.runs: deque[range] | None = None
         """Chunks that no worker has yet; None before the samples are counted."""
-        self.n_started = self.n_lost = self.total = self.size = 0
+        self.n_started = self.n_lost = self.n_lost_in_all = self.total = self.size = 0
         self.stack = contextlib.ExitStack()
         self.advance: Callable[[int], None] = lambda _: None
 
@@ -182,7 +182,8 @@ class _Driver:
                 f"{self.n_lost} workers were lost one after another ({first_line(err)}); see the logs of Ray on the "
                 f"nodes; what is done is kept in {self.out}, and the same command goes on"
             ) from err
-        notice(f"a worker of the cluster was lost, the {self.n_lost}. since a run ended; another takes its samples")
+        self.n_lost_in_all += 1
+        notice(f"workers of the cluster that were lost so far: {self.n_lost_in_all}; others take their samples")
         if task.run and self.runs is not None:
             self.runs.appendleft(task.run)
 
