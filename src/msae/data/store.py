@@ -5,6 +5,7 @@ The disk format is defined in docs/store-format.md.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _ROWS_DESCRIBED = 4096
 """Rows described at once while a store is iterated over."""
+_SHOWN = 6
+"""Rows that a notebook shows."""
 _ID_COLUMNS = ("id", "key", "image_path")
 
 
@@ -142,6 +145,13 @@ class EmbeddingStore:
             *([f"embedded by {self.encoder}"] if self.encoder else []),
         ]
         return f"EmbeddingStore({str(self.path)!r}: {'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """What it is, and its first rows with their pictures, for a notebook."""
+        from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
+
+        figures = figures_html([("", row) for row in self[:_SHOWN]], Album(self.picture_roots, NOTEBOOK_SIDE))
+        return f"<p>{html.escape(repr(self))}</p>{figures}"
 
     def to_pandas(self) -> pd.DataFrame:
         """The metadata as a table; row i is row i of the embeddings.
