@@ -52,7 +52,7 @@ def test_columns_of_a_text_table_line_up():
 
 def test_a_notebook_shows_a_table_as_a_table_and_the_lines_around_it_as_they_are():
     table = text_table(["<name>", "n", ""], [["a  b", "10", "x"], ["longer", "2", ""]], right=[1])
-    page = text_html("\n".join(["one: a < b", "", *table, "two", "", *table]))
+    page = text_html("\n".join(["one: a < b", "", *table, "n     how many", "", *table]))
     rows = (
         '<tr><th style="text-align:left">&lt;name&gt;</th><th style="text-align:right">n</th>'
         '<th style="text-align:left"></th></tr>'
@@ -61,7 +61,7 @@ def test_a_notebook_shows_a_table_as_a_table_and_the_lines_around_it_as_they_are
         '<tr><td style="text-align:left">longer</td><td style="text-align:right">2</td>'
         '<td style="text-align:left"></td></tr>'
     )
-    assert page == f"<pre>one: a &lt; b</pre><table>{rows}</table><pre>two</pre><table>{rows}</table>"
+    assert page == f"<pre>one: a &lt; b</pre><table>{rows}</table><pre>n: how many</pre><table>{rows}</table>"
 
 
 # --- The results of the verbs

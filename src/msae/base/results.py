@@ -100,7 +100,8 @@ def text_html(text: str) -> str:
     lines, parts = text.splitlines(), []
     while lines:
         end = next((i for i, line in enumerate(lines) if i and _RULE.fullmatch(line)), len(lines) + 1) - 1
-        before = "\n".join(lines[:end]).strip("\n")
+        # What lines up by spaces alone does not where a notebook's font is another.
+        before = re.sub(r"(\S) {2,}", r"\1: ", "\n".join(lines[:end])).strip("\n")
         parts += [f"<pre>{html.escape(before)}</pre>"] if before else []
         if end == len(lines):
             break
@@ -108,7 +109,7 @@ def text_html(text: str) -> str:
         gaps = [slice(left.stop, right.start) for left, right in itertools.pairwise(columns)]
         after = next((i for i in range(end + 2, len(lines)) if not _is_row(lines[i], gaps)), len(lines))
         rows = [lines[end], *lines[end + 2 : after]]
-        parts.append(_table_html([[row[column] for column in columns] for row in rows]))
+        parts.append(table_html([[row[column] for column in columns] for row in rows]))
         lines = lines[after:]
     return "".join(parts)
 
@@ -117,10 +118,11 @@ def _is_row(line: str, gaps: Sequence[slice]) -> bool:
     return bool(line[gaps[0].stop :].strip()) and not any(line[gap].strip() for gap in gaps)
 
 
-def _table_html(rows: Sequence[Sequence[str]]) -> str:
-    right = [any(cell[:1] == " " and cell.strip() for cell in column) for column in zip(*rows, strict=True)]
+def table_html(rows: Sequence[Sequence[str]]) -> str:
+    """A table of a head and rows for a notebook; columns without letters are set to the right."""
+    right = [not any(map(str.isalpha, "".join(column))) for column in zip(*rows[1:], strict=True)]
     found = []
-    for tag, row in zip(itertools.chain(["th"], itertools.repeat("td")), rows, strict=False):
+    for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]:
         cells = (
             f'<{tag} style="text-align:{"right" if is_right else "left"}">{html.escape(cell.strip())}</{tag}>'
             for cell, is_right in zip(row, right, strict=True)

@@ -103,7 +103,8 @@ class Gallery(Result):
         places = [f" · {one.region.words}" if one.region else "" for one in self.images]
         figures = [(f"{one.activation:.3f}{place}", one) for one, place in zip(self.images, places, strict=True)]
         facts = [_summary(modality, known) for modality, known in self.statistics.items()]
-        lines = [*facts, *(_line(sample).strip() for sample in self.texts), *self.notes]
+        texts = [f"{sample.activation:.3f}  {shorten(' '.join(sample.words.split()), 140)}" for sample in self.texts]
+        lines = [*facts, *texts, *self.notes]
         head, pictures = html.escape(self.title), figures_html(figures, album) if figures else ""
         return f"<p><b>{head}</b></p>{pictures}<pre>{html.escape(chr(10).join(lines))}</pre>"
 

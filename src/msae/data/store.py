@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from msae.base.errors import StoreError, nearest
 from msae.base.files import atomic_path, write_json
 from msae.base.notices import notice
-from msae.base.results import import_pandas
+from msae.base.results import import_pandas, shorten, table_html
 from msae.data.arrays import ShardedRows, fingerprint, hash_files, is_sampled_fingerprint, open_arrays, zero_rows
 from msae.data.contents import Embeddings, contents_of, summary
 from msae.data.layout import FOLDERS, MODALITIES, SCHEMA_VERSION, Kind, Modality, StoreFiles, files_of, shards_of
@@ -147,11 +147,18 @@ class EmbeddingStore:
         return f"EmbeddingStore({str(self.path)!r}: {'; '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        """What it is, and its first rows with their pictures, for a notebook."""
+        """What it is, and its first rows, with their pictures where it has some, for a notebook."""
         from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 
-        figures = figures_html([("", row) for row in self[:_SHOWN]], Album(self.picture_roots, NOTEBOOK_SIDE))
-        return f"<p>{html.escape(repr(self))}</p>{figures}"
+        rows = self[:_SHOWN]
+        shown = figures_html([("", row) for row in rows], Album(self.picture_roots, NOTEBOOK_SIDE))
+        if "<img" not in shown:
+            names = self.metadata.column_names
+            cells = [
+                [shorten(str(value)) for value in row.values()] for row in self.metadata.slice(0, _SHOWN).to_pylist()
+            ]
+            shown = table_html([names, *cells]) if cells else ""
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     def to_pandas(self) -> pd.DataFrame:
         """The metadata as a table; row i is row i of the embeddings.

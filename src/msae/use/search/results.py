@@ -115,6 +115,8 @@ class SearchResult(Result):
         """Pictures before and after the edits, for a notebook."""
         album = Album(self.roots, NOTEBOOK_SIDE)
         parts = [f"<pre>{html.escape(chr(10).join(self._head()))}</pre>"]
+        picture = album.uri(self.query_path)
+        parts += [f'<img src="{picture}" alt="the query">'] if picture else []
         before = [(f"{hit.rank_before}. {hit.score_before:.3f}", hit) for hit in self.before]
         after = [(f"{hit.rank}. {hit.score:.3f}", hit) for hit in self.hits]
         for title, hits in (("Before", before), ("After", after)) if before else (("Found", after),):
