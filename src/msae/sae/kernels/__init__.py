@@ -4,8 +4,10 @@
 about the price of a plain SAE's step, whatever the number of levels. `cuda` has never yet run on a GPU, so it is used
 only where it is asked for by name. A kernel that fails on the way is left for the reference, with one warning.
 
-All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
-DistributedDataParallel work on them.
+All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser works on
+them. On several processes what is not a mean over rows (BatchTopK's cut, the L0 penalty) is computed over all of them
+inside the loss, which DistributedDataParallel would not do; the gradients are then averaged in place, one exchange for
+each parameter.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, TrainingError
+from msae.base.processes import ALONE, Processes
 from msae.sae.kernels import reference
 from msae.sae.kernels.adamw import adamw_step_
 from msae.sae.kernels.loading import give_up, load
@@ -49,6 +52,7 @@ def sae_loss(
     threshold: Float[Tensor, " d_sae"] | None = None,
     level_scales: Float[Tensor, " n_levels"] | None = None,
     kernel: Kernel = "auto",
+    processes: Processes = ALONE,
 ) -> SAELoss:
     """The training loss of a sparse autoencoder on a batch: encode, select, decode and compare, at every level at once.
 
@@ -64,6 +68,8 @@ def sae_loss(
         threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
         level_scales: What the activations are multiplied by at each level; differentiable.
         kernel: Which implementation; `auto` takes `cpu` on a CPU where that works, else the reference.
+        processes: Of several, each gives its rows of the batch. Figures are then those of the whole batch; gradients
+            are of the rows here, and their mean over all rows, `processes.average_gradients_`, is that of the batch.
 
     Raises:
         ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
@@ -76,11 +82,13 @@ def sae_loss(
     objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
     parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
-    implementation = _choose(kernel, x, parameters, objective)
+    implementation = _choose(kernel, x, parameters, objective, processes)
     with torch.autocast(x.device.type, enabled=False):
-        loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
+        loss = None if implementation is reference else _fused(implementation, x, parameters, objective, processes)
         if loss is None:
-            loss = reference.evaluate(x, parameters, objective)
+            loss = reference.evaluate(x, parameters, objective, processes=processes)
+    if processes.size > 1:
+        loss = _of_all(loss, len(x), processes)
     value = float(loss.total.detach())
     if not math.isfinite(value):
         raise TrainingError(
@@ -90,14 +98,34 @@ def sae_loss(
     return loss
 
 
-def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss | None:
+def _of_all(loss: SAELoss, n: int, processes: Processes) -> SAELoss:
+    """The loss of the whole batch, of which `n` rows are here: all figures in one exchange."""
+    means = torch.cat([loss.total.detach()[None], loss.errors, loss.errors.new_tensor([loss.l0, loss.l1]), loss.fired])
+    smallest = means.new_zeros(processes.size, dtype=torch.float64)
+    smallest[processes.rank] = loss.smallest_kept
+    found = processes.total(torch.cat([means.double() * (n / processes.batch_size), smallest]))
+    sizes = [1, len(loss.errors), 2, len(loss.fired), processes.size]
+    total, errors, (l0, l1), fired, smallest = torch.split(found, sizes)
+    return loss._replace(
+        total=loss.total + (total[0].to(loss.total.dtype) - loss.total.detach()),
+        errors=errors.to(loss.errors.dtype),
+        l0=float(l0),
+        l1=float(l1),
+        fired=fired > 0,
+        smallest_kept=min((float(one) for one in smallest if one > 0), default=0.0),
+    )
+
+
+def _fused(
+    implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes
+) -> SAELoss | None:
     """The loss by an implementation that brings its gradients; None where it fails to compile or to launch."""
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
     constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
     loss: SAELoss
     gradients: Parameters | None
     try:
-        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
+        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted, processes=processes)
     except (MsaeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # noqa: BLE001 (a compiler can fail in any way)
@@ -105,7 +133,7 @@ def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, object
         return None
     if gradients is None:
         return loss
-    total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
+    total = _WithGradients.apply(loss.total, gradients, *parameters)
     return loss._replace(total=total)
 
 
@@ -155,11 +183,13 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     return x.detach().to(W_dec.dtype)
 
 
-def _choose(kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective) -> ModuleType:
+def _choose(
+    kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes
+) -> ModuleType:
     if kernel not in ("auto", "reference", "cpu", "cuda"):
         raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
     name = "cpu" if kernel == "auto" else kernel
-    obstacle = _obstacle(name, x, parameters, objective)
+    obstacle = _obstacle(name, x, parameters, objective, processes)
     if kernel == "reference" or (kernel == "auto" and obstacle):
         return reference
     if obstacle:
@@ -169,7 +199,7 @@ def _choose(kernel: Kernel, x: Tensor, parameters: Parameters, objective: Object
     return load(name) or reference
 
 
-def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective) -> str:
+def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes) -> str:
     """What an implementation leaves to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
@@ -182,4 +212,6 @@ def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective
             return "JumpReLU with a soft cap"
     if parameters.level_scales is not None and name == "cuda":
         return "level scales"
+    if processes.size > 1 and objective.selection.batch_k is not None and name == "cuda":
+        return "BatchTopK on several processes"
     return ""

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msae.base.processes import Processes
 from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 _BLOCK = 64  # rows, latents and columns of a tile; the inner dimension goes by half of it
@@ -125,7 +126,12 @@ def self_test() -> None:
 
 
 def evaluate(
-    x: Tensor, parameters: Parameters, objective: Objective, *, with_gradients: bool
+    x: Tensor,
+    parameters: Parameters,
+    objective: Objective,
+    *,
+    with_gradients: bool,
+    processes: Processes,  # noqa: ARG001  # nothing that it does depends on other rows: see `_obstacle`
 ) -> tuple[SAELoss, Parameters | None]:
     """The loss of one batch of float32 rows and, if asked for, its gradients, in the layout of the parameters."""
     W_enc, b_enc, W_dec, b_dec, *_ = parameters
