@@ -42,12 +42,13 @@ from msae.world.drawing import render
 from results import write_section
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all listen on 127.0.0.1
 SHARD = 1000
 """Samples of a tar."""
 BATCH = 32
 OPTIONS = ["--encoder", "demo", "--batch-size", str(BATCH), "--dtype", "float32"]
 LOCAL: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 << 20}
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "_node_ip_address": "127.0.0.1"}
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def make_tars(folder: Path, first: int, n: int) -> Path:
