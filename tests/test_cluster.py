@@ -125,11 +125,11 @@ def test_a_ray_of_two_workers_makes_the_bytes_of_one_process_though_one_is_kille
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert "has no tokenizer" in found.pop("error")
+    assert found.pop("workers") >= 2
     assert found == {
         "rows": 300,
         "skipped": 1,
         "killed": True,
-        "workers": 2,
         "left": False,
         "listening": ["127.0.0.1"],
     }
