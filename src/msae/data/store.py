@@ -24,7 +24,7 @@ from msae.data.arrays import ShardedRows, fingerprint, hash_files, is_sampled_fi
 from msae.data.contents import Embeddings, contents_of, summary
 from msae.data.layout import FOLDERS, MODALITIES, SCHEMA_VERSION, Kind, Modality, StoreFiles, files_of, shards_of
 from msae.data.rows import Row, class_names, names_to_show, no_column
-from msae.data.tables import Metadata, conform, text_column, unique_ids
+from msae.data.tables import Metadata, UniqueIds, conform, text_column
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -221,7 +221,7 @@ class EmbeddingStore:
         if column.null_count or pc.count_distinct(column).as_py() != len(column):
             values = column.to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
-            column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
+            column = pa.chunked_array([pa.array(UniqueIds().of(named), pa.string())])
         return RowIds(self, column)
 
     @cached_property
