@@ -75,8 +75,8 @@ def levels(axes, world: World) -> None:
         bars.text(level - 0.6, place * top, f"level {level}", ha="right", va="bottom", fontsize=7.5, color=ORANGE)
     labels = [names.name_of(latent) or f"#{latent}" for latent in order]
     bars.set_xticks(range(len(order)), labels, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
-    bars.set(ylabel="activation", ylim=(0, 1.42 * top), title=f"“{store[row].caption}”")
-    inset = bars.inset_axes((0.74, 0.35, 0.26, 0.45))
+    bars.set(ylabel="activation", ylim=(0, 1.42 * top), title="What is strongest in one picture")
+    inset = bars.inset_axes((0.72, 0.24, 0.26, 0.42))
     inset.imshow(Image.open(store[row].path).resize((128, 128)))
     inset.axis("off")
     for name, colour, style in zip(("msae", *OTHERS), (BLUE, ORANGE, GREY), ("-", "--", ":"), strict=True):
@@ -105,9 +105,9 @@ def thresholds(axes, world: World) -> None:
     for rows, colour, label in ((~has_red, GREY, "nothing red"), (has_red, ORANGE, "something red")):
         hist.hist(values[rows], bins, color=colour, alpha=0.8, label=label)
     hist.axvline(threshold, color="black", lw=1)
-    hist.text(threshold + 0.2, hist.get_ylim()[1] * 0.5, "threshold:\nactive from here on", fontsize=8)
+    hist.text(threshold + 0.2, hist.get_ylim()[1] * 0.4, "threshold:\nactive from here on", fontsize=8)
     hist.set(yscale="log", xlabel="pre-activation", ylabel="pictures", title=f"Latent {red}, named red")
-    hist.legend(loc="upper right")
+    hist.legend(loc="upper left", fontsize=8)
     n = (z > 0).sum(1).numpy()
     count.hist(n, np.arange(n.max() + 2) - 0.5, color=BLUE, rwidth=0.85)
     count.axvline(n.mean(), color="black", lw=1)

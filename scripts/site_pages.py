@@ -50,6 +50,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if name == "notebooks.md":
         found = [f"- [{title(one)}](notebooks/{one.stem}.md) ([file](notebooks/{one.name}))" for one in notebooks()]
         markdown += "\n".join(found) + "\n"
+    if name == "results.md":  # the section of a benchmark keeps its address when its title changes
+        markdown = re.sub(r"<!-- ([\w-]+): begin -->", r'<a id="\1"></a>\n', markdown)
     if name == "glossary.md":
         markdown = re.sub(
             r"^\*\*([^*]+)\*\*", lambda word: f'<a id="{anchor(word[1])}"></a>{word[0]}', markdown, flags=re.M
@@ -112,13 +114,12 @@ def notebooks() -> list[Path]:
 
 def title(notebook: Path) -> str:
     """The first heading of a notebook."""
-    return re.search(r"^# (.+)$", notebook_page(notebook), re.M)[1]
+    return notebook_page(notebook).partition("\n")[0].removeprefix("# ")
 
 
 def notebook_page(notebook: Path) -> str:
-    """A notebook's texts and code; pictures of other hosts, such as badges, are left out."""
-    parts = []
-    for one in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        text = "".join(one["source"])
-        parts.append(f"```python\n{text}\n```" if one["cell_type"] == "code" else text)
-    return re.sub(r"\[?!\[[^\]]*\]\(https?:[^)]*\)(\]\([^)]*\))?", "", "\n\n".join(parts))
+    """A notebook's texts and code, its title first."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells.sort(key=lambda one: not "".join(one["source"]).startswith("# ") or one["cell_type"] == "code")
+    texts = (("".join(one["source"]), one["cell_type"]) for one in cells)
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for text, kind in texts)
