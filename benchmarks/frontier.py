@@ -249,7 +249,7 @@ def ica(fit: str, judged: str, seed: int, _: argparse.Namespace) -> dict[str, An
 
 
 def kept_coordinates(model: Any, fit: str, judged: str) -> dict[str, Any]:
-    known, new = rows_of(fit, judged)
+    known, new = (rows.astype(np.float64) for rows in rows_of(fit, judged))  # ICA overflows in float32
     model.fit(known)
     codes = model.transform(new)
     atoms = model.inverse_transform(np.eye(codes.shape[1])) - model.inverse_transform(np.zeros((1, codes.shape[1])))

@@ -150,8 +150,8 @@ def embed(
         workers: Threads that read images ahead; without it one for each CPU core, at most 8. With `ray`: CPU cores of
             each worker.
         ray: Embed on all nodes of a Ray cluster: its address, or `auto` (or no address) for the one that RAY_ADDRESS
-            names or that runs here, else one that is started on this machine. The nodes must share the folders of
-            the source and of `out`.
+            names or that runs here, else one that is started on this machine, as `local` always is. The nodes must
+            share the folders of the source and of `out`.
         part: Embed only a part of the source, such as `3/64`: for the jobs of a scheduler, in any order, on machines
             that share the folder `out`. When all are done, add `finish` in place of `part`.
         finish: Make the store of parts that are all embedded.
