@@ -88,8 +88,21 @@ def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]
                 path.rmdir()
 
 
-def _lock(file: Path) -> int:
-    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it."""
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """The block runs when no other process is in a block of the same `file`, which is made and deleted again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(file, wait=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+
+
+def _lock(file: Path, *, wait: bool = False) -> int:
+    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it, unless we wait."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if sys.platform == "win32":
@@ -97,7 +110,7 @@ def _lock(file: Path) -> int:
         import fcntl
 
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(handle)
             raise
@@ -139,10 +152,21 @@ def read_json(
         MsaeError: Made by `error`: the file is missing, is not a JSON object, or has another schema version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+    except OSError as err:
+        raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
+    return parse_json(text, str(path), schema_version=schema_version, error=error)
+
+
+def parse_json(
+    text: bytes, path: str, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
+    """The object in the bytes of a file that `write_json` wrote; raises as `read_json` does."""
+    try:
+        data = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
@@ -153,6 +177,15 @@ def read_json(
             f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE2b of a file's bytes with a 20-byte digest, in hex."""
+    digest = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class FileState(NamedTuple):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 DELAY = 2.0
 """Seconds before the bar appears: short work shows none."""
+_BARS: list[object] = []
+"""The bar that is shown."""
 
 
 @contextmanager
@@ -35,7 +37,8 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
     def advance(n: int) -> None:
         nonlocal shown
         bar.update(task, advance=n)
-        if not shown and time.monotonic() - began > DELAY:
+        if not shown and not _BARS and time.monotonic() - began > DELAY:  # a terminal shows one bar at a time
+            _BARS.append(bar)
             bar.start()
             shown = True
 
@@ -44,3 +47,4 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
     finally:
         if shown:
             bar.stop()
+            _BARS.remove(bar)

@@ -32,7 +32,7 @@ from msae.base.records import of_record, to_record
 from msae.data.arrays import first_bad_row, open_safetensors
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
-from msae.data.layout import MODALITIES, PARTIAL, Modality
+from msae.data.layout import MODALITIES, PARTIAL, Modality, path_of
 from msae.data.sources import Source, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
@@ -109,7 +109,7 @@ def embed(
         Interrupted: Ctrl-C; the message says how to go on.
     """
     _check_positive(batch_size=batch_size, shard_rows=shard_rows, workers=1 if workers is None else workers)
-    out = Path(out)
+    out = path_of(out)
     opened = source if isinstance(source, Source) else open_source(source)
     asked = _Asked.of(opened, encoder, out, dtype, revision, shard_rows, batch_size)
     if (out / "store.json").exists():

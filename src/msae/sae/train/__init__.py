@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from msae.base.config import settings_from
+from msae.data.layout import path_of
 from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
 from msae.sae.train.settings import TrainOptions, TrainSettings
@@ -55,4 +56,4 @@ def train(
     """
     settings = settings_from(TrainSettings, settings, options, config=config, where="train")
     rows = TrainingRows(store, settings.modality)
-    return Training(Path(out), rows, settings.resolve(rows)).train(resume=resume)
+    return Training(path_of(out), rows, settings.resolve(rows)).train(resume=resume)

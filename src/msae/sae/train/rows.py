@@ -74,7 +74,7 @@ class TrainingRows:
             if having:
                 self.parts[one] = having[0] if len(having) == 1 else Joined(having)
             elif modality == "both":
-                paths = ", ".join(str(store.path) for store in self.stores)
+                paths = ", ".join(store.address for store in self.stores)
                 other = "image" if one == "text" else "text"
                 raise StoreError(
                     f"--modality both needs images and texts, but there are no {one} embeddings in {paths}; give "
@@ -90,9 +90,9 @@ class TrainingRows:
         return len(self.trained) * max(len(self.parts[one]) for one in self.trained)
 
     @property
-    def path(self) -> Path:
+    def address(self) -> str:
         """Of the first store."""
-        return self.stores[0].path
+        return self.stores[0].address
 
     @property
     def d_in(self) -> int:

@@ -258,9 +258,7 @@ class Training:
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run: goes into config.json. `stores` is there where there are several."""
-        stores = [
-            {"store": str(store.path.resolve()), "store_fingerprint": store.fingerprint} for store in self.rows.stores
-        ]
+        stores = [{"store": store.full_address, "store_fingerprint": store.fingerprint} for store in self.rows.stores]
         return {
             **stores[0],
             **({"stores": stores} if len(stores) > 1 else {}),
