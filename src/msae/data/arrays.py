@@ -97,6 +97,12 @@ class ShardedRows:
     def dtype(self) -> str:
         return self.shards[0].dtype
 
+    @property
+    def n_bytes(self) -> int:
+        """Size as it is stored."""
+        itemsize = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return len(self) * self.d_in * itemsize
+
     def __len__(self) -> int:
         return self.offsets[-1]
 

@@ -199,6 +199,10 @@ class EmbeddingStore:
             raise StoreError(f"row {outside} is asked of {self.address}, which has the rows 0 to {len(self) - 1}")
         return source.take(rows, refuse)
 
+    def between(self, start: int, stop: int, modality: Modality) -> Float32[np.ndarray, "n d_in"]:
+        """The embeddings from row `start` up to `stop`, or up to the last; raises as `take` does."""
+        return self.rows[modality].between(start, stop, partial(self._not_finite, modality))
+
     def batches(
         self, modality: Modality, batch_size: int, *, start: int = 0
     ) -> Iterator[Float32[np.ndarray, "n d_in"]]:
@@ -209,10 +213,9 @@ class EmbeddingStore:
         Raises:
             StoreError: A row holds a NaN or an infinity, or `modality` is not there.
         """
-        source, refuse = self.rows[modality], partial(self._not_finite, modality)
         zeros: list[int] = []
         for first in range(start, len(self), batch_size):
-            x = source.between(first, first + batch_size, refuse)
+            x = self.between(first, first + batch_size, modality)
             zeros += (first + zero_rows(x)).tolist()
             yield x
         if zeros and start == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -12,7 +13,7 @@ from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
 from msae.sae.train.settings import TrainOptions, TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
-from msae.sae.train.training import Training, describe_run
+from msae.sae.train.training import Training, block_rows_of, describe_run
 
 __all__ = [
     "StepResult",
@@ -55,5 +56,7 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was saved.
     """
     settings = settings_from(TrainSettings, settings, options, config=config, where="train")
-    rows = TrainingRows(store, settings.modality)
-    return Training(path_of(out), rows, settings.resolve(rows)).train(resume=resume)
+    out, rows = path_of(out), TrainingRows(store, settings.modality)
+    if settings.block_rows is None:  # on a machine with more memory, too, a run goes on as it began
+        settings = dataclasses.replace(settings, block_rows=block_rows_of(out))
+    return Training(out, rows, settings.resolve(rows)).train(resume=resume)
