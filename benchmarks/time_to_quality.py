@@ -4,7 +4,7 @@
     python benchmarks/time_to_quality.py time TRAIN TEST --work FOLDER --peer NAME=PYTHON... [--rounds 5]
 
 A peer's name is sae-lens or dictionary-learning, PYTHON that of the environment that has it installed. Both train
-TopK 64 with their own trainers; ours trains the default recipe. `find` looks for the fewest epochs that reach the error,
+TopK 64 with their own trainers; ours trains the default recipe. `find` takes the fewest epochs that reach the error,
 for each peer and learning rate; `time` then takes the cost of a step of each, in turns, on a quiet machine, and writes
 RESULTS.md.
 """

@@ -18,7 +18,7 @@ from torch import nn
 from msae.base.errors import ConfigError, MissingDependencyError, TrainingError
 from msae.sae import activations, kernels, losses
 from msae.sae.kernels import Selection, adamw_step_, loading, reference, sae_loss
-from msae.sae.kernels.selection import Objective
+from msae.sae.kernels.selection import Objective, Parameters
 from tests.conftest import needs_posix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -480,6 +480,19 @@ def test_as_many_level_scales_as_levels_are_wanted():
 def test_a_gpu_gets_the_reference():
     on_gpu = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))  # all that the choice asks of rows
     assert kernels._choose("auto", on_gpu, Objective(Selection(), (1.0,))) is reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_never_asks_a_device_for_a_value(kind):
+    """Tensors on the meta device have no values: whatever would wait for a GPU fails here."""
+    options = KINDS[kind]
+    weights = parameters(30, 200, with_threshold=options["selection"].bandwidth is not None)
+    weights = [nn.Parameter(p.detach().to("meta")) for p in weights]
+    threshold = weights[4] if len(weights) == 5 else None
+    objective = Objective(**{"weights": (1.0,), **options})
+    loss = reference.evaluate(rows_of(7, 30).to("meta"), Parameters(*weights[:4], threshold), objective)
+    loss.total.backward()
+    assert all(p.grad.shape == p.shape for p in weights) and loss.smallest_kept.shape == ()
 
 
 def test_msae_kernels_losses_and_metrics_are_there_after_import_msae():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from msae.base.config import settings_from
+from msae.base.processes import joined
 from msae.data.layout import path_of
 from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
@@ -54,9 +55,15 @@ def train(
             writes into `out`.
         TrainingError: The loss diverged; the last good checkpoint is kept.
         Interrupted: Ctrl-C; a checkpoint was saved.
+        FailedElsewhere: On several processes, as torchrun starts them: another one raised one of these.
     """
-    settings = settings_from(TrainSettings, settings, options, config=config, where="train")
-    out, rows = path_of(out), TrainingRows(store, settings.modality)
-    if settings.block_rows is None:  # on a machine with more memory, too, a run goes on as it began
-        settings = dataclasses.replace(settings, block_rows=block_rows_of(out))
-    return Training(out, rows, settings.resolve(rows)).train(resume=resume)
+    out = path_of(out)
+    with joined() as processes:
+        settings = settings_from(TrainSettings, settings, options, config=config, where="train")
+        rows = TrainingRows(store, settings.modality)
+        if settings.block_rows is None:  # on a machine with more memory, too, a run goes on as it began
+            settings = dataclasses.replace(settings, block_rows=block_rows_of(out))
+        settings = settings.resolve(rows)
+        assert settings.block_rows is not None
+        first, *_ = processes.each(settings.block_rows)  # machines may differ in their memory
+        return Training(out, rows, dataclasses.replace(settings, block_rows=int(first)), processes).train(resume=resume)
