@@ -1,7 +1,7 @@
 """Memory of training on a store and on one ten times larger: own memory must not grow, only the page cache.
 
 python benchmarks/train_memory.py
-python benchmarks/train_memory.py --limit 1.5   # stores of once and three times a limit on own memory, in GB
+python benchmarks/train_memory.py --limit 1.5   # stores of once and twice a limit on own memory, in GB
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child, limit)))
         return
-    sizes = [limit // (2 * D_IN), 3 * limit // (2 * D_IN)] if limit else [arguments.rows, 10 * arguments.rows]
+    sizes = [limit // (2 * D_IN), 2 * limit // (2 * D_IN)] if limit else [arguments.rows, 10 * arguments.rows]
     lines = [
         "| rows | file | rows in a block | peak own memory | peak mapped file pages |",
         "|---:|---:|---:|---:|---:|",
