@@ -1,6 +1,6 @@
 """`Region`: where in a picture a latent or a concept finds what makes it fire.
 
-docs/gallery.md says how it is computed, what else was tried, and how often it is right.
+docs/regions.md says how it is computed, what else was tried, and how often it is right.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ DEMO = Path(__file__).parents[1] / "world" / "clip"
 """The folder of the encoder called `demo`."""
 
 DEPTH, STEPS = 2, 4
-"""Blocks and steps of the integrated gradients of `Embedder.contributions`; docs/gallery.md has what else was tried."""
+"""Blocks and steps of the integrated gradients of `Embedder.contributions`; docs/regions.md has what else was tried."""
 ValuesOf: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n c"]]
 """Values of the embedding of each picture."""
 

@@ -140,7 +140,7 @@ def report(
     looked, hidden = _look(facts, on, device), 0
     if compare is not None and not isinstance(compare, Comparison):
         named = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
-        compare = comparison_page.of_file(named, looked and looked.store)
+        compare = comparison_page.of_file(named, None if looked is None else looked.store)
         hidden = comparison_page.n_pictures(named) - comparison_page.n_pictures(compare)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.address))
