@@ -100,8 +100,8 @@ def report(arguments: argparse.Namespace) -> str:
     n_rows = len(np.load(arguments.train, mmap_mode="r"))
     lines = [
         f"Real CLIP ViT-B/32 vectors, {n_rows:,} rows to train on, FVU on 6,000 others; the default recipe, expansion "
-        f"8, {arguments.epochs} epochs, batch {BATCH}. The last column is the mean FVU over that of single rows with the "
-        f"same seeds, less 1.",
+        f"8, {arguments.epochs} epochs, batch {BATCH}. The last column is the mean FVU over that of single rows "
+        f"with the same seeds, less 1.",
         "",
         "| order of the store | shuffled | share of the store mixed | kept | FVU by seed | mean | against rows |",
         "|---|---|---:|---:|---|---:|---:|",
