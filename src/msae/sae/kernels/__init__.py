@@ -1,10 +1,10 @@
 """One training loss for every kind of sparse autoencoder, computed by whichever kernel is fastest here.
 
-`reference` is the formula in plain torch; `cpu` (numba) and `cuda` (Triton) give the same numbers and gradients for
-about the price of a plain SAE's step, whatever the number of levels. `cuda` has never yet run on a GPU, so it is used
-only where it is asked for by name. A kernel that fails on the way is left for the reference, with one warning.
+`reference` is the formula in plain torch, for GPUs too; `cpu` (numba) gives the same numbers and gradients for about
+the price of a plain SAE's step, whatever the number of levels. A kernel that fails on the way is left for the
+reference, with one warning.
 
-All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser works on
+Both are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser works on
 them. On several processes what is not a mean over rows (BatchTopK's cut, the L0 penalty) is computed over all of them
 inside the loss, which DistributedDataParallel would not do; the gradients are then averaged in place, one exchange for
 each parameter.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -32,8 +31,7 @@ from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 __all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
-Kernel = Literal["auto", "reference", "cpu", "cuda"]
-_PACKAGES = {"cpu": "numba", "cuda": "triton"}
+Kernel = Literal["auto", "reference", "cpu"]
 
 
 def sae_loss(
@@ -73,8 +71,8 @@ def sae_loss(
 
     Raises:
         ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
-        MissingDependencyError: The package of a `kernel` that was named is not installed.
-        TrainingError: The loss is not finite.
+        MissingDependencyError: Numba, which `cpu` needs, is not installed.
+        TrainingError: The loss is not finite. On a GPU nothing waits for the loss here: look at it now and then.
 
     Source: Zaigrajew et al. 2025, arXiv:2502.20578 (levels); 2404.16014 (L1), 2406.04093 (TopK), 2407.14435 (JumpReLU),
         2412.06410 (BatchTopK), 2503.17547 (widths).
@@ -82,15 +80,14 @@ def sae_loss(
     objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
     parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
-    implementation = _choose(kernel, x, parameters, objective, processes)
+    implementation = _choose(kernel, x, objective)
     with torch.autocast(x.device.type, enabled=False):
         loss = None if implementation is reference else _fused(implementation, x, parameters, objective, processes)
         if loss is None:
             loss = reference.evaluate(x, parameters, objective, processes=processes)
     if processes.size > 1:
         loss = _of_all(loss, len(x), processes)
-    value = float(loss.total.detach())
-    if not math.isfinite(value):
+    if x.device.type == "cpu" and not math.isfinite(value := float(loss.total.detach())):
         raise TrainingError(
             f"the loss is {value}: the weights or the embeddings hold NaN or infinite values, or training "
             "diverged; check the embeddings, or train with a smaller learning rate"
@@ -100,19 +97,20 @@ def sae_loss(
 
 def _of_all(loss: SAELoss, n: int, processes: Processes) -> SAELoss:
     """The loss of the whole batch, of which `n` rows are here: all figures in one exchange."""
-    means = torch.cat([loss.total.detach()[None], loss.errors, loss.errors.new_tensor([loss.l0, loss.l1]), loss.fired])
-    smallest = means.new_zeros(processes.size, dtype=torch.float64)
+    means = torch.cat([torch.stack([loss.total.detach(), loss.l0, loss.l1]), loss.errors, loss.fired]).double()
+    smallest = means.new_zeros(processes.size)
     smallest[processes.rank] = loss.smallest_kept
-    found = processes.total(torch.cat([means.double() * (n / processes.batch_size), smallest]))
-    sizes = [1, len(loss.errors), 2, len(loss.fired), processes.size]
-    total, errors, (l0, l1), fired, smallest = torch.split(found, sizes)
+    found = processes.total(torch.cat([means * (n / processes.batch_size), smallest]))
+    sizes = [3, len(loss.errors), len(loss.fired), processes.size]
+    (total, l0, l1), errors, fired, smallest = torch.split(found.to(loss.errors.dtype), sizes)
+    least = smallest.masked_fill(smallest <= 0, torch.inf).min()
     return loss._replace(
-        total=loss.total + (total[0].to(loss.total.dtype) - loss.total.detach()),
-        errors=errors.to(loss.errors.dtype),
-        l0=float(l0),
-        l1=float(l1),
+        total=loss.total + (total - loss.total.detach()),
+        errors=errors,
+        l0=l0,
+        l1=l1,
         fired=fired > 0,
-        smallest_kept=min((float(one) for one in smallest if one > 0), default=0.0),
+        smallest_kept=least.masked_fill(least.isinf(), 0.0),
     )
 
 
@@ -183,35 +181,25 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     return x.detach().to(W_dec.dtype)
 
 
-def _choose(
-    kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes
-) -> ModuleType:
-    if kernel not in ("auto", "reference", "cpu", "cuda"):
-        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    name = "cpu" if kernel == "auto" else kernel
-    obstacle = _obstacle(name, x, parameters, objective, processes)
+def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
+    if kernel not in ("auto", "reference", "cpu"):
+        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference or cpu")
+    obstacle = _obstacle(x, objective)
     if kernel == "reference" or (kernel == "auto" and obstacle):
         return reference
     if obstacle:
-        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
-    if kernel != "auto" and importlib.util.find_spec(_PACKAGES[name]) is None:
-        raise MissingDependencyError(f"kernel {name} needs {_PACKAGES[name]}, which is not installed; give kernel auto")
-    return load(name) or reference
+        raise ConfigError(f"kernel cpu does not do {obstacle}; give kernel auto or reference")
+    if kernel == "cpu" and importlib.util.find_spec("numba") is None:
+        raise MissingDependencyError("kernel cpu needs numba, which is not installed; give kernel auto")
+    return load("cpu") or reference
 
 
-def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes) -> str:
-    """What an implementation leaves to the reference, or the empty string."""
+def _obstacle(x: Tensor, objective: Objective) -> str:
+    """What the compiled loops leave to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
-    if x.device.type != name and (name != "cuda" or os.environ.get("TRITON_INTERPRET") != "1"):
+    if x.device.type != "cpu":
         return f"tensors on {x.device.type}"
-    if objective.selection.bandwidth is not None:
-        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
-            return "JumpReLU"
-        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
-            return "JumpReLU with a soft cap"
-    if parameters.level_scales is not None and name == "cuda":
-        return "level scales"
-    if processes.size > 1 and objective.selection.batch_k is not None and name == "cuda":
-        return "BatchTopK on several processes"
+    if objective.selection.bandwidth is not None and objective.soft_cap is not None:
+        return "JumpReLU with a soft cap"  # it hides by how much an activation exceeds its threshold
     return ""
