@@ -4,6 +4,7 @@ python processes_worker.py FOLDER    (with what torchrun gives: RANK, WORLD_SIZE
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def train_all(folder: Path) -> None:
             if not processes.is_first:
                 sae.save(out / f"{name} of process {processes.rank}")
         if processes.size > 1:
-            kept = batchtopk(TIES[processes.part(10)], 2, processes)
+            kept = batchtopk(TIES[processes.part(10)], 2, replace(processes, batch_size=10))
             torch.save(kept, out / f"kept {processes.rank}.pt")
 
 

@@ -131,7 +131,7 @@ def _fused(
         return None
     if gradients is None:
         return loss
-    total = _WithGradients.apply(loss.total, gradients, *parameters)
+    total = _WithGradients.apply(loss.total, gradients, *parameters)  # type: ignore[no-untyped-call]
     return loss._replace(total=total)
 
 

@@ -142,6 +142,7 @@ class _Batch:
         l0 = float(self.active.mean())
         if objective.l0:  # not linear in the rows
             l0 = float(self.processes.mean(torch.tensor(l0, dtype=torch.float64), self.n))
+        self.l0 = l0
         l1 = 0.0
         self.row_pull = np.zeros(self.n, np.float32)
         if objective.l1:
@@ -216,7 +217,7 @@ class _Batch:
             return None
         gradient = -threshold * near[:, 0]
         if objective.l0 and objective.l0_target:
-            slope = 2 * objective.l0 * (float(self.active.mean()) / objective.l0_target - 1) / objective.l0_target
+            slope = 2 * objective.l0 * (self.l0 / objective.l0_target - 1) / objective.l0_target
             gradient -= slope / self.n * near[:, 1]
         return gradient / objective.selection.bandwidth
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from msae.base.config import settings_from
+from msae.base.config import settings_from, to_mapping
 from msae.base.processes import joined
 from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
@@ -58,4 +59,8 @@ def train(
     with joined() as processes:
         settings = settings_from(TrainSettings, settings, options, config=config, where="train")
         rows = TrainingRows(store, settings.modality)
-        return Training(Path(out), rows, settings.resolve(rows), processes).train(resume=resume)
+        settings = settings.resolve(rows)
+        if processes.size > 1:  # what a machine decides is decided by that of the first process, but for the device
+            known = json.loads(processes.from_first(json.dumps(to_mapping(settings)).encode()))
+            settings = settings_from(TrainSettings, None, {**known, "device": settings.device}, where="train")
+        return Training(Path(out), rows, settings, processes).train(resume=resume)

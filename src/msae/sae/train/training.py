@@ -422,7 +422,9 @@ def _sharing(processes: Processes, rows: TrainingRows, settings: TrainSettings) 
         raise ConfigError(f"--device {settings.device} would be the device of all processes; give --device cuda or cpu")
     known = [(len(store), store.d_in, store.record.get("fingerprint")) for store in rows.stores]
     if len(set(processes.each(zlib.crc32(repr(known).encode())))) > 1:
-        raise StoreError(f"{rows.path} is another store for another process; give stores that all machines have alike")
+        raise StoreError(
+            "another process of this training sees other stores; give some that all machines have alike"
+        )
     return dataclasses.replace(processes, batch_size=n_trained * of_each)
 
 
