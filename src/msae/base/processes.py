@@ -126,19 +126,19 @@ class Processes:
             yield folder
             return
         files = sorted(path for path in folder.glob("[!.]*") if path.is_file()) if self.is_first and folder else []
-        names = json.loads(self.from_first(json.dumps(folder and [file.name for file in files]).encode()))
+        names = json.loads(self._from_first(json.dumps(folder and [file.name for file in files]).encode()))
         if self.is_first or names is None:
             for file in files:
-                self.from_first(file.read_bytes())
+                self._from_first(file.read_bytes())
             yield folder if self.is_first else None
             return
         with tempfile.TemporaryDirectory(prefix="msae-") as copy:
             for name in names:
-                Path(copy, name).write_bytes(self.from_first(b""))
+                Path(copy, name).write_bytes(self._from_first(b""))
             yield Path(copy)
 
-    def from_first(self, data: bytes) -> bytes:
-        """The bytes that the first process gives; those of the others are of no meaning."""
+    def _from_first(self, data: bytes) -> bytes:
+        """The bytes that the first process gives."""
         import torch
         import torch.distributed as dist
 
@@ -153,7 +153,7 @@ class Processes:
 
     def wait_for_first_to_end(self) -> None:
         """Until the first process has said what is wrong, and ended."""
-        self.from_first(b"")
+        self._from_first(b"")
 
 
 ALONE = Processes()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 DELAY = 2.0
 """Seconds before the bar appears: short work shows none."""
+_BARS: list[object] = []
+"""The bar that is shown."""
 REDRAWN = 0.2
 """Seconds between two pictures of the bar in a notebook."""
 
@@ -42,7 +44,8 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
     def advance(n: int) -> None:
         nonlocal shown
         bar.update(task, advance=n)
-        if not shown and time.monotonic() - began > DELAY:
+        if not shown and not _BARS and time.monotonic() - began > DELAY:  # a terminal shows one bar at a time
+            _BARS.append(bar)
             bar.start()
             shown = True
 
@@ -51,6 +54,7 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
     finally:
         if shown:
             bar.stop()
+            _BARS.remove(bar)
 
 
 @contextmanager

@@ -97,20 +97,20 @@ def sae_loss(
 
 def _of_all(loss: SAELoss, n: int, processes: Processes) -> SAELoss:
     """The loss of the whole batch, of which `n` rows are here: all figures in one exchange."""
-    means = torch.cat([torch.stack([loss.total.detach(), loss.l0, loss.l1]), loss.errors, loss.fired]).double()
+    figures = loss.total.detach()[None], loss.errors, loss.l0[None], loss.l1[None], loss.fired
+    means = torch.cat([one.double() for one in figures]) * (n / processes.batch_size)
     smallest = means.new_zeros(processes.size)
     smallest[processes.rank] = loss.smallest_kept
-    found = processes.total(torch.cat([means * (n / processes.batch_size), smallest]))
-    sizes = [3, len(loss.errors), len(loss.fired), processes.size]
-    (total, l0, l1), errors, fired, smallest = torch.split(found.to(loss.errors.dtype), sizes)
-    least = smallest.masked_fill(smallest <= 0, torch.inf).min()
+    found = processes.total(torch.cat([means, smallest]))
+    total, errors, l0, l1, fired, smallest = torch.split(found, [*map(len, figures), processes.size])
+    kept = smallest.masked_fill(smallest == 0, torch.inf).min()
     return loss._replace(
-        total=loss.total + (total - loss.total.detach()),
-        errors=errors,
-        l0=l0,
-        l1=l1,
+        total=loss.total + (total[0].to(loss.total.dtype) - loss.total.detach()),
+        errors=errors.to(loss.errors.dtype),
+        l0=l0[0],
+        l1=l1[0],
         fired=fired > 0,
-        smallest_kept=least.masked_fill(least.isinf(), 0.0),
+        smallest_kept=kept.masked_fill(kept.isinf(), 0.0),
     )
 
 
