@@ -24,6 +24,7 @@ KINDS = {
     "relu": {"kind": "relu"},
     "widths": {"widths": (8, 16, 64), "k": 8},
     "both": {"modality": "both", "align": 1.0, "batch_size": 62},
+    "blocks": {"modality": "both", "align": 1.0, "batch_size": 62, "block_rows": 16},
 }
 TIES = torch.arange(60).remainder(7).reshape(10, 6).float() - 2
 
