@@ -102,7 +102,8 @@ def kill_and_resume(n: int, options: argparse.Namespace, kind: str, kills: int) 
     for process in start(n, options, [kind], "killed"):
         process.wait()
     same = (killed / "sae.safetensors").read_bytes() == (whole / kind / "sae.safetensors").read_bytes()
-    return f"{n} processes, {kind}: killed {done} times, then {'the same bytes' if same else 'OTHER BYTES'} as the whole run"
+    found = "the same bytes" if same else "OTHER BYTES"
+    return f"{n} processes, {kind}: killed {done} times, then {found} as the whole run"
 
 
 def lines_of(kind: str, options: argparse.Namespace, x: np.ndarray) -> list[str]:
