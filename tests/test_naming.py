@@ -255,11 +255,7 @@ def test_planted_concepts_get_their_names(world, has_captions):
     planted = [c for c in names if c.latent < N_PLANTED]
     right = [c for c in planted if c.name == WORDS[c.latent]]
     assert len(right) >= 0.9 * len(planted) and len(right) >= 0.8 * N_PLANTED
-    others = [c for c in names if c.latent >= N_PLANTED]  # random directions: in 48 dimensions some go with a word
-    if has_captions:
-        assert all(c.agreement.auroc > 0.65 for c in others) and len(others) <= 0.2 * (D_SAE - N_PLANTED)
-    else:
-        assert len(others) <= 0.05 * D_SAE
+    assert len(names) - len(planted) <= 0.05 * D_SAE  # random directions
     for concept in right:
         assert concept.p <= concept.q <= 0.05 and concept.margin > 0 and concept.text_fires
         assert concept.is_multimodal is (True if has_captions else None)
@@ -391,8 +387,8 @@ def test_the_rows_that_judge_a_name_are_the_oracles(world, pictures):
     z, likeness = view.table(np.arange(1500)), x @ words.directions.T
     assert len(found.latents) > N_PLANTED and found.is_held.sum() > 0.8 * N_PLANTED
     for latent, word, one in list(zip(found.latents, found.words, found.evidence, strict=True))[::9]:
-        chosen_by = [np.corrcoef(z[first, latent], likeness[first, i])[0, 1] for i in range(N_WORDS)]
-        assert word == np.argmax(chosen_by)
+        near = np.argsort(-(z[first, latent] @ likeness[first]))[:10]
+        assert word == max(near, key=lambda i: np.corrcoef(z[first, latent], likeness[first, i])[0, 1])
         judged_by = [np.corrcoef(z[second, latent], likeness[second, i])[0, 1] for i in range(N_WORDS)]
         assert one.correlation == pytest.approx(judged_by[word], abs=1e-4)
         assert one.rank == 1 + sum(value > judged_by[word] for value in judged_by)
@@ -409,7 +405,7 @@ def test_the_rows_that_judge_a_name_are_the_oracles(world, pictures):
         contrast = (likeness[clear, word].mean() - own.mean()) / own.std() if clear else 0
         assert one.contrast == pytest.approx(contrast, abs=0.05)
     for is_held, one in zip(found.is_held, found.evidence, strict=True):
-        wanted = one.fits > 0.4 and (one.correlation > 0.3 or one.contrast > 1.75)
+        wanted = one.fits > 0.5 and (one.correlation > 0.3 or one.contrast > 1.75)
         assert is_held == (wanted and one.rank <= 3 and one.q <= 0.05 and one.correlation > 0)
 
 
