@@ -272,7 +272,7 @@ def nearest_more_frequent(sae: SAE, found: Hierarchy) -> list[Edge]:
     edges = []
     for child in found.parent:
         cosine = np.where(found.fired > found.fired[child], decoder @ decoder[child], -np.inf)
-        edges.append(Edge(child, int(cosine.argmax()), 0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        edges.append(Edge(child, int(cosine.argmax()), 0, 0.0, 0.0, 0.0, 0.0))
     return edges
 
 
