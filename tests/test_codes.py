@@ -9,6 +9,7 @@ import torch
 import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts.names import Concept, ConceptNames
+from msae.sae.formats import as_onnx
 from msae.sae.model import SAE, weights_hash
 from msae.use import codes as codes_module
 from tests.test_formats import D_IN, error_of, make_sae, rows
@@ -209,6 +210,25 @@ def test_onnx_gives_what_torch_gives_for_any_batch(tmp_path, how, config):
         expected = sae.encode(x, "text", how.get("k"), inference=how.get("inference", "trained")).numpy()
         np.testing.assert_allclose(z, expected, atol=1e-4)
         assert z.shape == (n, 40) and ((z > 0) == (expected > 0)).all()
+
+
+def test_an_encoder_too_large_for_one_onnx_file_lies_beside_it(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    make_sae(level_scales=True).with_l0(6, rows()).save(tmp_path / "run")
+    msae.export(tmp_path / "run", to="onnx", out=tmp_path / "one", k=5)
+    monkeypatch.setattr(as_onnx, "LARGEST", 4 * 12 * 40)  # as many bytes as W_enc alone
+    exported = msae.export(tmp_path / "run", to="onnx", out=tmp_path / "two", k=5)
+    assert exported.files == ("encoder.onnx", "encoder.onnx.data")
+    W_enc = SAE.load(tmp_path / "run").W_enc.detach().numpy()
+    assert np.array_equal(np.fromfile(tmp_path / "two/encoder.onnx.data", np.float32), W_enc.ravel())
+    answers = [
+        runtime.InferenceSession(tmp_path / one / "encoder.onnx", providers=["CPUExecutionProvider"]).run(
+            None, {"embeddings": rows(4).numpy()}
+        )[0]
+        for one in ("one", "two")
+    ]
+    assert np.array_equal(*answers)
 
 
 def test_the_atlas_has_a_picture_and_the_strongest_concepts_of_each_row(world):

@@ -67,6 +67,7 @@ EXTRAS: Mapping[str, str] = {
     "simplemma": "words",
     "onnx": "formats",
     "qdrant_client": "formats",
+    "ray": "cluster",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

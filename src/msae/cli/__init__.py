@@ -126,9 +126,15 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
 
 
 def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
-    """The arguments with the options of earlier versions under their names of today."""
+    """The arguments with the options of earlier versions under their names of today, and those alone with a value."""
     words = (argument.partition("=") for argument in arguments)
-    return [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
+    found = [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
+    alone = verb.alone or {}
+    following = [*found[1:], "--"]
+    return [
+        f"{word}={alone[word]}" if word in alone and after.startswith("--") else word
+        for word, after in zip(found, following, strict=True)
+    ]
 
 
 def _show(verb: Verb, given: dict[str, Any]) -> None:

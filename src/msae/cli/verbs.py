@@ -38,6 +38,8 @@ class Verb:
     """Parameters that only Python has."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
+    alone: Mapping[str, str] | None = None
+    """Options that may stand without a value, and the value that is meant then."""
     others: tuple[tuple[str, str], ...] = ()
     """Further parameters that need no option, after `positional`."""
 
@@ -61,6 +63,10 @@ def demo(call: Call, *, json: str | None) -> Shown:
 
 def embed(call: Call) -> Shown:
     store = call()
+    if call.keywords.get("part"):
+        done = f"{store.samples:,} samples, {store.new:,} of them now"
+        text = f"{call.keywords['out']}: part {store.part} is done ({done}); when all are, type: {store.next}"
+        return text, store._asdict()
     n_skipped = store.record["counts"]["skipped"]
     skipped = f", inputs skipped: {n_skipped:,} (listed in store.json)" if n_skipped else ""
     text = f"{call.keywords['out']}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
@@ -266,7 +272,7 @@ VERBS: dict[str, Verb] = {
         demo,
     ),
     "embed": Verb("images or captions -> a store of embeddings", "msae.data.embed:embed", ("source", "SOURCE"), embed,
-                  hidden=("shard_rows", "workers")),
+                  hidden=("shard_rows", "workers"), alone={"--ray": "auto"}),
     "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", STORES), train,
                   settings="msae.sae.train:TrainSettings"),
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",

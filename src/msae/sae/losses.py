@@ -154,7 +154,7 @@ def nested_loss(
 def rank_masks(h: Float[Tensor, "n d_sae"], levels: Sequence[int]) -> Iterator[Float[Tensor, "n d_sae"]]:
     """For each level the k largest pre-activations of each row, by their signed value."""
     d_sae = h.shape[1]
-    widest = max((k for k in levels if k < d_sae), default=0)
+    widest = max([0, *(k for k in levels if k < d_sae)])
     ranked = h.detach().topk(widest, dim=1).indices
     for k in levels:
         yield torch.zeros_like(h).scatter(1, ranked[:, :k], 1.0) if k < d_sae else torch.ones_like(h)

@@ -1,10 +1,10 @@
 """One training loss for every kind of sparse autoencoder, computed by whichever kernel is fastest here.
 
-`reference` is the formula in plain torch; `cpu` (numba) and `cuda` (Triton) give the same numbers and gradients for
-about the price of a plain SAE's step, whatever the number of levels. `cuda` has never yet run on a GPU, so it is used
-only where it is asked for by name. A kernel that fails on the way is left for the reference, with one warning.
+`reference` is the formula in plain torch, for GPUs too; `cpu` (numba) gives the same numbers and gradients for about
+the price of a plain SAE's step, whatever the number of levels. A kernel that fails on the way is left for the
+reference, with one warning.
 
-All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
+Both are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
 DistributedDataParallel work on them.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -29,8 +28,7 @@ from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 __all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
-Kernel = Literal["auto", "reference", "cpu", "cuda"]
-_PACKAGES = {"cpu": "numba", "cuda": "triton"}
+Kernel = Literal["auto", "reference", "cpu"]
 
 
 def sae_loss(
@@ -67,8 +65,8 @@ def sae_loss(
 
     Raises:
         ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
-        MissingDependencyError: The package of a `kernel` that was named is not installed.
-        TrainingError: The loss is not finite.
+        MissingDependencyError: Numba, which `cpu` needs, is not installed.
+        TrainingError: The loss is not finite. On a GPU nothing waits for the loss here: look at it now and then.
 
     Source: Zaigrajew et al. 2025, arXiv:2502.20578 (levels); 2404.16014 (L1), 2406.04093 (TopK), 2407.14435 (JumpReLU),
         2412.06410 (BatchTopK), 2503.17547 (widths).
@@ -76,13 +74,12 @@ def sae_loss(
     objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
     parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
-    implementation = _choose(kernel, x, parameters, objective)
+    implementation = _choose(kernel, x, objective)
     with torch.autocast(x.device.type, enabled=False):
         loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
         if loss is None:
             loss = reference.evaluate(x, parameters, objective)
-    value = float(loss.total.detach())
-    if not math.isfinite(value):
+    if x.device.type == "cpu" and not math.isfinite(value := float(loss.total.detach())):
         raise TrainingError(
             f"the loss is {value}: the weights or the embeddings hold NaN or infinite values, or training "
             "diverged; check the embeddings, or train with a smaller learning rate"
@@ -155,31 +152,25 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     return x.detach().to(W_dec.dtype)
 
 
-def _choose(kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective) -> ModuleType:
-    if kernel not in ("auto", "reference", "cpu", "cuda"):
-        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    name = "cpu" if kernel == "auto" else kernel
-    obstacle = _obstacle(name, x, parameters, objective)
+def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
+    if kernel not in ("auto", "reference", "cpu"):
+        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference or cpu")
+    obstacle = _obstacle(x, objective)
     if kernel == "reference" or (kernel == "auto" and obstacle):
         return reference
     if obstacle:
-        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
-    if kernel != "auto" and importlib.util.find_spec(_PACKAGES[name]) is None:
-        raise MissingDependencyError(f"kernel {name} needs {_PACKAGES[name]}, which is not installed; give kernel auto")
-    return load(name) or reference
+        raise ConfigError(f"kernel cpu does not do {obstacle}; give kernel auto or reference")
+    if kernel == "cpu" and importlib.util.find_spec("numba") is None:
+        raise MissingDependencyError("kernel cpu needs numba, which is not installed; give kernel auto")
+    return load("cpu") or reference
 
 
-def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective) -> str:
-    """What an implementation leaves to the reference, or the empty string."""
+def _obstacle(x: Tensor, objective: Objective) -> str:
+    """What the compiled loops leave to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
-    if x.device.type != name and (name != "cuda" or os.environ.get("TRITON_INTERPRET") != "1"):
+    if x.device.type != "cpu":
         return f"tensors on {x.device.type}"
-    if objective.selection.bandwidth is not None:
-        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
-            return "JumpReLU"
-        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
-            return "JumpReLU with a soft cap"
-    if parameters.level_scales is not None and name == "cuda":
-        return "level scales"
+    if objective.selection.bandwidth is not None and objective.soft_cap is not None:
+        return "JumpReLU with a soft cap"  # it hides by how much an activation exceeds its threshold
     return ""

@@ -43,7 +43,7 @@ def evaluate(
         batch.select()
         batch.decode()
         loss = batch.loss()
-        return loss, batch.gradients(loss.l0) if with_gradients else None
+        return loss, batch.gradients() if with_gradients else None
 
 
 def self_test() -> None:
@@ -142,17 +142,17 @@ class _Batch:
             total=torch.tensor(total, dtype=torch.float32),
             errors=torch.from_numpy(errors).float(),
             residual=torch.from_numpy(self.residual)[:, : self.d_in],
-            l0=l0,
-            l1=l1,
+            l0=torch.tensor(l0),
+            l1=torch.tensor(l1),
             fired=torch.from_numpy(self.fired),
-            smallest_kept=float(self.smallest_kept),
+            smallest_kept=torch.tensor(float(self.smallest_kept)),
         )
 
     def sums(self) -> Any:
         """Sum of the activations of each row."""
         return np.array([row[:end].sum() for row, end in zip(self.values, self.ends[:, -1], strict=True)])
 
-    def gradients(self, l0: float) -> Parameters:
+    def gradients(self) -> Parameters:
         pointers, entries, values = self._sorted_entries()
         shape = (self.d_sae, self.width)
         grad_dec, grad_enc = _empty(shape), _empty(shape)
@@ -172,7 +172,7 @@ class _Batch:
             b_enc=b_enc,
             W_dec=torch.from_numpy(grad_dec)[:, : self.d_in],
             b_dec=b_dec,
-            threshold=self._threshold_gradient(torch.from_numpy(near), l0),
+            threshold=self._threshold_gradient(torch.from_numpy(near)),
             level_scales=torch.from_numpy(self.scale_pull.sum(0, dtype=np.float64)).float() if is_scaled else None,
         )
 
@@ -196,14 +196,14 @@ class _Batch:
         share(sort, n_blocks)
         return pointers, entries, values
 
-    def _threshold_gradient(self, near: Tensor, l0: float) -> Tensor | None:
+    def _threshold_gradient(self, near: Tensor) -> Tensor | None:
         """Straight-through: `-threshold / bandwidth` of what passes within the window, and the L0 penalty's share."""
         objective, threshold = self.objective, self.parameters.threshold
         if threshold is None or objective.selection.bandwidth is None:
             return None
         gradient = -threshold * near[:, 0]
         if objective.l0 and objective.l0_target:
-            slope = 2 * objective.l0 * (l0 / objective.l0_target - 1) / objective.l0_target
+            slope = 2 * objective.l0 * (float(self.active.mean()) / objective.l0_target - 1) / objective.l0_target
             gradient -= slope / self.n * near[:, 1]
         return gradient / objective.selection.bandwidth
 
@@ -231,7 +231,7 @@ class _DenseBatch(_Batch):
     def sums(self) -> Any:
         return self.row_sums
 
-    def gradients(self, l0: float) -> Parameters:  # noqa: ARG002
+    def gradients(self) -> Parameters:
         W_enc, _, W_dec, *_ = self.parameters
         pull = self.error.mul_(2 / (self.n * self.d_in))
         dh = torch.from_numpy(_scratch("dh", (self.n, self.d_sae)))

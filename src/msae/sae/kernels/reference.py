@@ -1,4 +1,7 @@
-"""The loss in plain torch, differentiated by autograd; its formula is `losses.nested_loss`."""
+"""The loss in plain torch, differentiated by autograd; its formula is `losses.nested_loss`.
+
+Nothing in it waits for a GPU or depends on values in its memory, so a whole step can be captured as a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ def evaluate(x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss
         count = activations.count_above(h, threshold, bandwidth=bandwidth)
         total = total + objective.l0 * losses.l0_target_penalty(count, target)
     active = z.detach() > 0
-    kept = h.detach()[active]
+    smallest = h.detach().masked_fill(~active, torch.inf).min()
     return SAELoss(
         total=total,
         errors=errors,
         residual=(x - x_hat).detach(),
-        l0=float(active.sum()) / max(len(x), 1),
-        l1=float(charged.detach()),
+        l0=active.sum() / len(x),
+        l1=charged.detach(),
         fired=active.any(0),
-        smallest_kept=float(kept.min()) if len(kept) else 0.0,
+        smallest_kept=smallest.masked_fill(smallest.isinf(), 0.0),
     )
 
 

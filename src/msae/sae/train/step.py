@@ -94,8 +94,8 @@ def train_step(
     # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
     grad_norm = adamw_step_(optimizer, unit_rows=sae.W_dec, max_grad_norm=settings.max_grad_norm)
     if sae.threshold is not None:
-        track_threshold_(sae.threshold, loss.smallest_kept)
-    return StepResult(float(total.detach()), float(loss.errors[-1]), loss.l0, loss.fired, grad_norm)
+        track_threshold_(sae.threshold, float(loss.smallest_kept))
+    return StepResult(float(total.detach()), float(loss.errors[-1]), float(loss.l0), loss.fired, grad_norm)
 
 
 @torch.no_grad()
