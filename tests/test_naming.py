@@ -172,7 +172,7 @@ IRREGULAR = [
         ("แมวดำนั่งบนหญ้า", "แมว", True),
         ("แมวดำนั่งบนหญ้า", "หญ้า", True),
         ("แมวดำนั่งบนหญ้า", "หมา", False),
-        ("一只熊猫", "猫", True),  # a panda is written with a cat: no dictionary, so the limit that docs/naming.md states
+        ("一只熊猫", "猫", True),  # a panda; a limit that docs/naming.md states
         ("コーヒーカップ", "カップ", True),
         ("コーヒーカップ", "カッ", True),
         ("a 猫photo", "photo", True),
