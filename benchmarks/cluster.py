@@ -42,17 +42,18 @@ from msae.world.drawing import render
 from results import write_section
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all listen on 127.0.0.1
 SHARD = 1000
 """Samples of a tar."""
 BATCH = 32
 OPTIONS = ["--encoder", "demo", "--batch-size", str(BATCH), "--dtype", "float32"]
 LOCAL: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 << 20}
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "_node_ip_address": "127.0.0.1"}
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def make_tars(folder: Path, first: int, n: int) -> Path:
     """Scenes as webdataset shards, each 500th of them damaged."""
-    source = folder / "tars"
+    source = folder / f"tars-{n}"
     source.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(first, first + n, SHARD)):
         path = source / f"{number:05}.tar"
@@ -90,7 +91,7 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
 
 def of_one_process(folder: Path, source: Path) -> dict[str, str]:
     """The store that one process makes, made once."""
-    out = folder / "whole.store"
+    out = folder / f"whole-{source.name}.store"
     subprocess.run(command(source, out), check=True, stdout=subprocess.DEVNULL)
     return hashes(out)
 
@@ -291,7 +292,8 @@ def scaling(folder: Path, sizes: list[int], n_chunks: int) -> None:
     """Sleeping encoders: chunks for each worker are the same at every number of workers."""
     import ray
 
-    found = {}
+    kept = folder / "scaling.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
     for n in sizes:
         log, out = folder / f"sleep-{n}", folder / f"sleep-{n}.store"
         for path in (log, out):
@@ -312,7 +314,7 @@ def scaling(folder: Path, sizes: list[int], n_chunks: int) -> None:
         # while all work: from when the last one has begun to when the first one has nothing more to do
         start, end = max(one[0] for one in times), min(one[-1] for one in times) + COST
         asleep = sum(max(0.0, min(t + COST, end) - max(t, start)) for one in times for t in one)
-        found[n] = {
+        found[str(n)] = {
             "workers": len(times),
             "chunks": n * n_chunks,
             "batches": sum(map(len, times)),
@@ -322,8 +324,7 @@ def scaling(folder: Path, sizes: list[int], n_chunks: int) -> None:
             "tail": max(one[-1] for one in times) + COST - end,
             "seconds after the last batch": ended - max(one[-1] for one in times) - COST,
         }
-        print(n, found[n], flush=True)
-    _keep(folder, "scaling", found)
+        _keep(folder, "scaling", dict(sorted(found.items(), key=lambda one: int(one[0]))))
 
 
 def _captions(total: int) -> Callable[[int], Iterator[SourceItem]]:

@@ -66,35 +66,41 @@ def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 
 KILLED = """
-import json, logging, os, psutil, sys, threading, time
+import json, os, psutil, sys, threading, time
 from pathlib import Path
 import ray
 from msae.base.errors import EmbedderError
+from msae.data.cluster import _connected
 from msae.data.embed import embed
 
 def kill_one():
     while len(list(Path(sys.argv[3]).rglob("chunk_*"))) < 12:
         time.sleep(0.01)
-    for process in psutil.Process().children(recursive=True):
-        if "ray::_Worker" in process.name() + " ".join(process.cmdline()):
+    below = psutil.Process().children(recursive=True)
+    pids = {os.getpid(), *(process.pid for process in below)}
+    found["listening"] = sorted({one.laddr.ip.removeprefix("::ffff:") for one in psutil.net_connections()
+                                 if one.pid in pids and one.status == "LISTEN"})
+    for process in below:
+        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::_Worker"):
             process.kill()
-            killed.append(process.pid)
+            found["killed"] = True
             return
 
-killed = []
-ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=80 << 20,
-         log_to_driver=False, logging_level=logging.ERROR)
+found = {}
 killer = threading.Thread(target=kill_one, daemon=True)
 killer.start()
-store = embed(sys.argv[1], encoder=sys.argv[2], out=sys.argv[3], batch_size=2, dtype="float32", ray="auto", workers=1)
-killer.join(timeout=10)
-try:
-    embed(sys.argv[1], encoder=sys.argv[4], out=sys.argv[3] + ".bad", ray="auto", workers=1)
-except EmbedderError as err:
-    error = str(err)
-ray.shutdown()
-found = {"rows": len(store), "skipped": len(store.skipped), "killed": len(killed), "error": error}
-print(json.dumps({**found, "left": os.path.exists(sys.argv[3] + ".bad")}))
+cores = max(1, os.cpu_count() // 2)  # of each of two workers
+with _connected(ray, "local"):
+    store = embed(sys.argv[1], encoder=sys.argv[2], out=sys.argv[3], batch_size=2, dtype="float32", ray="auto",
+                  workers=cores)
+    killer.join(timeout=10)
+    found["workers"] = int(ray.cluster_resources()["CPU"]) // cores
+    try:
+        embed(sys.argv[1], encoder=sys.argv[4], out=sys.argv[3] + ".bad", ray="auto", workers=cores)
+    except EmbedderError as err:
+        found["error"] = str(err)
+found |= {"rows": len(store), "skipped": len(store.skipped), "left": os.path.exists(sys.argv[3] + ".bad")}
+print(json.dumps(found))
 """
 
 
@@ -119,7 +125,14 @@ def test_a_ray_of_two_workers_makes_the_bytes_of_one_process_though_one_is_kille
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert "has no tokenizer" in found.pop("error")
-    assert found == {"rows": 300, "skipped": 1, "killed": 1, "left": False}
+    assert found.pop("workers") >= 2
+    assert found == {
+        "rows": 300,
+        "skipped": 1,
+        "killed": True,
+        "left": False,
+        "listening": ["127.0.0.1"],
+    }
     assert "workers of the cluster that were lost so far: 1" in done.stderr
     assert files(out) == files(tmp_path / "whole.store")
 
@@ -127,8 +140,11 @@ def test_a_ray_of_two_workers_makes_the_bytes_of_one_process_though_one_is_kille
 def test_an_address_where_no_cluster_answers_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="ray is not installed; pip install 'msae[cluster]'")
     source = photos(tmp_path / "photos", 2)
-    with pytest.raises(ConfigError, match=r"no Ray cluster answers at nowhere .*; give the HOST:PORT that") as caught:
-        embed(source, encoder="demo", out=tmp_path / "x.store", ray="nowhere")
+    with pytest.raises(
+        ConfigError, match=r"no Ray cluster answers at 127.0.0.1:1 .*; give the HOST:PORT that"
+    ) as caught:
+        embed(source, encoder="demo", out=tmp_path / "x.store", ray="127.0.0.1:1")
+    assert not (tmp_path / "x.store").exists()
     assert "\n" not in str(caught.value)
 
 

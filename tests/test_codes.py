@@ -10,7 +10,8 @@ import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts.names import Concept, ConceptNames
 from msae.sae.formats import as_onnx
-from msae.sae.model import SAE, weights_hash
+from msae.sae.model import SAE, SAEConfig, weights_hash
+from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use import codes as codes_module
 from tests.test_formats import D_IN, error_of, make_sae, rows
 
@@ -145,6 +146,41 @@ def test_beach_and_no_people_is_what_brute_force_finds(world, client, word):
     expected = rows_of[np.argsort(-z[rows_of][:, beach].sum(1), kind="stable")]
     assert 10 < len(expected) < N
     assert [point.id for point in found] == expected.tolist()
+
+
+def test_twenty_thousand_real_rows_answer_as_brute_force_does(real_vectors, tmp_path, client):
+    from qdrant_client import models
+
+    x = torch.from_numpy(np.load(real_vectors / "image_train.npy", mmap_mode="r")[20_000:40_000].astype(np.float32))
+    np.save(tmp_path / "rows.npy", x.numpy())
+    sae = SAE(SAEConfig(512, 1024, encoder="x"), Standardizer({"image": fit_statistics(lambda: [x])}), seed=50).with_l0(
+        16, x[::9]
+    )
+    sae.save(tmp_path / "run")
+    z = sae.encode(x).numpy()
+    busiest = np.argsort(-(z > 0).sum(0))[:30].tolist()
+    # Two names of two latents each, one that is a synonym of the other's, and one of a single latent.
+    latents = {"a": busiest[0:4:2], "b": busiest[1:4:2], "c": busiest[9:10]}
+    named = sorted(((i, name) for name, own in latents.items() for i in own))
+    concepts = tuple(Concept(i, name, 0.5, 0.1, synonyms=("d",) if name == "a" else ()) for i, name in named)
+    ConceptNames("evidence", sae.d_sae, concepts, {}, (), {"sae": weights_hash(sae)}).save(tmp_path / "run")
+    encoded = msae.encode(tmp_path / "run", tmp_path / "rows.npy", to="rows", client=client)
+    assert encoded.n == 20_000 == client.count("rows").count and encoded.l0 == (z > 0).sum() / 20_000
+    for with_, without in (("a", "b"), ("c", "a"), ("d", "c")):
+        own, others = ((z[:, latents[{"d": "a"}.get(name, name)]] > 0).any(1) for name in (with_, without))
+        has = {
+            name: models.FieldCondition(key="concepts", match=models.MatchValue(value=name))
+            for name in (with_, without)
+        }
+        query = ConceptNames.load(tmp_path / "run")[with_]
+        found = client.query_points(
+            "rows", query=models.SparseVector(indices=query, values=[1.0] * len(query)), using="concepts", limit=20_000,
+            query_filter=models.Filter(must=[has[with_]], must_not=[has[without]]),
+        ).points  # fmt: skip
+        score = z[:, query].sum(1, dtype=np.float64)
+        rows_of = [point.id for point in found]
+        assert set(rows_of) == set(np.flatnonzero(own & ~others).tolist()) and len(rows_of) > 100
+        assert (np.diff(score[rows_of]) < 1e-4).all(), "of equal scores either may come first"
 
 
 def test_a_hybrid_search_keeps_to_the_filter(world, client):

@@ -11,12 +11,24 @@ pytest.importorskip("ipykernel")
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("audit_and_fix", "first_steps", "your_own_vectors")
 NEEDS = {"audit_and_fix": "transformers", "first_steps": "transformers"}
+runs_kernels = pytest.mark.skipif(
+    os.name != "posix", reason="the event loop of Windows warns that a kernel's sockets do not suit it"
+)
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="an sdist has no notebooks")
 
 
 def read(name: str):
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def execute(notebook, folder: Path, monkeypatch) -> None:
+    from nbclient import NotebookClient
+
+    src = Path(__file__).parents[1] / "src"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(src), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def test_these_are_the_notebooks():
@@ -43,17 +55,12 @@ def test_the_first_cell_installs_msae_where_it_is_missing(name):
     )
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the event loop of Windows warns that a kernel's sockets do not suit it")
+@runs_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name, tmp_path, monkeypatch):
-    from nbclient import NotebookClient
-
     pytest.importorskip(NEEDS.get(name, "msae"))
     notebook = read(name)
-    src = Path(__file__).parents[1] / "src"
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(src), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(notebook, tmp_path, monkeypatch)
     folder = name.replace("_", "-")
     assert [path.name for path in tmp_path.iterdir()] == [folder], "all that a notebook writes is in its own folder"
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -62,3 +69,26 @@ def test_every_cell_runs(name, tmp_path, monkeypatch):
     assert len(pages) >= 5 and any("<table>" in page for page in pages)
     if name in NEEDS:
         assert sum(page.count('<img src="data:image/jpeg') for page in pages) >= 12
+
+
+WATCHED = """
+import time
+from msae.base import progress
+shown, publish = [], get_ipython().display_pub.publish
+get_ipython().display_pub.publish = lambda data, *more, **known: shown.append(data["text/html"])
+progress.REDRAWN = 0.01
+for progress.DELAY in (60, 0.01):
+    with progress.progress("a < b", total=3, unit="rows", start=1) as advance:
+        for _ in range(2):
+            time.sleep(0.05)
+            advance(1)
+print("\\n".join(shown))
+"""
+
+
+@runs_kernels
+def test_long_work_shows_a_bar_in_a_notebook_and_short_work_none(tmp_path, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(WATCHED)])
+    execute(notebook, tmp_path, monkeypatch)
+    bars = [f"a &lt; b <progress value={n} max=3></progress> {n} of 3 rows" for n in (2, 3)]
+    assert [output.text for output in notebook.cells[0].outputs] == ["\n".join([*bars, "", ""])]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.base.processes import started
 from msae.cli.output import report, say
 
 Call = functools.partial[Any]
@@ -79,6 +80,8 @@ def train(call: Call) -> Shown:
     from msae.sae.view import View
 
     sae = call()
+    if started()[0] > 0:  # the first of several processes shows what they trained
+        return None
     out = Path(call.keywords["out"])
     last = json_format.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]

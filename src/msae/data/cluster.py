@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ _MAX_LOST = 3
 """Losses for each worker, without anything embedded in between, after which it is no accident."""
 _LOOK = 2.0
 """Seconds after which the driver looks for nodes that came or went."""
+_ANSWER = 10.0
+"""Seconds in which the head of a cluster answers."""
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _SHARED = 60.0
 """Seconds in which a folder that a node has made is seen by another one."""
 
@@ -105,6 +109,7 @@ def embed_on_ray(job: Job, address: str) -> None:
     """
     require("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # msae sends nothing
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")  # a cluster that is gone is seen in two minutes, not in 14
     import ray
 
     # the mark by which a node knows that it shares the folder; and one driver at a time
@@ -221,15 +226,15 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    host, _, port = address.rpartition(":")
     try:
-        try:
-            ray.init(address, **quiet)
-        except ConnectionError:
-            if address != "auto":
-                raise
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except (OSError, ValueError, RuntimeError) as err:
+        if host and port.isdigit() and "//" not in host:
+            socket.create_connection((host, int(port)), timeout=_ANSWER).close()  # Ray would try for minutes
+        if address == "local" or not _is_found(ray, address):
+            # else Ray listens on every address of the machine
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+            ray.init("local", include_dashboard=False, **_QUIET)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as err:
         raise ConfigError(
             f"no Ray cluster answers at {address} ({first_line(err)}); give the HOST:PORT that ray start --head printed"
         ) from err
@@ -237,3 +242,14 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _is_found(ray: Any, address: str) -> bool:
+    """Whether the cluster at `address` is there; for `auto` there may be none."""
+    try:
+        ray.init(address, **_QUIET)
+    except ConnectionError:
+        if address != "auto" or os.environ.get("RAY_ADDRESS"):
+            raise
+        return False
+    return True

@@ -4,8 +4,10 @@
 the price of a plain SAE's step, whatever the number of levels. A kernel that fails on the way is left for the
 reference, with one warning.
 
-Both are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
-DistributedDataParallel work on them.
+Both are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser works on
+them. On several processes what is not a mean over rows (BatchTopK's cut, the L0 penalty) is computed over all of them
+inside the loss, which DistributedDataParallel would not do; the gradients are then averaged in place, one exchange for
+each parameter.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, TrainingError
+from msae.base.processes import ALONE, Processes
 from msae.sae.kernels import reference
 from msae.sae.kernels.adamw import adamw_step_
 from msae.sae.kernels.loading import give_up, load
@@ -47,6 +50,7 @@ def sae_loss(
     threshold: Float[Tensor, " d_sae"] | None = None,
     level_scales: Float[Tensor, " n_levels"] | None = None,
     kernel: Kernel = "auto",
+    processes: Processes = ALONE,
 ) -> SAELoss:
     """The training loss of a sparse autoencoder on a batch: encode, select, decode and compare, at every level at once.
 
@@ -62,6 +66,8 @@ def sae_loss(
         threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
         level_scales: What the activations are multiplied by at each level; differentiable.
         kernel: Which implementation; `auto` takes `cpu` on a CPU where that works, else the reference.
+        processes: Of several, each gives its rows of the batch. Figures are then those of the whole batch; gradients
+            are of the rows here, and their mean over all rows, `processes.average_gradients_`, is that of the batch.
 
     Raises:
         ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
@@ -76,9 +82,11 @@ def sae_loss(
     x = _check(x, parameters, objective)
     implementation = _choose(kernel, x, objective)
     with torch.autocast(x.device.type, enabled=False):
-        loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
+        loss = None if implementation is reference else _fused(implementation, x, parameters, objective, processes)
         if loss is None:
-            loss = reference.evaluate(x, parameters, objective)
+            loss = reference.evaluate(x, parameters, objective, processes=processes)
+    if processes.size > 1:
+        loss = _of_all(loss, len(x), processes)
     if x.device.type == "cpu" and not math.isfinite(value := float(loss.total.detach())):
         raise TrainingError(
             f"the loss is {value}: the weights or the embeddings hold NaN or infinite values, or training "
@@ -87,14 +95,35 @@ def sae_loss(
     return loss
 
 
-def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss | None:
+def _of_all(loss: SAELoss, n: int, processes: Processes) -> SAELoss:
+    """The loss of the whole batch, of which `n` rows are here: all figures in one exchange."""
+    figures = loss.total.detach()[None], loss.errors, loss.l0[None], loss.l1[None], loss.fired
+    means = torch.cat([one.double() for one in figures]) * (n / processes.batch_size)
+    smallest = means.new_zeros(processes.size)
+    smallest[processes.rank] = loss.smallest_kept
+    found = processes.total(torch.cat([means, smallest]))
+    total, errors, l0, l1, fired, smallest = torch.split(found, [*map(len, figures), processes.size])
+    kept = smallest.masked_fill(smallest == 0, torch.inf).min()
+    return loss._replace(
+        total=loss.total + (total[0].to(loss.total.dtype) - loss.total.detach()),
+        errors=errors.to(loss.errors.dtype),
+        l0=l0[0],
+        l1=l1[0],
+        fired=fired > 0,
+        smallest_kept=kept.masked_fill(kept.isinf(), 0.0),
+    )
+
+
+def _fused(
+    implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes
+) -> SAELoss | None:
     """The loss by an implementation that brings its gradients; None where it fails to compile or to launch."""
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
     constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
     loss: SAELoss
     gradients: Parameters | None
     try:
-        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
+        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted, processes=processes)
     except (MsaeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # noqa: BLE001 (a compiler can fail in any way)
