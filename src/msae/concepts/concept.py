@@ -99,7 +99,7 @@ def _latents_named(name: str, names: Names | None) -> Sequence[int]:
     if names is None:
         raise ConfigError(
             f"there is no concept {name!r}: this run has no names; "
-            f"type msae name RUN --vocabulary STORE first, or give a latent's number such as '#12'"
+            f"type msae name RUN first, or give a latent's number such as '#12'"
         )
     if isinstance(names, ConceptNames):
         return names[name]
@@ -349,8 +349,7 @@ class ConceptSet:
         """Every name that fires."""
         if self.names is None:
             raise ConfigError(
-                "--exclusive needs the names of the rival concepts, and this run has none; "
-                "type msae name RUN --vocabulary STORE first"
+                "--exclusive needs the names of the rival concepts, and this run has none; type msae name RUN first"
             )
         found = []
         for name in dict.fromkeys(concept.name for concept in self.names):
