@@ -105,9 +105,11 @@ class Auditor:
                 f"none of the {len(self.groups)} concepts fires in {self.fewest} of the {len(self.subject.rows):,} "
                 f"audited rows; give more rows, or other concepts with --concept"
             )
+        truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         controls = control_sizes(
-            self.subject, self._sample_rows, groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
-        )
+            self.subject, self._sample_rows, groups, self._sample_activations, truth,
+            n_controls=N_CONTROLS, rng=self.rng,
+        )  # fmt: skip
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
         self.slices = chosen_slices([one for part in parts for one in part.slices])
@@ -119,7 +121,6 @@ class Auditor:
                 audits.append(self._concept(part, column, controls[len(audits)], theirs))
         audits = self._beside_stronger(audits)
         order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
-        truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
         sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
         return [audits[i] for i in order], sample

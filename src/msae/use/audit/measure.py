@@ -19,6 +19,8 @@ from msae.use.interventions import Concepts, Push, edited_logits
 
 ENOUGH = 10
 """Live latents of no audited concept from which on they alone are controls."""
+MARGIN = 0.2
+"""A latent whose correlation with the true class is larger than the concept's by this is no control."""
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
 EDIT_ENTRIES = 1 << 20
 """Edited logits held at once: small enough to stay in a CPU's cache from one operation to the next."""
@@ -209,6 +211,7 @@ def control_sizes(
     rows: Int64[np.ndarray, " m"],
     groups: Sequence[tuple[int, ...]],
     z: Float32[np.ndarray, "m d_sae"],
+    truth: Int64[np.ndarray, " m"] | None,
     *,
     n_controls: int,
     rng: np.random.Generator,
@@ -219,14 +222,14 @@ def control_sizes(
 
     Args:
         z: Activations of all latents on `rows`.
+        truth: Classes of `rows`.
         n_controls: Random groups per concept; fewer where the SAE has fewer live latents.
     """
-    profile = profile_of(z)
+    profile = profile_of(z, truth)
     audited = sorted({latent for group in groups for latent in group})
     if np.count_nonzero(np.delete(profile.n_fires, audited)) >= ENOUGH:
-        profile = Profile(
-            np.where(np.isin(np.arange(z.shape[1]), audited), -profile.n_fires, profile.n_fires), profile.place
-        )
+        is_audited = np.isin(np.arange(z.shape[1]), audited)
+        profile = profile._replace(n_fires=np.where(is_audited, -profile.n_fires, profile.n_fires))
     drawn = [matched_groups(group, profile, n_controls=n_controls, rng=rng) for group in groups]
     distinct = sorted({group for several in drawn for group in several})
     if not distinct:
@@ -254,13 +257,25 @@ class Profile(NamedTuple):
     """Rows; below 0 for a latent that is no control."""
     place: Float64[np.ndarray, "d_sae 2"]
     """Logarithms of rows in which it fires and of its mean activation there."""
+    of_class: Float64[np.ndarray, " d_sae"]
+    """The size of its correlation with the true class; 0 where that is not known."""
 
 
-def profile_of(z: Float32[np.ndarray, "m d_sae"]) -> Profile:
+def profile_of(z: Float32[np.ndarray, "m d_sae"], truth: Int64[np.ndarray, " m"] | None = None) -> Profile:
     """The profile of all latents on some rows."""
     n_fires = (z > 0).sum(0)
     magnitude = z.sum(0, dtype=np.float64) / np.maximum(n_fires, 1)
-    return Profile(n_fires, np.log(np.stack([n_fires, magnitude], 1).clip(1e-9)))
+    return Profile(n_fires, np.log(np.stack([n_fires, magnitude], 1).clip(1e-9)), _goes_with(z, truth))
+
+
+def _goes_with(z: Float32[np.ndarray, "m d_sae"], truth: Int64[np.ndarray, " m"] | None) -> Float64[np.ndarray, " d"]:
+    """The largest correlation of each latent with a class, by size."""
+    if truth is None:
+        return np.zeros(z.shape[1])
+    is_class = (truth[:, None] == np.unique(truth)).astype(np.float32)
+    is_class -= is_class.mean(0)
+    spread = np.sqrt(np.square(is_class).sum(0)[:, None] * (z.var(0, dtype=np.float64) * len(z)))
+    return np.divide(np.abs(is_class.T @ z), spread, out=np.zeros(spread.shape), where=spread > 0).max(0)
 
 
 def matched_groups(
@@ -271,8 +286,9 @@ def matched_groups(
     Near is near in the logarithms of both. A single latent's are its nearest; a group's are drawn from the nearest of
     each of its latents. The latents of `group` are never among them.
     """
-    n_fires, place = profile
-    alive = np.setdiff1d(np.flatnonzero(n_fires > 0), np.array(group))
+    n_fires, place, of_class = profile
+    is_alive = (n_fires > 0) & (of_class < of_class[list(group)].max() + MARGIN)
+    alive = np.setdiff1d(np.flatnonzero(is_alive), np.array(group))
     members = [latent for latent in group if n_fires[latent]]
     if not len(alive) or not members:
         return []

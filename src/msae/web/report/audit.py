@@ -34,6 +34,8 @@ HEAD = (
 )  # fmt: skip
 BRIEF = range(7)
 """Columns of a table that fits a page."""
+ALONE = (0, 4, 12, 7)
+"""Columns that are known of a concept of the training rows alone."""
 MEANINGS = {
     "pushes": "where more of the concept moves the model",
     "effect": "mean change of the probability of the class (or of the score) when the concept is removed, and when it "
@@ -107,7 +109,8 @@ def section(
     ranked = audit.shown
     drawn = ranked[:n_plotted] if audit.sample is not None else []
     album = None if store is None else Album(store.picture_roots, SIDE)
-    rest = [concept for concept in audit.concepts if concept not in ranked]
+    alone = [] if audit.settings.get("asked") else audit.in_training_alone
+    rest = [concept for concept in audit.concepts if concept not in ranked and concept not in alone]
     return page.render(
         "report/audit_section.html",
         overlay=overlay,
@@ -119,6 +122,8 @@ def section(
         meanings=MEANINGS,
         test=TEST,
         ranked=[[_cells(concept, audit.n)[i] for i in BRIEF] for concept in ranked],
+        alone=[[_cells(concept, audit.n)[i] for i in ALONE] for concept in alone],
+        alone_head=[HEAD[i] for i in ALONE],
         rest=[] if brief and ranked else [_cells(concept, audit.n) for concept in rest],
         n_rest=len(rest),
         drawn=[
