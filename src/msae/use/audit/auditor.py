@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from msae.base import statistics
 from msae.base.errors import ConfigError
 from msae.base.progress import progress
 from msae.base.statistics import mean_interval
+from msae.concepts.examples import ExampleConcept
+from msae.concepts.names import names_of
+from msae.concepts.strength import readers
 from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, Inference
 from msae.sae.standardize import Modality
@@ -57,6 +61,7 @@ class Auditor:
     """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order.
 
     Args:
+        examples: Those of the concepts that were learnt from examples, which have weights and a threshold.
         keep_rare: Audit concepts that hardly ever fire too.
         errors: Look for slices of errors.
     """
@@ -69,11 +74,12 @@ class Auditor:
         sweep_id: str | None,
         rng: np.random.Generator,
         *,
+        examples: Mapping[str, ExampleConcept] = MappingProxyType({}),
         keep_rare: bool = False,
         errors: bool = False,
     ) -> None:
         self.subject, self.view = subject, subject.view
-        self.groups = groups
+        self.groups, self.examples = groups, examples
         self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
         self.rng = rng
         self.fewest = 0 if keep_rare else min(FEWEST_ROWS, max(1, len(subject.rows) // 100))
@@ -139,7 +145,7 @@ class Auditor:
         for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect)):
             if not audits[i].stands_out or subject.classifier.is_score:
                 continue
-            strength = self._strength(audits[i].latents)
+            strength = self._strength(audits[i])
             if not is_first:
                 again = self._test_again(strength, truth, strata) or _association(0.0, -1.0, 1.0, 1.0, "")
                 found[i] = dataclasses.replace(audits[i], beside_stronger=again)
@@ -149,14 +155,17 @@ class Auditor:
                 is_first = False
         return found
 
-    def _strength(self, group: tuple[int, ...]) -> Float32[np.ndarray, " n"]:
+    def _strength(self, concept: ConceptAudit) -> Float32[np.ndarray, " n"]:
         """Of one concept in the audited rows, then in the training rows."""
         parts = [(self.view, self.subject.rows)]
         parts += [] if self.subject.training is None else [(self.subject.training.view, self.subject.training.rows)]
-        z = [view.table(rows, group) for view, rows in parts]
-        mean = torch.zeros(self.view.sae.d_sae)
-        mean[list(group)] = torch.from_numpy(z[0].mean(0))
-        return self.subject.concepts([group], mean).strengths(torch.from_numpy(np.concatenate(z))).numpy()[:, 0]
+        example = self.examples.get(concept.name)
+        if example is not None:
+            return np.concatenate([example.above_in(*part) for part in parts])
+        group = list(concept.latents)
+        z = [torch.from_numpy(view.table(rows, group)) for view, rows in parts]
+        read = readers([group], z[0].mean(0), self.view.sae.W_dec.detach().cpu()[group])
+        return read(torch.cat(z)).numpy()[:, 0]
 
     def _test_again(
         self, strength: Float32[np.ndarray, " n"], truth: Int64[np.ndarray, " n"], strata: Int64[np.ndarray, " n"]
@@ -202,7 +211,11 @@ class Auditor:
         every = [latent for group in asked.values() for latent in group]
         z = self.view.table(rows, every)
         theirs = None if training is None else training.view.table(training.rows, every)
-        counts = [_rows_with(z, asked.values())] + ([] if theirs is None else [_rows_with(theirs, asked.values())])
+        above = [self._examples_in(self.view, rows, asked)]
+        counts = [_rows_with(z, asked, above[0])]
+        if training is not None and theirs is not None:
+            above.append(self._examples_in(training.view, training.rows, asked))
+            counts.append(_rows_with(theirs, asked, above[1]))
         is_rare = np.max(counts, axis=0) < self.fewest
         self.rare += [name for name, rare in zip(asked, is_rare, strict=True) if rare]
         if is_rare.any():
@@ -218,10 +231,16 @@ class Auditor:
         latents = [latent for group in groups for latent in group]
         mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
-        concepts = self.subject.concepts(groups, mean)
-        strengths = concepts.strengths(torch.from_numpy(z)).numpy()
+        concepts = self.subject.concepts(groups, mean, [self.examples.get(name) for name in names])
+        strengths = _strengths(concepts, z, names, above[0])
         amounts = quantiles(strengths)
-        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts)
+        present = {}
+        for column, name in enumerate(names):
+            if name in above[0]:
+                present[column] = above[0][name] > 0
+                for amount in amounts.values():  # they are above the threshold
+                    amount[column] += max(self.examples[name].threshold, 0) * (amount[column] > 0)
+        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts, present)
         self.predicted = measured.predicted
         sample = strengths[self.sample_places].astype(np.float32)
         sweeps = [
@@ -230,13 +249,19 @@ class Auditor:
         del z
         associations = self._associations(strengths)
         if theirs is not None and truth is not None and training is not None:
-            their_strengths = concepts.strengths(torch.from_numpy(theirs)).numpy()
+            their_strengths = _strengths(concepts, theirs, names, above[1])
             is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
             associations["train_shift"] = self.tests.train_shift(
                 np.concatenate([their_strengths, strengths]), is_training, np.concatenate([training.truth, truth])
             )
         slices = self._candidates(strengths, names, groups) if self.errors else []
         return _Part(names, groups, measured, amounts, associations, sweeps, sample, slices)
+
+    def _examples_in(
+        self, view: View, rows: Int64[np.ndarray, " m"], names: Collection[str]
+    ) -> dict[str, Float32[np.ndarray, " m"]]:
+        """The strengths of those concepts that were learnt from examples."""
+        return {name: self.examples[name].above_in(view, rows) for name in names if name in self.examples}
 
     def _candidates(
         self, strengths: Float32[np.ndarray, "n c"], names: Sequence[str], groups: Sequence[tuple[int, ...]]
@@ -365,10 +390,28 @@ class Auditor:
             self.notes.append(f"the classifier predicts {only!r} for every row, so there is no association to test")
 
 
-def _rows_with(z: Float32[np.ndarray, "n l"], groups: Collection[tuple[int, ...]]) -> Int64[np.ndarray, " c"]:
-    """In how many rows any latent of each group fires; the columns of `z` are the groups' latents."""
-    ends = np.cumsum([0, *map(len, groups)])
-    return np.array([(z[:, first:last] > 0).any(1).sum() for first, last in itertools.pairwise(ends.tolist())])
+def _rows_with(
+    z: Float32[np.ndarray, "n l"], groups: Mapping[str, tuple[int, ...]], above: Mapping[str, np.ndarray]
+) -> Int64[np.ndarray, " c"]:
+    """In how many rows each concept fires; the columns of `z` are the groups' latents."""
+    ends = np.cumsum([0, *map(len, groups.values())]).tolist()
+    known = zip(groups, itertools.pairwise(ends), strict=True)
+    return np.array([
+        np.count_nonzero(above[name] if name in above else (z[:, first:last] > 0).any(1))
+        for name, (first, last) in known
+    ])  # fmt: skip
+
+
+def _strengths(
+    concepts: Concepts, z: Float32[np.ndarray, "n l"], names: Sequence[str], above: Mapping[str, np.ndarray]
+) -> Float32[np.ndarray, "n c"]:
+    """The strength of every concept in rows of activations; of those in `above` it is known already."""
+    found: Float32[np.ndarray, "n c"] = concepts.readers(torch.from_numpy(z)).numpy()
+    if above:
+        found = found.copy()  # of single latents it is z
+        for column, name in enumerate(names):
+            found[:, column] = above.get(name, found[:, column])
+    return found
 
 
 def _moved_most(measured: Measured, column: int) -> int:
@@ -572,13 +615,13 @@ def sweep_row(
     strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
     classifier = subject.classifier
     u = classifier.features(subject.raw(own))
-    move = strengths[:, None] * concepts.pattern[members] - z
+    move = strengths[:, None] * concepts.readers.pattern[members] - z
     edited = u + move @ concepts.rows[members]
     if classifier.unit_norm:
         edited = torch.nn.functional.normalize(edited, dim=1)
     readout = classifier.readout([class_])
     found = readout.outputs((edited @ readout.weight.T + readout.bias).T[:, :, None])[0, :, 0]
-    strength = float((z[0] * concepts.reader[members]).sum())
+    strength = float((z[0] * concepts.readers.weight[members]).sum())
     return Sweep(str(subject.view.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
 
 
@@ -614,12 +657,15 @@ class Sweeper:
         if concept.class_ not in classes:
             raise ConfigError(f"there is no class {concept.class_!r} here; the classes are {', '.join(classes)}")
         row = self.subject.view.store.ids.row_of(id)
-        made = self._concepts(concept.latents)
+        made = self._concepts(concept.name, concept.latents)
         p99 = concept.sweep.natural_p99
         return sweep_row(self.subject, made, 0, concept.latents, row, classes.index(concept.class_), p99)
 
-    def _made(self, group: tuple[int, ...]) -> Concepts:
+    def _made(self, name: str, group: tuple[int, ...]) -> Concepts:
+        names = names_of(self.subject.view.run)
+        example = None if names is None else names.example(name)
+        example = example if example is not None and example.latents == group else None
         mean = torch.zeros(self.subject.view.sae.d_sae)
         z = self.subject.view.table(self.subject.rows, group)
         mean[list(group)] = torch.from_numpy(z.mean(0))
-        return self.subject.concepts([group], mean)
+        return self.subject.concepts([group], mean, [example])

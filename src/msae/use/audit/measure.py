@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.concepts.concept import quantiles_above_zero
+from msae.concepts.strength import Readers
 from msae.use.audit.subjects import Subject
 from msae.use.classifier import Readout
 from msae.use.interventions import Concepts, Push, edited_logits
@@ -83,6 +85,7 @@ def measure_edits(
     concepts: Concepts,
     z: Float32[np.ndarray, "n l"],
     amounts: Mapping[str, Float[Tensor, " c"]],
+    present: Mapping[int, Bool[np.ndarray, " n"]] = MappingProxyType({}),
     *,
     means_alone: bool = False,
 ) -> Measured:
@@ -91,6 +94,7 @@ def measure_edits(
     Args:
         z: Activations of the concepts' latents on `rows`.
         amounts: By name of the edit, the strength of each concept.
+        present: In which rows a concept fires, by its number; the others do where any of their latents does.
         means_alone: Measure no more than mean changes.
     """
     readout = subject.readout
@@ -112,6 +116,8 @@ def measure_edits(
         for block in blocks:
             own_z = torch.from_numpy(z[own, block.latents])
             fires = block.concepts.sum((own_z > 0).float()) > 0
+            for number in present.keys() & range(block.owns.start, block.owns.stop):
+                fires[:, number - block.owns.start] = torch.from_numpy(present[number][own])
 
             def tally(
                 name: str, edited: Tensor, where: Tensor, block: _Block = block, batch: _Batch = batch
@@ -169,8 +175,9 @@ def _blocks(concepts: Concepts, n: int) -> list[_Block]:
         while last < concepts.n and edges[last + 1] - edges[first] <= n:
             last += 1
         own = slice(edges[first], edges[last])
-        parts = (concepts.rows[own], concepts.pattern[own], concepts.reader[own], concepts.weight)
-        found.append(_Block(slice(first, last), own, Concepts(concepts.owner[own] - first, *parts)))
+        read = concepts.readers
+        mine = Readers(read.owner[own] - first, read.weight[own], read.pattern[own])
+        found.append(_Block(slice(first, last), own, Concepts(mine, concepts.rows[own], concepts.weight)))
         first = last
     return found
 
@@ -238,7 +245,7 @@ def control_sizes(
     number_of = {group: number for number, group in enumerate(distinct)}
     concepts = subject.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
-    strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
+    strengths = concepts.readers(torch.from_numpy(own_z)).numpy()
     natural = quantiles(strengths)
     amounts = {name: natural[name] for name in Sizes._fields if name in natural}
     measured = measure_edits(subject, rows, None, concepts, own_z, amounts, means_alone=True)
@@ -275,7 +282,9 @@ def _goes_with(z: Float32[np.ndarray, "m d_sae"], truth: Int64[np.ndarray, " m"]
     is_class = (truth[:, None] == np.unique(truth)).astype(np.float32)
     is_class -= is_class.mean(0)
     spread = np.sqrt(np.square(is_class).sum(0)[:, None] * (z.var(0, dtype=np.float64) * len(z)))
-    return np.divide(np.abs(is_class.T @ z), spread, out=np.zeros(spread.shape), where=spread > 0).max(0)
+    size = np.divide(np.abs(is_class.T @ z), spread, out=np.zeros(spread.shape), where=spread > 0)
+    largest: Float64[np.ndarray, " d"] = size.max(0)
+    return largest
 
 
 def matched_groups(
