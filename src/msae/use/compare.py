@@ -217,7 +217,7 @@ def compare(
     is_a = np.arange(len(strengths)) < len(chosen.rows[0])
     ranked = statistics.Ranked(strengths)
     p = statistics.permutation_p(
-        ranked.net_wins(chosen.strata), is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
+        statistics.NetWins(ranked, chosen.strata), is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
         n_permutations=n_permutations or max(10_000, DRAWS * len(often)),
     )  # fmt: skip
     q = statistics.q_values(p)

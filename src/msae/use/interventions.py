@@ -64,12 +64,16 @@ class Concepts:
         """Sums over the latents of each concept."""
         return per_latent if self.n == len(self.owner) else per_latent @ self._members
 
-    def removal(self, u: Float[Tensor, "n d"], z: Float[Tensor, "n l"]) -> Push:
+    def along(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n l"]:
+        """Products of embeddings with what one unit of each latent adds: what every edit of them needs."""
+        return u @ self.rows.T
+
+    def removal(self, along: Float[Tensor, "n l"], z: Float[Tensor, "n l"]) -> Push:
         """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
         logit = torch.stack([self.sum(z * column) for column in self._to_classes.T])
         is_single = self.n == len(self.owner)
         length2 = z.square() * self._gram.diagonal() if is_single else self.sum(z * (z @ self._gram))
-        return Push(-logit, -self.sum(z * (u @ self.rows.T)), length2)
+        return Push(-logit, -self.sum(z * along), length2)
 
     @cached_property
     def _to_classes(self) -> Float[Tensor, "l k"]:
@@ -85,10 +89,18 @@ class Concepts:
         """What one unit of strength adds to the classifier's features."""
         return self._members.T @ (self.readers.pattern[:, None] * self.rows)
 
-    def raising(self, u: Float[Tensor, "n d"], strength: Float[Tensor, " c"]) -> Push:
+    def raising(self, along: Float[Tensor, "n l"], strength: Float[Tensor, " c"]) -> Push:
         """The push that gives each concept this strength where it has none."""
-        r = strength[:, None] * self.direction
-        return Push((self.weight @ r.T)[:, None], u @ r.T, r.square().sum(1)[None])
+        logit, length2 = self._of_direction
+        return Push(
+            (logit * strength)[:, None], self.sum(along * self.readers.pattern) * strength,
+            (length2 * strength.square())[None],
+        )  # fmt: skip
+
+    @cached_property
+    def _of_direction(self) -> tuple[Float[Tensor, "k c"], Float[Tensor, " c"]]:
+        """What one unit of strength adds to the logits, and its squared length."""
+        return self.weight @ self.direction.T, self.direction.square().sum(1)
 
 
 def make_concepts(

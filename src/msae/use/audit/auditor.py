@@ -251,9 +251,11 @@ class Auditor:
         if theirs is not None and truth is not None and training is not None:
             their_strengths = _strengths(concepts, theirs, names, above[1])
             is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
-            associations["train_shift"] = self.tests.train_shift(
-                np.concatenate([their_strengths, strengths]), is_training, np.concatenate([training.truth, truth])
-            )
+            ranked = statistics.Ranked(their_strengths, strengths)
+            del their_strengths
+            is_training = np.arange(ranked.shape[0]) < len(theirs)
+            both = np.concatenate([training.truth, truth])
+            associations["train_shift"] = self.tests.train_shift(ranked, is_training, both)
         slices = self._candidates(strengths, names, groups) if self.errors else []
         return _Part(names, groups, measured, amounts, associations, sweeps, sample, slices)
 
@@ -351,14 +353,14 @@ class Auditor:
         if p99 <= 0:
             return None
         this = self.subject.watched[_moved_most(measured, column)]
-        if self.sweep_row is None:
-            without = np.flatnonzero(sample[:, column] <= 0)
-            candidates = without if len(without) else np.arange(len(sample))
-            ordered = candidates[np.argsort(self._sample_probabilities[candidates, this], kind="stable")]
-            row = int(self._sample_rows[ordered[len(ordered) // 2]])
-        else:
-            row = self.sweep_row
-        return sweep_row(self.subject, concepts, column, group, row, this, p99)
+        if self.sweep_row is not None:
+            return sweep_row(self.subject, concepts, column, group, self.sweep_row, this, p99)
+        order = self._sample_order[:, this]  # by the probability, so that the one in the middle is ordinary
+        without = order[sample[order, column] <= 0]
+        candidates = without if len(without) else order
+        place = int(candidates[len(candidates) // 2])
+        z = self._sample_activations[place, list(group)]
+        return sweep_row(self.subject, concepts, column, group, int(self._sample_rows[place]), this, p99, z)
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -377,6 +379,10 @@ class Auditor:
     def _sample_probabilities(self) -> Float32[np.ndarray, "m k"]:
         logits = self.subject.classifier.logits(self.subject.raw(self._sample_rows))
         return (logits if self.subject.classifier.is_score else logits.softmax(1)).numpy()
+
+    @cached_property
+    def _sample_order(self) -> Int64[np.ndarray, "m k"]:
+        return np.argsort(self._sample_probabilities, axis=0, kind="stable")
 
     def _note_predictions(self) -> None:
         seen = np.unique(self.predicted)
@@ -490,24 +496,20 @@ class PermutationTests:
         ranked = strengths if isinstance(strengths, statistics.Ranked) else statistics.Ranked(strengths)
         found: list[Association | None] = [None] * ranked.shape[1]
         columns = ranked.varying
-        order = np.argsort(strata, kind="stable")
-        pairs = [statistics.n_pairs(labels == k, strata) for k in self.watched]
-        if not len(columns) or not any(pairs):
+        pairs = {k: n for k in self.watched if (n := statistics.n_pairs(labels == k, strata))}
+        if not len(columns) or not pairs:
             return found
-        wins = ranked.net_wins(strata, columns, order)
-        known = (labels[order], strata[order])
-        sizes = [statistics.cliffs_delta(wins, known[0] == k, known[1]) for k in self.watched]
-        usable = [(k, size) for k, size in zip(self.watched, sizes, strict=True) if size is not None]
-        best = np.abs(np.stack([size for _, size in usable])).argmax(0)
-        p = statistics.permutation_p(
-            wins, *known, n_permutations=self.n_permutations, rng=self.rng, focus=self.positive
-        )
-        del wins
-        for place, (k, size) in enumerate(usable):
+        tested = statistics.permutation_test(
+            statistics.NetWins(ranked, strata, columns), np.stack([labels == k for k in pairs]).astype(np.float64),
+            strata, n_permutations=self.n_permutations, rng=self.rng,
+        )  # fmt: skip
+        sizes = tested.sums / np.array(list(pairs.values()))[:, None]
+        best = np.abs(sizes).argmax(0)
+        for place, k in enumerate(pairs):
             own = np.flatnonzero(best == place)
             ends = statistics.cliffs_delta_interval(ranked, labels == k, strata, columns[own])
             for i, low, high in zip(own, *ends, strict=True):
-                found[columns[i]] = _association(size[i], low, high, p[i], self.classes[k])
+                found[columns[i]] = _association(sizes[place, i], low, high, tested.p[i], self.classes[k])
         return found
 
     def correlate(self, ranked: statistics.Ranked, numbers: Float[np.ndarray, " n"]) -> list[Association | None]:
@@ -516,7 +518,7 @@ class PermutationTests:
         columns = ranked.varying
         if not len(columns) or np.ptp(numbers) == 0:
             return found
-        wins = ranked.net_wins(np.zeros(len(numbers), np.int64), columns)
+        wins = statistics.NetWins(ranked, np.zeros(len(numbers), np.int64), columns)
         rho, p = statistics.correlation_p(wins, numbers, n_permutations=self.n_permutations, rng=self.rng)
         half = statistics.Z_95 * np.sqrt((1 + rho**2 / 2) / max(len(numbers) - 3, 1))  # Bonett & Wright 2000
         ends = np.tanh(np.arctanh(rho.clip(-0.999999, 0.999999)) + half * np.array([[-1.0], [1.0]]))
@@ -526,7 +528,7 @@ class PermutationTests:
 
     def train_shift(
         self,
-        strengths: Float32[np.ndarray, "n c"],
+        strengths: Float32[np.ndarray, "n c"] | statistics.Ranked,
         is_training: Bool[np.ndarray, " n"],
         truth: Int64[np.ndarray, " n"],
         strata: Int64[np.ndarray, " n"] | None = None,
@@ -541,27 +543,21 @@ class PermutationTests:
             strata: Parts of the classes within which rows are compared and shuffled; None takes the classes.
         """
         strata = truth if strata is None else strata
-        ranked = statistics.Ranked(strengths)
-        del strengths
+        ranked = strengths if isinstance(strengths, statistics.Ranked) else statistics.Ranked(strengths)
         found: list[Association | None] = [None] * ranked.shape[1]
         columns = ranked.varying
-        order = np.argsort(strata, kind="stable")
         best: dict[int, tuple[float, float, int]] = {}
         for k in self.watched:
             sides = [truth == k, truth != k]
             pairs = [statistics.n_pairs(is_training[side], strata[side]) for side in sides]
             if not len(columns) or not all(pairs):
                 continue
-            weighted = ranked.net_wins(strata, columns, order)
-            weighted *= np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[order, None]
-            member = is_training[order]
-            sizes = statistics.sum_over(weighted, member)
-            p = statistics.permutation_p(
-                weighted, member.astype(np.int64), strata[order],
-                n_permutations=self.n_permutations, rng=self.rng, focus=1,
+            weight = np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1])
+            tested = statistics.permutation_test(
+                statistics.NetWins(ranked, strata, columns, weight), is_training[None].astype(np.float64),
+                strata, n_permutations=self.n_permutations, rng=self.rng,
             )  # fmt: skip
-            del weighted
-            for i, (size, value) in enumerate(zip(sizes, p, strict=True)):
+            for i, (size, value) in enumerate(zip(tested.sums[0], tested.p, strict=True)):
                 if i not in best or abs(size) > abs(best[i][0]):
                     best[i] = (float(size), min(1.0, float(value) * len(self.watched)), k)
         for k in self.watched:
@@ -601,17 +597,25 @@ SWEEP_POINTS = 33
 
 
 def sweep_row(
-    subject: Subject, concepts: Concepts, column: int, group: Sequence[int], row: int, class_: int, p99: float
+    subject: Subject,
+    concepts: Concepts,
+    column: int,
+    group: Sequence[int],
+    row: int,
+    class_: int,
+    p99: float,
+    activations: Float32[np.ndarray, " g"] | None = None,
 ) -> Sweep:
     """The sweep of the concept `column` of `concepts`, whose latents are `group`, in a row of the store.
 
     Args:
         class_: Whose probability is computed.
         p99: Of the concept's natural strengths.
+        activations: Of the group in that row, where they are known.
     """
     own = np.array([row], dtype=np.int64)
     members = concepts.owner == column
-    z = torch.from_numpy(subject.view.table(own, group))
+    z = torch.from_numpy(subject.view.table(own, group) if activations is None else activations[None])
     strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
     classifier = subject.classifier
     u = classifier.features(subject.raw(own))
@@ -634,6 +638,7 @@ class Sweeper:
         on: EmbeddingStore | str | Path,
         target: str,
         *,
+        where: str | None = None,
         modality: Modality | None = None,
         inference: Inference = "trained",
         device: str = "auto",
@@ -641,7 +646,9 @@ class Sweeper:
     ) -> None:
         """The arguments are those of `msae.audit`, and so is what is raised."""
         view = View(sae, on, modality, inference=inference, device=device)
-        self.subject = make_subject(view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed)
+        self.subject = make_subject(
+            view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed, where=where
+        )
         self._concepts = lru_cache(256)(self._made)
 
     def of(self, concept: ConceptAudit, id: str) -> Sweep | None:

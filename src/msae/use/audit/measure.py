@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.concepts.concept import quantiles_above_zero
+from msae.base.statistics import COPIED
 from msae.concepts.strength import Readers
 from msae.use.audit.subjects import Subject
 from msae.use.classifier import Readout
@@ -72,9 +72,17 @@ class Measured:
 
 def quantiles(strengths: Float32[np.ndarray, "n c"]) -> dict[str, Float[Tensor, " c"]]:
     """The natural quantiles of each concept's strengths above 0; 0 for a concept that never fires."""
-    columns = torch.from_numpy(strengths).unbind(1)
-    found = torch.stack([quantiles_above_zero(column, list(QUANTILES.values())) for column in columns], 1)
-    return dict(zip(QUANTILES, found, strict=True))
+    found = np.zeros((len(QUANTILES), strengths.shape[1]), np.float32)
+    shares = np.array(list(QUANTILES.values()))
+    for first in range(0, strengths.shape[1], COPIED):
+        for i, column in enumerate(np.ascontiguousarray(strengths[:, first : first + COPIED].T), first):
+            above = np.sort(column[column > 0]).astype(np.float64)
+            if len(above):
+                place = shares * (len(above) - 1)
+                low = place.astype(np.int64)
+                high = np.minimum(low + 1, len(above) - 1)
+                found[:, i] = above[low] + (place - low) * (above[high] - above[low])
+    return dict(zip(QUANTILES, torch.from_numpy(found), strict=True))
 
 
 @torch.no_grad()
@@ -105,7 +113,7 @@ def measure_edits(
     predicted = np.empty(len(rows), np.int64)
     measured = Measured(tallies, counts[0], counts[1], counts[2], counts[3], predicted)
     mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
-    blocks = _blocks(concepts, 128)
+    blocks = _blocks(concepts, 32)
     per_row = max(len(block.concepts.owner) for block in blocks) * readout.n_outputs
     size = max(1, min(8192, EDIT_ENTRIES // per_row))
     for first in range(0, len(rows), size):
@@ -114,7 +122,7 @@ def measure_edits(
         measured.predicted[own] = batch.predicted.numpy()
         labels = None if truth is None else torch.from_numpy(truth[own])
         for block in blocks:
-            own_z = torch.from_numpy(z[own, block.latents])
+            own_z, along = torch.from_numpy(z[own, block.latents]), block.concepts.along(batch.u)
             fires = block.concepts.sum((own_z > 0).float()) > 0
             for number in present.keys() & range(block.owns.start, block.owns.stop):
                 fires[:, number - block.owns.start] = torch.from_numpy(present[number][own])
@@ -129,13 +137,13 @@ def measure_edits(
                 tallies[name].add(block.owns, where.float(), change, flipped)
                 return after
 
-            removed = tally("remove", batch.edit(block.concepts.removal(batch.u, own_z)), fires)
+            removed = tally("remove", batch.edit(block.concepts.removal(along, own_z)), fires)
             if labels is not None and removed is not None:
-                levelled = batch.edit(block.concepts.removal(batch.u, own_z - mean[block.latents]))
+                levelled = batch.edit(block.concepts.removal(along, own_z - mean[block.latents]))
                 after = readout.predicted(levelled)
                 _add_groups(measured, block.owns, labels, fires, batch.predicted, removed, after)
             for name, strength in amounts.items():
-                raised = batch.edit(block.concepts.raising(batch.u, strength[block.owns]))
+                raised = batch.edit(block.concepts.raising(along, strength[block.owns]))
                 tally(name, raised, ~fires & (strength[block.owns] > 0))
     return measured
 

@@ -31,6 +31,7 @@ N_CASES, SIDE = 6, 112
 HEAD = (
     "concept", "pushes", "effect", "largest control", "q", "rows", "worst group, best edit", "latents", "removed",
     "set to p50", "set to p99", "answers changed", "association", "p", "q of errors", "accuracy, levelled",
+    "accuracy, removed",
 )  # fmt: skip
 BRIEF = range(7)
 """Columns of a table that fits a page."""
@@ -56,6 +57,7 @@ MEANINGS = {
     "p": "chance of an association as large if concept and class had nothing to do with each other",
     "q of errors": "q where only rows of the same true class are compared: does it go with the errors?",
     "accuracy, levelled": "of all rows, with the concept at its mean in every row",
+    "accuracy, removed": "of all rows, with the concept at 0 in every row",
 }
 TEST = (
     "A concept stands out when two things hold. First, it goes together with the model's answers more than shuffled "
@@ -215,7 +217,7 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
     return [
         concept.name + (" (class)" if concept.is_target else ""),
         concept.towards or "-",
-        _number(concept.effect),
+        "-" if concept.remove is None and concept.set_p50 is None else _number(concept.effect),
         _number(None if control is None else control.largest),
         "-" if main is None else f"{main.q:.2g}",
         f"{round(concept.firing_rate * n):,}",
@@ -227,6 +229,7 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
         "-" if main is None else f"{main.p:.2g}",
         "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
         _number(None if groups is None else groups.overall_levelled),
+        _number(None if groups is None else groups.overall_removed),
     ]
 
 
