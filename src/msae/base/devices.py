@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from msae.base.errors import ConfigError, first_line
+from msae.base.processes import started
 
 
 def as_device(name: str, *, allow_mps: bool = False) -> str:
     """The device called `name`; `auto` is a CUDA GPU where there is one, else Apple's if allowed, else the CPU.
+
+    Of several processes that torchrun started each gets its own GPU of its machine.
 
     Args:
         allow_mps: Whether `auto` may take Apple's GPU, which knows no float64.
@@ -16,11 +21,15 @@ def as_device(name: str, *, allow_mps: bool = False) -> str:
     """
     import torch
 
+    if started()[1] > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process of a machine has its own
     if name == "auto":
         mps = allow_mps and torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(0, device=name)
+        if started()[1] > 1 and name.startswith("cuda"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as err:
         raise ConfigError(f"device {name} cannot be used here ({first_line(err)}); give --device cpu") from err
     return name

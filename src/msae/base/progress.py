@@ -1,7 +1,8 @@
-"""A progress bar on stderr for work over two seconds; silent where stderr is not a terminal."""
+"""A progress bar for work over two seconds: on stderr, or in the page of a notebook; silent where there is neither."""
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 
 DELAY = 2.0
 """Seconds before the bar appears: short work shows none."""
+REDRAWN = 0.2
+"""Seconds between two pictures of the bar in a notebook."""
 
 
 @contextmanager
@@ -20,6 +23,10 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
         unit: What is counted, in the plural.
         start: Units that were done before, by an interrupted run.
     """
+    if "ipykernel" in sys.modules:
+        with _in_notebook(title, total, unit, start) as advance:
+            yield advance
+        return
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -44,3 +51,31 @@ def progress(title: str, *, total: int | None, unit: str, start: int = 0) -> Ite
     finally:
         if shown:
             bar.stop()
+
+
+@contextmanager
+def _in_notebook(title: str, total: int | None, unit: str, start: int) -> Iterator[Callable[[int], None]]:
+    """As HTML that the browser draws: needs no widgets, which not every notebook has."""
+    from IPython.display import HTML, display
+
+    done, shown, drawn = start, None, time.monotonic() + DELAY - REDRAWN
+
+    def advance(n: int) -> None:
+        nonlocal done, shown, drawn
+        done += n
+        if time.monotonic() - drawn < REDRAWN:
+            return
+        drawn = time.monotonic()
+        of = "" if total is None else f" of {total:,}"
+        at = "" if total is None else f" value={done} max={total}"
+        bar = HTML(f"{html.escape(title)} <progress{at}></progress> {done:,}{of} {html.escape(unit)}")
+        if shown is None:
+            shown = display(bar, display_id=True)
+        else:
+            shown.update(bar)
+
+    try:
+        yield advance
+    finally:
+        if shown is not None:
+            shown.update(HTML(""))

@@ -22,8 +22,9 @@ METAVARS = {
     "column": "COLUMN", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL",
     "fix": "FILE", "from_": "STORE:COLUMN=VALUE", "groups": "COLUMN", "html": "FILE.html", "image": "FILE",
     "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE", "out": "PATH",
-    "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
+    "pairs": "FILE", "part": "I/N", "probe_train": "STORE", "ray": "ADDRESS",
+    "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN", "sweep_id": "ID",
+    "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
     "vocabulary": "STORE", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""

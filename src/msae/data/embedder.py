@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,7 +90,10 @@ class Embedder:
         """
         try:
             import PIL  # noqa: F401
-            import transformers
+
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook without widgets
+                import transformers
         except ImportError as err:
             raise MissingDependencyError.of(err.name or "transformers", extra="clip") from None
         folder = find_folder(str(id), revision, local=local)

@@ -5,6 +5,7 @@ The disk format is defined in docs/store-format.md.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,12 +19,12 @@ from numpy.typing import NDArray
 from msae.base.errors import StoreError, nearest
 from msae.base.files import atomic_path, write_json
 from msae.base.notices import notice
-from msae.base.results import import_pandas
+from msae.base.results import import_pandas, shorten, table_html
 from msae.data.arrays import ShardedRows, fingerprint, hash_files, is_sampled_fingerprint, open_arrays, zero_rows
 from msae.data.contents import Embeddings, contents_of, summary
 from msae.data.layout import FOLDERS, MODALITIES, SCHEMA_VERSION, Kind, Modality, StoreFiles, files_of, shards_of
 from msae.data.rows import Row, class_names, names_to_show, no_column
-from msae.data.tables import Metadata, conform, text_column, unique_ids
+from msae.data.tables import Metadata, UniqueIds, conform, text_column
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _ROWS_DESCRIBED = 4096
 """Rows described at once while a store is iterated over."""
+_SHOWN = 6
+"""Rows that a notebook shows."""
 _ID_COLUMNS = ("id", "key", "image_path")
 
 
@@ -143,6 +146,20 @@ class EmbeddingStore:
         ]
         return f"EmbeddingStore({str(self.path)!r}: {'; '.join(parts)})"
 
+    def _repr_html_(self) -> str:
+        """What it is, and its first rows, with their pictures where it has some, for a notebook."""
+        from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
+
+        rows = self[:_SHOWN]
+        shown = figures_html([("", row) for row in rows], Album(self.picture_roots, NOTEBOOK_SIDE))
+        if "<img" not in shown:
+            names = self.metadata.column_names
+            cells = [
+                [shorten(str(value)) for value in row.values()] for row in self.metadata.slice(0, _SHOWN).to_pylist()
+            ]
+            shown = table_html([names, *cells]) if cells else ""
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
+
     def to_pandas(self) -> pd.DataFrame:
         """The metadata as a table; row i is row i of the embeddings.
 
@@ -204,7 +221,7 @@ class EmbeddingStore:
         if column.null_count or pc.count_distinct(column).as_py() != len(column):
             values = column.to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
-            column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
+            column = pa.chunked_array([pa.array(UniqueIds().of(named), pa.string())])
         return RowIds(self, column)
 
     @cached_property

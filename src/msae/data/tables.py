@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msae.base.errors import MsaeError, first_line
 
 if TYPE_CHECKING:
@@ -142,16 +145,39 @@ def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
-def unique_ids(ids: Iterable[str]) -> Iterator[str]:
-    """The ids in order, a repeated one with `#2`, `#3` … after it, so that each names one row."""
-    seen: dict[str, int] = {}
-    for id in ids:
-        unique = id
-        while unique in seen:
-            seen[id] += 1
-            unique = f"{id}#{seen[id]}"
-        seen[unique] = 1
-        yield unique
+class UniqueIds:
+    """Ids in order, a repeated one with `#2`, `#3` … after it, so that each names one row."""
+
+    def __init__(self, hashes: Iterable[NDArray[np.int64]] | None = None) -> None:
+        """Begin.
+
+        Args:
+            hashes: Those of all ids that will come; then an id that comes once is not kept in memory.
+        """
+        self._seen: dict[str, int] = {}
+        self._twice: set[int] | None = None
+        if hashes is not None:
+            ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
+            self._twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+    def of(self, ids: Iterable[str]) -> Iterator[str]:
+        """The next ids."""
+        seen = self._seen
+        for id in ids:
+            if self._twice is not None and hash(id) not in self._twice and "#" not in id:
+                yield id  # it comes once, and is none that is made here
+                continue
+            unique = id
+            while unique in seen:
+                seen[id] += 1
+                unique = f"{id}#{seen[id]}"
+            seen[unique] = 1
+            yield unique
+
+
+def hashes_of(ids: Sequence[str]) -> NDArray[np.int64]:
+    """For `UniqueIds`; they are of this process alone."""
+    return np.fromiter(map(hash, ids), np.int64, len(ids))
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from msae.base.config import settings_from
+from msae.base.processes import joined
 from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
 from msae.sae.train.settings import TrainOptions, TrainSettings
@@ -52,7 +53,9 @@ def train(
             writes into `out`.
         TrainingError: The loss diverged; the last good checkpoint is kept.
         Interrupted: Ctrl-C; a checkpoint was saved.
+        FailedElsewhere: On several processes, as torchrun starts them: another one raised one of these.
     """
-    settings = settings_from(TrainSettings, settings, options, config=config, where="train")
-    rows = TrainingRows(store, settings.modality)
-    return Training(Path(out), rows, settings.resolve(rows)).train(resume=resume)
+    with joined() as processes:
+        settings = settings_from(TrainSettings, settings, options, config=config, where="train")
+        rows = TrainingRows(store, settings.modality)
+        return Training(Path(out), rows, settings.resolve(rows), processes).train(resume=resume)

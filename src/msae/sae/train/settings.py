@@ -90,8 +90,7 @@ class TrainSettings:
     precision: Arithmetic = "float32"
     """Arithmetic of products inside a step; weights, sums and the optimizer stay float32. bfloat16 is less exact."""
     kernel: Kernel = "auto"
-    """What computes the loss. auto: compiled loops on a CPU, plain torch elsewhere. cuda: Triton, never yet run on a
-    GPU."""
+    """What computes the loss. auto: compiled loops (cpu) on a CPU, plain torch (reference) elsewhere."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None

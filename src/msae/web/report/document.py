@@ -137,9 +137,11 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
+    looked, hidden = _look(facts, on, device), 0
     if compare is not None and not isinstance(compare, Comparison):
-        compare = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
-    looked = _look(facts, on, device)
+        named = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
+        compare = comparison_page.of_file(named, looked and looked.store)
+        hidden = comparison_page.n_pictures(named) - comparison_page.n_pictures(compare)
     if looked is not None:
         looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
         facts = replace(facts, names=names_of(facts.run, looked.store))
@@ -147,6 +149,9 @@ def report(
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given, compare))
     page.write_page(text, path)
+    if hidden:
+        why = f"{hidden:,} rows are not of the report's own store, and pictures that a file names are not opened"
+        missing.append(Missing("pictures of the comparison", why, None))
     card = None
     try:
         card = write_card(facts)
