@@ -62,8 +62,7 @@ def shuffled_labels(kind, labels, strata, n_permutations):
     rng = np.random.default_rng(7)
     given = np.empty((0, len(labels)), np.float32), np.zeros((1, len(labels))), order, edges, rng
     shuffles = kind(*given) if kind is statistics._Shifts else None
-    for first in range(0, n_permutations, statistics.STEP):
-        n = min(statistics.STEP, n_permutations - first)
+    for n in (statistics.FIRST, n_permutations - statistics.FIRST):
         if shuffles is None:
             drawn = np.tile(np.arange(len(labels)), (n, 1))
             for start, stop in itertools.pairwise(edges.tolist()):

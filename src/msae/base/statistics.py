@@ -24,8 +24,10 @@ N_BLOCKS, SMALLEST_BLOCK = 4, 32
 """Blocks of a stratum that are shifted by themselves, and the fewest rows of one."""
 COPIED = 32
 """Columns that are copied at once."""
-STEP = 1024
-"""Permutations at once."""
+FIRST, MOST = 1024, 8192
+"""Permutations that are drawn first, and at most at once: each time as many as before."""
+ENTRIES = 1 << 22
+"""Sums held at once, 32 MB of them."""
 STOP_AFTER = 100
 """A column that relabelled data have beaten so often is done: its p-value is known to a tenth of itself."""
 
@@ -222,12 +224,16 @@ class NetWins:
         self._ranked, self._weight = ranked, weight
         self._strata, self._sizes = _numbered(strata)
         self._columns = np.arange(ranked.shape[1]) if columns is None else columns
+        self._known: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self._columns)
 
     def __getitem__(self, i: int) -> Float[np.ndarray, " n"]:
-        rows, net, lowest = self._ranked.wins_of(int(self._columns[i]), self._strata, self._sizes)
+        if i not in self._known:
+            rows, net, lowest = self._ranked.wins_of(int(self._columns[i]), self._strata, self._sizes)
+            self._known[i] = rows, net.astype(np.int32), lowest
+        rows, net, lowest = self._known[i]
         own: Float[np.ndarray, " n"] = lowest.astype(np.float64)[self._strata]
         own[rows] = net
         own *= self._weight
@@ -471,20 +477,22 @@ def _sequential_p(
 ) -> Float[np.ndarray, " c"]:
     """p-values of the largest |z| of the sums over the k classes."""
     observed = _largest_z(sums, spread) * (1 - 1e-9)  # rounding: ties are ties
-    n_columns = len(observed)
+    n_classes, n_columns = sums.shape
     p, defeats = np.ones(n_columns), np.zeros(n_columns, np.int64)
     is_open = np.flatnonzero(spread.max(0, initial=0.0) > 0)
-    for n_drawn in range(0, n_permutations, STEP):
-        if not len(is_open):
-            break
-        n = min(STEP, n_permutations - n_drawn)
-        reached = _largest_z(shuffled.sums(n, is_open), spread[:, is_open, None])
-        running = defeats[is_open] + np.cumsum(reached >= observed[is_open, None], axis=1).T
-        is_done = running[-1] >= STOP_AFTER
-        draws = n_drawn + 1 + (running >= STOP_AFTER).argmax(0)
-        p[is_open] = np.where(is_done, STOP_AFTER / draws, (running[-1] + 1) / (n_drawn + n + 1))
-        defeats[is_open] = running[-1]
-        is_open = is_open[~is_done & ~_is_clear(running[-1], n_drawn + n, n_columns)]
+    n_drawn = 0
+    while len(is_open) and n_drawn < n_permutations:
+        n = min(min(max(n_drawn, FIRST), MOST), n_permutations - n_drawn)
+        shuffled.draw(n)
+        for some in np.array_split(is_open, -(-len(is_open) * n_classes * n // ENTRIES)):
+            reached = _largest_z(shuffled.sums(some), spread[:, some, None])
+            running = defeats[some, None] + np.cumsum(reached >= observed[some, None], axis=1)
+            draws = n_drawn + 1 + (running >= STOP_AFTER).argmax(1)
+            defeats[some] = running[:, -1]
+            p[some] = np.where(defeats[some] >= STOP_AFTER, STOP_AFTER / draws, (defeats[some] + 1) / (n_drawn + n + 1))
+        n_drawn += n
+        known = defeats[is_open]
+        is_open = is_open[(known < STOP_AFTER) & ~_is_clear(known, n_drawn, n_columns)]
     return p
 
 
@@ -502,12 +510,16 @@ class _Products:
         self.table = np.stack([column[order] for column in columns]).astype(np.float64)
         self.weights, self.edges, self.rng = weights, edges, rng
 
-    def sums(self, n: int, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
-        """Of some columns, the weights of each stratum shuffled `n` times."""
+    def draw(self, n: int) -> None:
+        """Shuffle the weights of each stratum `n` times."""
         order = np.tile(np.arange(self.weights.shape[1]), (n, 1))
         for start, stop in itertools.pairwise(self.edges.tolist()):
             order[:, start:stop] = self.rng.permuted(order[:, start:stop], axis=1)
-        return np.stack([self.table[columns] @ own[order].T for own in self.weights])
+        self.shuffled = [own[order].T for own in self.weights]
+
+    def sums(self, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
+        """Of some columns, with the weights as they were drawn."""
+        return np.stack([self.table[columns] @ own for own in self.shuffled])
 
 
 class _Shifts:
@@ -546,13 +558,16 @@ class _Shifts:
         own = weights[:, shuffled]
         self.weights = [np.conj(rfft(own[:, rows].reshape(len(own), -1, size))) for rows, size in self.runs]
 
-    def sums(self, n: int, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
-        """Of some columns, every block of the weights shifted `n` times at random."""
+    def draw(self, n: int) -> None:
+        """Shift every block of the weights `n` times at random."""
+        self.places = (self.starts + self.rng.integers(self.sizes, size=(n, len(self.sizes)))).T
+
+    def sums(self, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
+        """Of some columns, with the weights as they were drawn."""
         from scipy.fft import irfft, rfft
 
-        places = (self.starts + self.rng.integers(self.sizes, size=(n, len(self.sizes)))).T
         n_classes = len(self.weights[0])
-        found = np.empty((n_classes, len(columns), n))
+        found = np.empty((n_classes, len(columns), self.places.shape[1]))
         at = np.empty((n_classes, len(self.order)))
         for number, i in enumerate(columns.tolist()):
             own = self.columns[i][self.order].astype(np.float64)
@@ -560,7 +575,7 @@ class _Shifts:
                 product = rfft(own[rows].reshape(-1, size)) * theirs
                 at[:, rows] = irfft(product, size).reshape(n_classes, -1)
             for sums, of_class in zip(found, at, strict=True):
-                sums[number] = of_class[places].sum(0)
+                np.sum(of_class[self.places], axis=0, out=sums[number])
         return found
 
 

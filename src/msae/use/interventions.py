@@ -70,10 +70,15 @@ class Concepts:
 
     def removal(self, along: Float[Tensor, "n l"], z: Float[Tensor, "n l"]) -> Push:
         """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
-        logit = torch.stack([self.sum(z * column) for column in self._to_classes.T])
-        is_single = self.n == len(self.owner)
-        length2 = z.square() * self._gram.diagonal() if is_single else self.sum(z * (z @ self._gram))
-        return Push(-logit, -self.sum(z * along), length2)
+        if self.n == len(self.owner):
+            return Push(z * -self._to_classes.T[:, None], -z * along, z.square() * self._gram.diagonal())
+        logit = (z @ self._to_logits).reshape(len(z), -1, self.n).transpose(0, 1)
+        return Push(-logit, -self.sum(z * along), self.sum(z * (z @ self._gram)))
+
+    @cached_property
+    def _to_logits(self) -> Float[Tensor, "l kc"]:
+        """What one unit of each latent adds to each logit of its concept."""
+        return (self._to_classes[:, :, None] * self._members[:, None]).flatten(1)
 
     @cached_property
     def _to_classes(self) -> Float[Tensor, "l k"]:
@@ -121,7 +126,7 @@ def make_concepts(
     latents = torch.tensor([latent for group in groups for latent in group])
     rows = W_dec[latents]
     read = readers(groups, mean_activation[latents], rows, examples)
-    return Concepts(read, (rows.double() * to_features).float(), weight)
+    return Concepts(read, rows * to_features, weight)
 
 
 def edited_logits(

@@ -113,7 +113,7 @@ def measure_edits(
     predicted = np.empty(len(rows), np.int64)
     measured = Measured(tallies, counts[0], counts[1], counts[2], counts[3], predicted)
     mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
-    blocks = _blocks(concepts, 32)
+    blocks = _blocks(concepts, 64)
     per_row = max(len(block.concepts.owner) for block in blocks) * readout.n_outputs
     size = max(1, min(8192, EDIT_ENTRIES // per_row))
     for first in range(0, len(rows), size):
@@ -309,11 +309,15 @@ def matched_groups(
     members = [latent for latent in group if n_fires[latent]]
     if not len(alive) or not members:
         return []
-    nearest = {
-        latent: alive[np.argsort(np.square(place[alive] - place[latent]).sum(1), kind="stable")[:n_controls]]
-        for latent in members
-    }
+    nearest = {}
+    for latent in members:
+        distance = np.square(place[alive] - place[latent]).sum(1)
+        near = np.argpartition(distance, min(n_controls, len(alive)) - 1)[:n_controls]
+        nearest[latent] = alive[near[np.argsort(distance[near], kind="stable")]]
     if len(members) == 1:
         return [(int(latent),) for latent in nearest[members[0]]]
-    drawn = (tuple(sorted({int(rng.choice(nearest[latent])) for latent in members})) for _ in range(n_controls))
+    picked = rng.integers(min(n_controls, len(alive)), size=(n_controls, len(members)))
+    drawn = (
+        tuple(sorted({int(nearest[latent][one]) for latent, one in zip(members, own, strict=True)})) for own in picked
+    )
     return sorted(set(drawn))
