@@ -196,6 +196,10 @@ class Ranked:
     ) -> tuple[Int[np.ndarray, " m"], Int64[np.ndarray, " m"], Int64[np.ndarray, " s"]]:
         """The rows above the smallest value, their net wins, and those of all other rows of each stratum."""
         rows, is_larger = self._rows[column], self._is_larger[column]
+        if len(sizes) == 1:
+            ends = np.append(np.flatnonzero(is_larger), len(rows))
+            ties = np.repeat(ends[:-1] + ends[1:], np.diff(ends))
+            return rows, ties + (sizes[0] - 2 * len(rows)), np.array([-len(rows)])
         own = strata[rows]
         n_above = np.bincount(own, minlength=len(sizes))
         by_stratum = np.argsort(own, kind="stable")  # of 16 bits: a radix sort
@@ -218,7 +222,7 @@ class NetWins:
         ranked: Ranked,
         strata: Int[np.ndarray, " n"],
         columns: Int64[np.ndarray, " k"] | None = None,
-        weight: Float[np.ndarray, " n"] | float = 1.0,
+        weight: Float[np.ndarray, " n"] | None = None,
     ) -> None:
         """`weight` multiplies the rows; `columns` are all where none are given."""
         self._ranked, self._weight = ranked, weight
@@ -236,8 +240,7 @@ class NetWins:
         rows, net, lowest = self._known[i]
         own: Float[np.ndarray, " n"] = lowest.astype(np.float64)[self._strata]
         own[rows] = net
-        own *= self._weight
-        return own
+        return own if self._weight is None else own * self._weight
 
     def __iter__(self) -> Iterator[Float[np.ndarray, " n"]]:
         return (self[i] for i in range(len(self)))

@@ -24,7 +24,8 @@ from msae.concepts.examples import ExampleConcept
 from msae.concepts.names import names_of
 from msae.concepts.strength import readers
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, Inference
+from msae.sae.model import Inference
+from msae.sae.run import RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, quantiles
@@ -634,7 +635,7 @@ class Sweeper:
 
     def __init__(
         self,
-        sae: SAE | str | Path,
+        sae: RunLike,
         on: EmbeddingStore | str | Path,
         target: str,
         *,
