@@ -136,7 +136,7 @@ def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
     words = (argument.partition("=") for argument in arguments)
     found = [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
     alone = verb.alone or {}
-    following = [*found[1:], "--"]
+    following = [*found, "--"][1:]
     return [
         f"{word}={alone[word]}" if word in alone and after.startswith("--") else word
         for word, after in zip(found, following, strict=True)
