@@ -106,6 +106,7 @@ def test_the_command_writes_table_json_and_page(folder, capsys):
         )
     assert left.value.code == 0
     assert "The classifier is right in" in capsys.readouterr().out
+    assert (folder / "a.json").stat().st_mtime_ns < (folder / "a.html").stat().st_mtime_ns  # no page without its data
     assert (folder / "a.html").stat().st_size > 10_000 and '"flip_rate"' in (folder / "a.json").read_text()
 
 

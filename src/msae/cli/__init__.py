@@ -155,7 +155,10 @@ def _show(verb: Verb, given: dict[str, Any]) -> None:
         of_finish["json"] = json
     shown = verb.finish(functools.partial(load(verb.function), **given), **of_finish)
     if shown is not None:
-        report(*shown, json)
+        text, data, *pages = shown
+        report(text, data, json)
+        for write in pages:
+            write()
 
 
 def _usage_line(complaint: str) -> str:

@@ -92,6 +92,15 @@ class ExampleConcept(Result):
         """Of the concept in rows of activations of all latents."""
         return np.asarray(z[:, list(self.signed)] @ np.array(list(self.signed.values())))
 
+    def above(self, z: Float[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
+        """How far the strength is above the threshold, in rows of activations of all latents; 0 where it is absent."""
+        return np.asarray(np.maximum(self.strength(z) - self.threshold, 0))
+
+    def above_in(self, view: View, rows: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, " m"]:
+        """The same in some rows of a store."""
+        strength = view.table(rows, list(self.signed)) @ np.array(list(self.signed.values()))
+        return np.asarray(np.maximum(strength - self.threshold, 0), np.float32)
+
     def fires(self, z: Float[np.ndarray, "n d_sae"]) -> Bool[np.ndarray, " n"]:
         """In which rows of activations of all latents it is present."""
         return np.asarray(self.strength(z) > self.threshold)
