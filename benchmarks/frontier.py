@@ -32,6 +32,7 @@ KEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FIRING = (8, 16, 32, 64)
 """Latents kept when firing is asked for; the F1 of the best of these counts."""
 HELD_OUT = 5_000
+NMF_ROWS = 12_000
 BATCH = 1024
 
 
@@ -259,11 +260,12 @@ def kept_coordinates(model: Any, fit: str, judged: str) -> dict[str, Any]:
 
 def nmf(fit: str, judged: str, seed: int, _: argparse.Namespace) -> dict[str, Any]:
     """Nonnegative factors, as many as dimensions, of each row's parts above and below the mean."""
-    from sklearn.decomposition import MiniBatchNMF
+    from sklearn.decomposition import NMF
 
     known, new = rows_of(fit, judged)
+    known = known[np.random.default_rng(seed).choice(len(known), min(NMF_ROWS, len(known)), replace=False)]
     two_parts = [np.hstack([x.clip(0), (-x).clip(0)]) for x in (known, new)]
-    model = MiniBatchNMF(known.shape[1], batch_size=4096, max_iter=20, random_state=seed)
+    model = NMF(known.shape[1], init="nndsvda", max_iter=60, random_state=seed)
     model.fit(two_parts[0])
     d_in = known.shape[1]
     atoms = model.components_[:, :d_in] - model.components_[:, d_in:]

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 from msae.base.errors import ConfigError, first_line
 from msae.base.processes import started
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less where a limit is set for it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [16 << 30]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            found.append(int(Path(file).read_text()))
+    if sys.platform != "win32":
+        import resource
+
+        limits = [resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        found += [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return min(found)
 
 
 def as_device(name: str, *, allow_mps: bool = False) -> str:

@@ -71,6 +71,10 @@ EXTRAS: Mapping[str, str] = {
     "simplemma": "words",
     "onnx": "formats",
     "qdrant_client": "formats",
+    "aiohttp": "far",
+    "fsspec": "far",
+    "gcsfs": "far",
+    "s3fs": "far",
     "ray": "cluster",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""

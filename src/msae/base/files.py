@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -110,6 +111,19 @@ def locked(
                 path.rmdir()
 
 
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """The block runs when no other process is in a block of the same `file`, which is made and deleted again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(file, shared=False, until=math.inf)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+
+
 def _lock(file: Path, *, shared: bool, until: float) -> int:
     """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it still."""
     while True:
@@ -168,10 +182,21 @@ def read_json(
         MsaeError: Made by `error`: the file is missing, is not a JSON object, or has another schema version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+    except OSError as err:
+        raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
+    return parse_json(text, str(path), schema_version=schema_version, error=error)
+
+
+def parse_json(
+    text: bytes, path: str, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
+    """The object in the bytes of a file that `write_json` wrote; raises as `read_json` does."""
+    try:
+        data = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
@@ -182,6 +207,15 @@ def read_json(
             f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE2b of a file's bytes with a 20-byte digest, in hex."""
+    digest = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class FileState(NamedTuple):

@@ -30,7 +30,7 @@ from msae.data.arrays import first_bad_row
 from msae.data.chunks import Chunk, Report, chunk_numbers, chunk_path, gaps, list_chunks, read_chunk, write_chunk
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
-from msae.data.layout import PARTIAL, Modality
+from msae.data.layout import PARTIAL, Modality, path_of
 from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
@@ -168,7 +168,7 @@ def embed(
     if (part is not None) + (ray is not None) + finish > 1:
         raise ConfigError("--part, --finish and --ray are three ways; give one")
     share = Share.of(part) if part is not None else None
-    out = Path(out)
+    out = path_of(out)
     opened = source if isinstance(source, Source) else open_source(source)
     asked = _Asked.of(opened, encoder, dtype, revision, shard_rows)
     job = Job(opened, encoder, asked, out, batch_size, device, workers, ray, share, finish)

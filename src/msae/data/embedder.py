@@ -275,7 +275,7 @@ class MadeBy(Protocol):
 
 class MadeStore(MadeBy, Protocol):
     @property
-    def path(self) -> Path: ...
+    def address(self) -> str: ...
 
 
 def embedder_for(
@@ -315,8 +315,8 @@ def embedder_for(
     name = encoder or (recorded and recorded[0])
     if name is None:
         raise ConfigError(
-            f"neither {store.path if store else 'a store'} nor the SAE says which encoder made the embeddings, which "
-            f"{need} needs; {f'give {option} ID' if option else 'a store made by msae embed says it'}"
+            f"neither {store.address if store else 'a store'} nor the SAE says which encoder made the embeddings, "
+            f"which {need} needs; {f'give {option} ID' if option else 'a store made by msae embed says it'}"
         )
     revision = None
     if not is_folder(name):
@@ -331,7 +331,7 @@ def embedder_for(
 
 def _owners(store: MadeStore | None, sae: MadeBy | None) -> Iterator[tuple[str, MadeBy]]:
     if store is not None:
-        yield f"{store.path} was embedded by", store
+        yield f"{store.address} was embedded by", store
     if sae is not None:
         yield "the SAE reads embeddings of", sae
 

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,18 +344,59 @@ def read_footer(path: Path, error: Error) -> pq.FileMetaData:
 class Metadata:
     """A table in several parquet files of which only the asked columns are read, or a table in memory."""
 
-    names: tuple[str, ...]
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
     read: Callable[[list[str]], pa.Table]
     """The given columns."""
-    vectors: tuple[str, ...] = ()
-    """Names of the columns of float lists."""
+    schema: Callable[[], pa.Schema]
+    """All columns with their types."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.schema().names)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the columns of float lists."""
+        return tuple(column.name for column in self.schema() if _is_vector(column.type))
+
+    def without(self, names: Collection[str]) -> Metadata:
+        """The other columns."""
+        import pyarrow as pa
+
+        others = pa.schema([column for column in self.schema() if column.name not in names])
+        return replace(self, schema=lambda: others)
 
     @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-        return cls(tuple(table.column_names), [table.num_rows], table.select)
+        return cls([table.num_rows], table.select, lambda: table.schema)
+
+    @classmethod
+    def later(cls, counts: list[int], fetch: Sequence[Callable[[], Path]], error: Error) -> Metadata:
+        """The columns of `.parquet` files that are fetched when one is first asked for; the first says what there is.
+
+        Args:
+            counts: Rows that each file must have.
+
+        Raises:
+            MsaeError: Made by `error`, when it is read: a file does not arrive, is damaged or has other rows.
+        """
+
+        @cache
+        def every() -> Metadata:
+            paths = [one() for one in fetch]
+            found = cls.open(paths, error)
+            for path, n, wanted in zip(paths, found.counts, counts, strict=True):
+                if n != wanted:
+                    raise error(f"{path} holds {n:,} rows of metadata, its embeddings are {wanted:,}; make both again")
+            return found
+
+        @cache
+        def schema() -> pa.Schema:
+            return common_schema([read_footer(fetch[0](), error).schema.to_arrow_schema()])
+
+        return cls(counts, lambda names: every().read(names), schema)
 
     @classmethod
     def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
@@ -367,7 +409,7 @@ class Metadata:
         import pyarrow.parquet as pq
 
         if not paths:
-            return cls((), [], lambda _: pa.table({}))
+            return cls([], lambda _: pa.table({}), lambda: pa.schema([]))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
         footers = [read_footer(path, error) for path in paths]
@@ -392,8 +434,7 @@ class Metadata:
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 
-        vectors = tuple(column.name for column in schema if _is_vector(column.type))
-        return cls(tuple(schema.names), [footer.num_rows for footer in footers], read, vectors)
+        return cls([footer.num_rows for footer in footers], read, lambda: schema)
 
 
 def _is_vector(kind: pa.DataType) -> bool:

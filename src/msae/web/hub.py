@@ -144,8 +144,8 @@ def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequen
         else:
             page = file.read_text(encoding="utf-8")
             records = [*run.folder.glob("*.json"), *run.folder.glob("eval/*.json")]
-            known = set().union(*(_paths_in(json.loads(one.read_text(encoding="utf-8"))) for one in records))
-            for path in sorted({*known, run.name} - {last_part(run.name)}, key=len, reverse=True):
+            paths = {path for one in records for path in _paths_in(json.loads(one.read_text(encoding="utf-8")))}
+            for path in sorted({*paths, run.name} - {last_part(run.name)}, key=len, reverse=True):
                 page = page.replace(html.escape(path), html.escape(last_part(path)))
             (stage / file.name).write_text(re.sub(PATH, r"\1", page), encoding="utf-8")
     return notes

@@ -231,7 +231,7 @@ def _evaluate(
         inference=view.inference,
         k=view.k,
         modality=options.modality,
-        on=str(store.path),
+        on=store.address,
         standardized_by="run" if view.standardized_by == "run" else "evaluation store",
         n=len(store),
         d_in=sae.d_in,

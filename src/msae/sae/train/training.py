@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import signal
 import statistics
@@ -16,9 +17,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,15 +34,15 @@ from msae.base.loggers import Loggers, check_installed
 from msae.base.processes import ALONE, Processes
 from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.thresholds import fit_on_store
-from msae.sae.train.rows import Joined, RowNumbers, TrainingRows
+from msae.sae.train.rows import TrainingRows
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
 
+Raw: TypeAlias = Float32[np.ndarray, "n d_in"]
 SCHEMA_VERSION = 1
 DIVERGED = 1e4
 """A squared error above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
@@ -86,6 +89,7 @@ class Training:
         self._is_unproven = True
         """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
         self._lowest_error = math.inf
+        self._pairs_ahead: Iterator[list[Raw]] | None = None
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
@@ -191,8 +195,8 @@ class Training:
         saved_at = time.monotonic()
         bar = progress("training", total=self.n_steps, unit="steps", start=state.step)
         with bar if loggers else nullcontext(lambda _: None) as advance, _ctrl_c() as pressed:
-            for rows in itertools.islice(self._batches(state.step), self.n_steps - state.step):
-                x = torch.cat([self._read(state.sae, self.rows.parts[one], rows[one], one) for one in rows])
+            for batch in itertools.islice(self._batches(state.step), self.n_steps - state.step):
+                x = torch.cat([self._standardized(state.sae, raw, one) for one, raw in batch.items()])
                 for group in state.optimizer.param_groups:
                     group["lr"] = group["pace"] * learning_rate(settings, state.step, self.n_steps)
                 recent.append(self._step(state, x))
@@ -286,34 +290,53 @@ class Training:
             f"start again in another --out with a lower --lr than {self.settings.lr:g}"
         )
 
-    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, RowNumbers]]:
-        assert self.settings.batch_size is not None
+    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, Raw]]:
+        """The embeddings of each batch from a step on."""
+        settings = self.settings
+        assert settings.batch_size is not None and settings.block_rows is not None
+        if settings.block_rows > 1:
+            yield from self.rows.in_blocks(
+                settings.batch_size,
+                block_rows=settings.block_rows,
+                seed=settings.seed,
+                first_step=first_step,
+                share=self.processes.part,
+            )
         for epoch in itertools.count(first_step // self.steps_per_epoch):
-            batches = self.rows.drawn(self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
-            for batch in batches[max(0, first_step - epoch * self.steps_per_epoch) :]:
-                yield {one: rows[self.processes.part(len(rows))] for one, rows in batch.items()}
+            batches = self.rows.drawn(settings.batch_size, seed=settings.seed, epoch=epoch)
+            for numbers in batches[max(0, first_step - epoch * self.steps_per_epoch) :]:
+                yield {
+                    one: self.rows.parts[one].take(rows[self.processes.part(len(rows))], one)
+                    for one, rows in numbers.items()
+                }
 
     def _pairs(self, state: _State) -> tuple[Tensor, Tensor] | None:
         """Standardised images and texts of the pairs of a step, where the settings ask for them."""
         if not self.settings.align:
             return None
         assert self.rows.pairs is not None and self.settings.batch_size is not None
-        half = self.settings.batch_size // 2
-        rows = self.rows.drawn_pairs(half, seed=self.settings.seed, step=state.step)
-        rows = rows[self.processes.part(len(rows))]
-        images, texts = (self._read(state.sae, self.rows.pairs, rows, one) for one in MODALITIES)
+        half, seed, block_rows = self.settings.batch_size // 2, self.settings.seed, self.settings.block_rows
+        assert block_rows is not None
+        if block_rows > 1:
+            if self._pairs_ahead is None:
+                self._pairs_ahead = self.rows.pairs_in_blocks(
+                    half, block_rows=block_rows, seed=seed, first_step=state.step, share=self.processes.part
+                )
+            both = next(self._pairs_ahead)
+        else:
+            rows = self.rows.drawn_pairs(half, seed=seed, step=state.step)
+            rows = rows[self.processes.part(len(rows))]
+            both = [self.rows.pairs.take(rows, one) for one in MODALITIES]
+        images, texts = (self._standardized(state.sae, *one) for one in zip(both, MODALITIES, strict=True))
         return images, texts
 
-    def _read(self, sae: SAE, part: EmbeddingStore | Joined, rows: RowNumbers, modality: Modality) -> Tensor:
+    def _standardized(self, sae: SAE, raw: Raw, modality: Modality) -> Tensor:
         """Standardised embeddings on the device."""
-        raw = torch.from_numpy(part.take(rows, modality)).to(self.settings.device)
-        return sae.standardizer.apply(raw, modality)
+        return sae.standardizer.apply(torch.from_numpy(raw).to(self.settings.device), modality)
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run: goes into config.json. `stores` is there where there are several."""
-        stores = [
-            {"store": str(store.path.resolve()), "store_fingerprint": store.fingerprint} for store in self.rows.stores
-        ]
+        stores = [{"store": store.full_address, "store_fingerprint": store.fingerprint} for store in self.rows.stores]
         return {
             **stores[0],
             **({"stores": stores} if len(stores) > 1 else {}),
@@ -405,6 +428,15 @@ class Training:
         return state
 
 
+def block_rows_of(folder: Path) -> int | None:
+    """How the run that was begun in a folder shuffles; None where there is none."""
+    try:
+        begun = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(begun["train"].get("block_rows", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a damaged one is refused later
+
+
 def _sharing(processes: Processes, rows: TrainingRows, settings: TrainSettings) -> Processes:
     """The processes as they share the batches of this training; refuses what cannot be shared."""
     if processes.size == 1:
@@ -422,7 +454,9 @@ def _sharing(processes: Processes, rows: TrainingRows, settings: TrainSettings) 
         raise ConfigError(f"--device {settings.device} would be the device of all processes; give --device cuda or cpu")
     known = [(len(store), store.d_in, store.record.get("fingerprint")) for store in rows.stores]
     if len(set(processes.each(zlib.crc32(repr(known).encode())))) > 1:
-        raise StoreError(f"{rows.path} is another store for another process; give stores that all machines have alike")
+        raise StoreError(
+            f"{rows.address} is another store for another process; give stores that all machines have alike"
+        )
     return dataclasses.replace(processes, batch_size=n_trained * of_each)
 
 
@@ -448,7 +482,7 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
             f"{folder} was trained on other stores beside {theirs.get('store')}; give those, in the same order, or "
             f"another --out"
         )
-    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False}
+    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False, "block_rows": 1}
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
         if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):

@@ -132,7 +132,7 @@ def audit(
     )
     concepts, sample = auditor.run()
     found = Audit(
-        target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        target, view.store.address, subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,
