@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +86,8 @@ class SearchResult(Result):
     """Folders that the paths of pictures may be relative to."""
     query_path: str | None = None
     """Of the query's picture, where it is a row that has one."""
+    index: Mapping[str, Any] = field(default_factory=lambda: {"kind": "exact"})
+    """How the rows were searched: `exact`, or `ivf` with its cells, how many were searched, and the recall of that."""
 
     def to_json(self) -> dict[str, Any]:
         """What `msae search --json` writes."""
@@ -99,6 +101,7 @@ class SearchResult(Result):
             "space": self.space,
             "before": [hit.to_json() for hit in self.before],
             "warnings": list(self.warnings),
+            "index": dict(self.index),
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -130,6 +133,11 @@ class SearchResult(Result):
             if edit.rivals:
                 lines.append(f"    set to 0 as its rivals: {', '.join(edit.rivals)}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.index.get("probes", 0) < self.index.get("cells", 0):
+            lines.append(
+                "  approximate: {probes:,} of {cells:,} cells were searched, which finds {recall:.1%} of the "
+                "{recall_at} nearest rows (measured with {measured_with} rows)".format(**self.index)
+            )
         width = max([2, *(len(hit.id) for hit in self.hits)])
         was = "  was    score" if self.edits else ""
         lines.append(f"{'rank':>4}  {'id':<{width}}  {'score':>8}{was}  shares")
