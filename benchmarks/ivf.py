@@ -127,9 +127,9 @@ def nearest(batches: Iterable[np.ndarray], queries: np.ndarray, own: np.ndarray 
             mine[np.flatnonzero(own >= 0), own[own >= 0]] = -2
         for i in np.flatnonzero((mine > scores[:, -1:]).any(1)):
             better = np.flatnonzero(mine[i] > scores[i, -1])
-            both, own = np.concatenate([scores[i], mine[i, better]]), np.concatenate([rows[i], first + better])
+            both, mine_too = np.concatenate([scores[i], mine[i, better]]), np.concatenate([rows[i], first + better])
             order = np.argsort(-both, kind="stable")[:N]
-            scores[i], rows[i] = both[order], own[order]
+            scores[i], rows[i] = both[order], mine_too[order]
         first += len(x)
     return rows
 

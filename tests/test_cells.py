@@ -81,8 +81,8 @@ def test_recall_is_as_wanted_and_as_measured(index):
     assert mean_recall(index, X, QUERIES) >= 0.98
     few = index.for_queries("image", 0.5)
     assert few.probes < index.probes
-    # 256 queries measured it and 200 others judge it: three standard errors of a difference of means
-    assert mean_recall(few, X, QUERIES) == pytest.approx(few.recall, abs=0.04)
+    # 256 queries measured it and 200 others judge it: three standard errors of the difference, at a deviation of .25
+    assert mean_recall(few, X, QUERIES) == pytest.approx(few.recall, abs=0.07)
 
 
 def test_what_is_found_in_the_searched_cells_is_exact(index):
@@ -173,7 +173,7 @@ def test_queries_of_another_modality_choose_their_own_number_of_cells(tmp_path):
     by_text = index.for_queries("text", 0.9)
     assert by_text.probes > index.for_queries("image", 0.9).probes
     assert by_text.describe()["measured_with"] == "text"
-    assert mean_recall(by_text, X, texts[:100]) == pytest.approx(by_text.recall, abs=0.04)
+    assert mean_recall(by_text, X, texts[:100]) == pytest.approx(by_text.recall, abs=0.08)
 
 
 # --- Files

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msae.base.errors import MsaeError, first_line
 
 if TYPE_CHECKING:
@@ -320,15 +323,19 @@ class Metadata:
     names: tuple[str, ...]
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
-    read: Callable[[list[str]], pa.Table]
-    """The given columns."""
+    read: Callable[..., pa.Table]
+    """The given columns; of ascending `rows` alone, where these are given, read file by file."""
     vectors: tuple[str, ...] = ()
     """Names of the columns of float lists."""
 
     @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-        return cls(tuple(table.column_names), [table.num_rows], table.select)
+
+        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
+            return table.select(names) if rows is None else table.select(names).take(rows)
+
+        return cls(tuple(table.column_names), [table.num_rows], read)
 
     @classmethod
     def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
@@ -341,16 +348,16 @@ class Metadata:
         import pyarrow.parquet as pq
 
         if not paths:
-            return cls((), [], lambda _: pa.table({}))
+            return cls((), [], lambda *_: pa.table({}))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
         footers = [read_footer(path, error) for path in paths]
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
 
-        def read(names: list[str]) -> pa.Table:
+        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
             wanted = pa.schema([schema.field(name) for name in names])
-            tables = []
+            tables, first = [], 0
             for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
                 try:
@@ -363,6 +370,9 @@ class Metadata:
                         f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
                         f"{footer.num_rows:,} rows are promised; copy or make it again"
                     )
+                if rows is not None:
+                    table = table.take(rows[slice(*np.searchsorted(rows, [first, first + footer.num_rows]))] - first)
+                    first += footer.num_rows
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 

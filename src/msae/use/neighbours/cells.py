@@ -283,7 +283,7 @@ class _Nearest:
         """Of the queries of each modality."""
         self.heap.finalize()
         found = self.heap.I.reshape(len(self.kinds), len(self.rows), AT + 1)
-        queries = self.queries.reshape(len(self.kinds), len(self.rows), -1)
+        queries = self.queries.reshape(len(self.kinds), len(self.rows), self.queries.shape[1])
         places = zip(self.kinds, queries, found, strict=True)
         return {kind: _curve(self._cell_ranks(index, kind, x, rows), index.nlist) for kind, x, rows in places}
 
