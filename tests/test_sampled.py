@@ -133,9 +133,8 @@ def test_trees_and_magnitudes_say_that_they_are_of_a_sample(store, run):
 
 def test_an_audit_of_a_sample_says_so(store, run):
     found = msae.audit(run, store, "colour", all_latents=True, max_rows=300, n_permutations=100)
-    assert (
-        found.notes[0] == "x.store: a random sample of 300 of 1,000 rows (seed 0)" and found.notes[0] in found.to_text()
-    )
+    assert found.notes[0] == "x.store: a random sample of 300 of 1,000 rows (seed 0)"
+    assert found.notes[0] in found.to_text() and found.notes[0] in found.to_json()["notes"]
     assert found.n + found.n_left_out <= 300
     assert set(found.sample.rows.tolist()) <= set(sample_rows(store, 300).chosen.tolist())
     assert max(found.sample.rows) > 300
@@ -175,7 +174,9 @@ def test_coded_labels_are_the_labels(tmp_path):
 
 
 def test_the_command_takes_the_option(store, run, capsys):
-    main(["evaluate", str(run), "--on", str(store.path), "--max-rows", "150", "--json", "-"])
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", str(run), "--on", str(store.path), "--max-rows", "150", "--json", "-"])
+    assert not left.value.code
     assert json.loads(capsys.readouterr().out)[0]["n"] == 150
 
 

@@ -238,7 +238,9 @@ class _Block(NamedTuple):
         """Rows up to the number `end`, of codes of this width, before which stands the number of the cell."""
         together = np.concatenate(codes)
         n_bytes = together.shape[1] - width
-        cell = sum((together[:, byte].astype(np.int64) << 8 * byte for byte in range(n_bytes)), np.zeros(1, np.int64))
+        cell = np.zeros(len(together), np.int64)
+        for byte in range(n_bytes):
+            cell += together[:, byte].astype(np.int64) << 8 * byte
         order = np.argsort(cell, kind="stable")
         rows = np.empty(len(order), [("id", "<i8"), ("code", "u1", width)])
         rows["id"], rows["code"] = end - len(order) + order, together[order, n_bytes:]
