@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ KEPT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FIRING = (8, 16, 32, 64)
 """Latents kept when firing is asked for; the F1 of the best of these counts."""
 HELD_OUT = 5_000
+NMF_ROWS = 12_000
 BATCH = 1024
 
 
@@ -82,6 +83,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         f"topk-{k}-{lr:g}": {"kind": "topk", "k": k, "lr": lr}
         for k in (16, 32, 64, 128, 256) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
     },
+    **{f"batchtopk-64-{lr:g}": {"kind": "batchtopk", "k": 64, "lr": lr} for lr in (1e-3, 2e-3, 4e-3)},
+    **{f"jumprelu-64-{lr:g}": {"kind": "jumprelu", "k": 64, "lr": lr} for lr in (5e-4, 1e-3, 2e-3)},
+    **{
+        f"widths-64-{lr:g}": {**MATRYOSHKA, "widths": (256, 512, 1024, 2048, 4096), "k": 64, "lr": lr}
+        for lr in (5e-4, 1e-3, 2e-3)
+    },
+    "pca": {},
+    "ica": {},
+    "nmf": {},
+    "pursuit": {},
 }  # fmt: skip
 
 
@@ -135,6 +146,9 @@ def measured(name: str, seed: int, fit: str, judged: str, arguments: argparse.Na
     if name == "untrained":
         return {"recipe": name, "seed": seed, "epochs": 0, "expansion": arguments.expansion, "cpu_seconds": 0.0,
                 **untrained(fit, judged, arguments.labels, arguments.expansion, seed)}  # fmt: skip
+    if name in FACTORS:
+        return {"recipe": name, "seed": seed, "epochs": 0, "expansion": arguments.expansion,
+                **FACTORS[name](fit, judged, seed, arguments), "cpu_seconds": time.process_time() - began}  # fmt: skip
     sae = msae.train(
         fit, out=out, resume=True, epochs=arguments.epochs, batch_size=arguments.batch_size,
         expansion=arguments.expansion, seed=seed, **RECIPES[name],
@@ -218,6 +232,99 @@ def f1_table(both: np.ndarray, n_class: np.ndarray, n_fires: np.ndarray) -> np.n
     return 2 * both / np.maximum(n_class[:, None] + n_fires[None, :], 1)
 
 
+# What is no SAE ----------------------------------------------------------------------------------------------------
+
+
+def pca(fit: str, judged: str, seed: int, _: argparse.Namespace) -> dict[str, Any]:
+    """Principal components; of each row the k coordinates of the largest size are kept."""
+    from sklearn.decomposition import PCA
+
+    return kept_coordinates(PCA(random_state=seed), fit, judged)
+
+
+def ica(fit: str, judged: str, seed: int, _: argparse.Namespace) -> dict[str, Any]:
+    """Independent components, as many as dimensions; of each row the k that contribute most are kept."""
+    from sklearn.decomposition import FastICA
+
+    return kept_coordinates(FastICA(whiten="unit-variance", max_iter=100, random_state=seed), fit, judged)
+
+
+def kept_coordinates(model: Any, fit: str, judged: str) -> dict[str, Any]:
+    known, new = (rows.astype(np.float64) for rows in rows_of(fit, judged))  # ICA overflows in float32
+    model.fit(known)
+    codes = model.transform(new)
+    atoms = model.inverse_transform(np.eye(codes.shape[1])) - model.inverse_transform(np.zeros((1, codes.shape[1])))
+    offset = model.inverse_transform(np.zeros((1, codes.shape[1])))
+    return strongest_kept(new, codes, atoms, offset)
+
+
+def nmf(fit: str, judged: str, seed: int, _: argparse.Namespace) -> dict[str, Any]:
+    """Nonnegative factors, as many as dimensions, of each row's parts above and below the mean."""
+    from sklearn.decomposition import NMF
+
+    known, new = rows_of(fit, judged)
+    known = known[np.random.default_rng(seed).choice(len(known), min(NMF_ROWS, len(known)), replace=False)]
+    two_parts = [np.hstack([x.clip(0), (-x).clip(0)]) for x in (known, new)]
+    model = NMF(known.shape[1], init="nndsvda", max_iter=60, random_state=seed)
+    model.fit(two_parts[0])
+    d_in = known.shape[1]
+    atoms = model.components_[:, :d_in] - model.components_[:, d_in:]
+    return strongest_kept(new, model.transform(two_parts[1]), atoms, np.zeros((1, d_in)))
+
+
+def pursuit(fit: str, judged: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Orthogonal matching pursuit on the decoder rows of the default's SAE of the same seed, 1,000 rows."""
+    from sklearn.linear_model import orthogonal_mp_gram
+
+    run = f"{arguments.what}-default-x{arguments.expansion:g}-e{arguments.epochs}-s{seed}"
+    sae = msae.SAE.load(arguments.work / "runs" / run)
+    _, new = rows_of(fit, judged)
+    new = new[np.random.default_rng(seed).choice(len(new), 1000, replace=False)]
+    atoms = sae.W_dec.detach().numpy().astype(np.float64)
+    centred = new - sae.b_dec.detach().numpy()
+    gram, against = atoms @ atoms.T, atoms @ centred.T
+    errors = {}
+    for k in [k for k in KEPT if 8 <= k <= 128]:
+        codes = orthogonal_mp_gram(gram, against, n_nonzero_coefs=k)
+        errors[str(k)] = error_of(new, centred - codes.T @ atoms)
+    return no_firing(errors, len(atoms), len(new))
+
+
+FACTORS: dict[str, Callable[[str, str, int, argparse.Namespace], dict[str, Any]]] = {
+    "pca": pca, "ica": ica, "nmf": nmf, "pursuit": pursuit,
+}  # fmt: skip
+
+
+def rows_of(fit: str, judged: str) -> list[np.ndarray]:
+    """The two stores' image embeddings as the SAEs see them: standardised by the first."""
+    known, new = (msae.EmbeddingStore.open(path, modality="image") for path in (fit, judged))
+    sae = msae.SAE(msae.SAEConfig(d_in=known.d_in, d_sae=known.d_in, kind="relu"))
+    sae.standardizer = View(Run.open(sae), known, "image").standardizer
+    return [torch.cat(list(standardised(sae, store))).numpy() for store in (known, new)]
+
+
+def strongest_kept(x: np.ndarray, codes: np.ndarray, atoms: np.ndarray, offset: np.ndarray) -> dict[str, Any]:
+    """FVU with only the k codes of each row whose atoms contribute most; all codes are kept as they are."""
+    size = np.abs(codes) * np.linalg.norm(atoms, axis=1)
+    order = np.argsort(-size, axis=1)
+    errors = {}
+    for k in [k for k in KEPT if k < codes.shape[1]] + [codes.shape[1]]:
+        kept = np.zeros_like(codes)
+        np.put_along_axis(kept, order[:, :k], np.take_along_axis(codes, order[:, :k], axis=1), axis=1)
+        errors[str(k)] = error_of(x, x - kept @ atoms - offset)
+    return no_firing(errors, codes.shape[1], len(x))
+
+
+def error_of(x: np.ndarray, residual: np.ndarray) -> float:
+    return float((np.square(residual).sum(1) / np.square(x).sum(1)).mean())
+
+
+def no_firing(errors: dict[str, float], d_sae: int, n: int) -> dict[str, Any]:
+    """A record without what only latents have."""
+    return {"fvu_per_sample": errors, "l0": None, "never_in_top_64": None, "d_sae": d_sae, "class_f1": None,
+            "n_judged": n}  # fmt: skip
+
+
 def write_tables(work: Path) -> None:
     titles = {
         "choose": "On 5,000 rows held out of the training rows; recipes were chosen here.",
@@ -236,35 +343,58 @@ def write_tables(work: Path) -> None:
 
 
 def draw(records: list[dict[str, Any]]) -> None:
-    """Error against latents kept: a line for each recipe that works at any k, a point for each TopK at its own."""
+    """Three pictures: error against latents kept, error against sparsity with all latents, class F1; spread over seeds.
+
+    A recipe for any k is a line, an SAE trained for one k a point at that k.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "msae"  # the same figure gives the same bytes
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    own: dict[int, list[tuple[float, float]]] = {}
-    for name in [one for one in RECIPES if any(record["recipe"] == one for record in records)]:
-        runs = [record["fvu_per_sample"] for record in records if record["recipe"] == name]
-        kept = [k for k in KEPT if str(k) in runs[0]]
-        errors = np.array([[run[str(k)] for k in kept] for run in runs])
-        if name.startswith("topk-"):
-            k = int(name.split("-")[1])
+    figure, (by_k, by_sparsity, f1) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained", width_ratios=(3, 2, 2))
+    by_recipe = {name: [one for one in records if one["recipe"] == name] for name in RECIPES}
+    by_recipe = {name: found for name, found in by_recipe.items() if found}
+    own: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for name, found in by_recipe.items():
+        kept = [k for k in KEPT if str(k) in found[0]["fvu_per_sample"]]
+        errors = np.array([[one["fvu_per_sample"][str(k)] for k in kept] for one in found])
+        kind, _, rest = name.partition("-")
+        if kind in ("topk", "batchtopk", "jumprelu", "widths"):
+            k = int(rest.split("-")[0])
             column = errors[:, kept.index(k)]
-            own.setdefault(k, []).append((float(column.mean()), float(np.ptp(column) / 2)))
+            own.setdefault((kind, k), []).append((float(column.mean()), float(np.ptp(column) / 2)))
             continue
-        line = axes.plot(kept, errors.mean(0), marker=".", label=name)[0]
-        axes.fill_between(kept, errors.min(0), errors.max(0), color=line.get_color(), alpha=0.3)
-    best = {k: min(found) for k, found in sorted(own.items())}
-    axes.errorbar(
-        list(best), [mean for mean, _ in best.values()], yerr=[spread for _, spread in best.values()],
-        fmt="kx", label="TopK trained for that k",
-    )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="latents kept in a row", ylabel="share of the variance that is lost")
-    axes.set_xticks(kept, [str(k) for k in kept], rotation=45)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        line = by_k.plot(kept, errors.mean(0), marker=".", label=name)[0]
+        by_k.fill_between(kept, errors.min(0), errors.max(0), color=line.get_color(), alpha=0.3)
+    for kind in dict.fromkeys(kind for kind, _ in own):
+        best = {k: min(found) for (one, k), found in sorted(own.items()) if one == kind}
+        by_k.errorbar(
+            list(best), [mean for mean, _ in best.values()], yerr=[spread for _, spread in best.values()],
+            fmt={"topk": "kx", "batchtopk": "k+", "jumprelu": "k1", "widths": "k2"}[kind], label=f"{kind}, for that k",
+        )  # fmt: skip
+    by_k.set(xscale="log", yscale="log", xlabel="latents kept in a row", ylabel="share of the variance that is lost")
+    by_k.set_xticks(KEPT, [str(k) for k in KEPT], rotation=45)
+    firing = {name: found for name, found in by_recipe.items() if found[0]["class_f1"] is not None}
+    for i, (name, found) in enumerate(firing.items()):
+        sparsity = [1 - one["l0"] / one["d_sae"] for one in found]
+        lost = [one["fvu_per_sample"][str(one["d_sae"])] for one in found]
+        by_sparsity.plot(sparsity, lost, "o", color=f"C{i % 10}", ms=4)
+        by_sparsity.annotate(
+            name, (np.mean(sparsity), np.mean(lost)), fontsize=6, xytext=(3, 2), textcoords="offset points"
+        )
+        values = [max(one["class_f1"].values()) for one in found]
+        f1.barh(name, np.mean(values), xerr=np.ptp(values) / 2, color=f"C{i % 10}")
+    by_sparsity.set(
+        yscale="log", xlabel="sparsity, every positive latent active", ylabel="share of the variance that is lost"
+    )
+    f1.set(xlabel="class F1 of the best single latent")
+    f1.invert_yaxis()
+    f1.tick_params(labelsize=7)
+    for axes in (by_k, by_sparsity):
+        axes.grid(alpha=0.3)
+    by_k.legend(fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None})
     plt.close(figure)
 
@@ -287,27 +417,32 @@ def table(records: list[dict[str, Any]]) -> str:
             if (record["expansion"], record["epochs"] or 10, record["recipe"]) == (expansion, epochs, order[place])
         ]  # fmt: skip
         name = order[place] + f" ({epochs} epochs)" * (epochs != 10) + f" (expansion {expansion:g})" * (expansion != 8)
-        errors = {k: np.array([record["fvu_per_sample"][k] for record in own]) for k in (*kept, str(own[0]["d_sae"]))}
-        cells = [f"{value.mean():.4f}" for value in errors.values()]
+        errors = {
+            k: np.array([record["fvu_per_sample"].get(k, np.nan) for record in own])
+            for k in (*kept, str(own[0]["d_sae"]))
+        }
+        cells = ["-" if np.isnan(value).any() else f"{value.mean():.4f}" for value in errors.values()]
         if len(own) > 1:
             cells[kept.index("64")] += f" ± {errors['64'].std(ddof=1):.4f}"
-        active = np.mean([record["l0"] for record in own])
-        never = np.mean([record["never_in_top_64"] / record["d_sae"] for record in own])
-        f1 = np.mean([max(record["class_f1"].values()) for record in own])
+        firing = "- | - | -"
+        if own[0]["class_f1"] is not None:
+            active = np.mean([record["l0"] for record in own])
+            never = np.mean([record["never_in_top_64"] / record["d_sae"] for record in own])
+            f1 = np.mean([max(record["class_f1"].values()) for record in own])
+            firing = f"{active:.0f} | {never:.1%} | {f1:.3f}"
         seconds = np.mean([record["cpu_seconds"] for record in own])
-        lines.append(
-            f"| {name} | {len(own)} | {' | '.join(cells)} | {active:.0f} | {never:.1%} | {f1:.3f} | {seconds:.0f} |"
-        )
+        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} | {firing} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
 def show(record: dict[str, Any]) -> None:
     kept = "  ".join(f"{k}: {value:.4f}" for k, value in record["fvu_per_sample"].items() if int(k) >= 8)
-    best = max(record["class_f1"].values())
+    firing = ""
+    if record["class_f1"] is not None:
+        best = max(record["class_f1"].values())
+        firing = f"l0 {record['l0']:.0f}  never {record['never_in_top_64']}  F1 {best:.3f}"
     print(
-        f"{record['recipe']:22s} seed {record['seed']}  {kept}  l0 {record['l0']:.0f}  "
-        f"never {record['never_in_top_64']}  F1 {best:.3f}  {record['cpu_seconds']:.0f} CPU s",
-        flush=True,
+        f"{record['recipe']:22s} seed {record['seed']}  {kept}  {firing}  {record['cpu_seconds']:.0f} CPU s", flush=True
     )
 
 

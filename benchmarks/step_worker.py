@@ -51,8 +51,11 @@ def build(library: str, threads: int, **case) -> Step:
 
 
 def levels_of(case: dict) -> tuple[int, ...]:
-    """`n_levels` levels that end at d_sae: doubling from 64 where that is their number, else evenly spread."""
+    """The levels of a recipe; else `n_levels` that end at d_sae: doubling from 64 where that fits, or evenly spread."""
     d_sae = case["d_sae"]
+    if case["kind"] in ("default", "faithful"):
+        first, last = case["d_in"] // 64, case["d_in"] if case["kind"] == "default" else d_sae
+        return (*(first << i for i in range(40) if first << i < last), last)
     doubling = [64 << i for i in range(40) if 64 << i < d_sae] + [d_sae]
     n_levels = case.get("n_levels") or len(doubling)
     if n_levels == len(doubling):
@@ -79,8 +82,11 @@ def msae(x, bias: float, case: dict, *, kernel: str = "cpu") -> Step:
 
     parameters = our_parameters(bias, case)
     kind, d_sae, k, settings = case["kind"], case["d_sae"], case.get("k"), {}
-    if kind == "matryoshka":
+    if kind in ("matryoshka", "default", "faithful"):
         selection = Selection(levels=levels_of(case))
+        if kind != "matryoshka":
+            parameters.append(torch.nn.Parameter(torch.ones(selection.n_levels)))
+            settings["level_scales"] = parameters[4]
     elif kind == "widths":
         selection = Selection(widths=widths_of(d_sae), batch_k=k)
     elif kind == "topk":
@@ -116,7 +122,9 @@ def naive(x, bias: float, case: dict) -> Step:
     parameters = our_parameters(bias, case)
     W_enc, b_enc, W_dec, b_dec = parameters
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, eps=6.25e-10)
-    levels = levels_of(case) if case["kind"] == "matryoshka" else (case.get("k") or case["d_sae"],)
+    levels = (
+        levels_of(case) if case["kind"] in ("matryoshka", "default", "faithful") else (case.get("k") or case["d_sae"],)
+    )
 
     def step() -> None:
         h = (x - b_dec) @ W_enc + b_enc

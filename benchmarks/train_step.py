@@ -27,6 +27,9 @@ from results import write_section
 
 Case = dict[str, Any]
 
+POSTER = "msae, poster's levels"
+"""The line beside a recipe's own levels."""
+
 
 class Worker:
     """A process that makes steps of one library."""
@@ -80,8 +83,10 @@ def ratio(of: list[dict[str, float]], to: list[dict[str, float]], clock: str) ->
 def candidates(case: Case, peers: list[str]) -> dict[str, tuple[str, Case]]:
     """Name in the table -> library and case."""
     out = {"msae": ("msae", case), "reference": ("reference", case), "floor": ("floor", case)}
-    if case["kind"] in ("matryoshka", "topk", "relu"):
+    if case["kind"] in ("matryoshka", "default", "faithful", "topk", "relu"):
         out["naive"] = ("naive", case)
+    if case["kind"] in ("default", "faithful"):
+        out[POSTER] = ("msae", {**case, "kind": "matryoshka"})
     if case["kind"] == "matryoshka":
         for n_levels in (1, 3, 12):
             out[f"msae, {n_levels} levels"] = ("msae", {**case, "n_levels": n_levels})
@@ -91,7 +96,9 @@ def candidates(case: Case, peers: list[str]) -> dict[str, tuple[str, Case]]:
 
 def plan(full: bool) -> list[Case]:
     small, large = {"d_in": 512, "d_sae": 4096}, {"d_in": 768, "d_sae": 6144}
-    dense = [{"kind": kind, "density": p} for kind in ("matryoshka", "relu") for p in (0.22, 0.5)]
+    dense = [
+        {"kind": kind, "density": p} for kind in ("matryoshka", "default", "faithful", "relu") for p in (0.22, 0.5)
+    ]
     sparse = [{"kind": kind, "k": 64} for kind in ("topk", "batchtopk", "widths")]
     sizes = [small, large] if full else [small]
     batches = (256, 1024, 4096) if full else (1024, 4096)
@@ -113,6 +120,7 @@ def tables(records: list[dict[str, Any]], peers: list[str]) -> str:
     head += [f"{peer} / step" for peer in peers]
     lines = [f"| {' | '.join(head)} |", "|---|---:|---|" + "---:|" * (len(head) - 3)]
     levels = ["| size | batch | density | 1 level / 7 | 3 / 7 | 12 / 7 |", "|---|---:|---:|---:|---:|---:|"]
+    recipes = ["| size | batch | step of | step / step with the poster's levels |", "|---|---:|---|---:|"]
     for record in records:
         case, found = record["case"], record["seconds"]
         size = f"{case['d_in']}/{case['d_sae']}"
@@ -122,8 +130,13 @@ def tables(records: list[dict[str, Any]], peers: list[str]) -> str:
         if case["kind"] == "matryoshka":
             counts = [cell(found, f"msae, {n} levels", "msae") for n in (1, 3, 12)]
             levels.append(f"| {size} | {case['batch']} | {case['density']} | {' | '.join(counts)} |")
+        if case["kind"] in ("default", "faithful"):
+            recipes.append(f"| {size} | {case['batch']} | {what} | {cell(found, 'msae', POSTER)} |")
+    recipes = ["", *recipes] if len(recipes) > 2 else []
     loads = sorted(record["load"] for record in records)
-    return "\n".join([*lines, "", *levels, "", f"Load of the machine meanwhile: {loads[0]:.1f} to {loads[-1]:.1f}."])
+    return "\n".join(
+        [*lines, *recipes, "", *levels, "", f"Load of the machine meanwhile: {loads[0]:.1f} to {loads[-1]:.1f}."]
+    )
 
 
 def wanted(case: Case, options: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
 """Shared fixtures. Real CLIP vectors lie beside the checkout where they are to be had; never in the project."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,29 @@ def real_vectors() -> Path:
     if not folder.exists():
         pytest.skip(f"the real CLIP vectors are not at {folder}; set MSAE_SHARED to the folder that has them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_world(tmp_path_factory) -> Path:
+    """A folder with the msae-demo of `msae demo` on fewer scenes and with two SAEs; made once for all workers."""
+    pytest.importorskip("transformers")
+    from filelock import FileLock
+
+    from msae.world import chain
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo-world"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
+        if not (folder / "finished").exists():
+            patch.chdir(folder)
+            patch.setattr(chain, "N_SCENES", {"scenes": 1000, "holdout": 500})
+            patch.setattr(chain, "RUNS", {run: chain.RUNS[run] for run in (chain.NAMED_RUN, "topk-16")})
+            chain.demo()
+            (folder / "finished").touch()
+    return folder
+
+
+def linked_copy(folder: Path, to: Path) -> Path:
+    """A copy of a folder that shares its files; what msae writes replaces a file and leaves the other as it was."""
+    return Path(shutil.copytree(folder, to, copy_function=os.link))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msae
 from msae.world.chain import write_scenes
-from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY
+from msae.world.scenes import UNSEEN_SEEDS, WORDS
 
 N = 360
 HOSTILE = '<img src=x onerror="window.hurt=1">'
@@ -36,8 +36,7 @@ def make_world(folder: Path) -> Path:
     msae.embed(file, encoder="demo", out=folder / "scenes.store", batch_size=128)
     _move_picture(folder / "scenes.store", row=1, path=f"../{SECRET}")
     words = folder / "words.txt"
-    plain = [ways[0] for values in VOCABULARY.values() for value, ways in values.items() if value is not False]
-    words.write_text("\n".join([*plain, HOSTILE]) + "\n", encoding="utf-8")
+    words.write_text("\n".join([*WORDS, HOSTILE]) + "\n", encoding="utf-8")
     vocabulary = msae.embed(words, encoder="demo", out=folder / "words.store")
     options = {"d_sae": 96, "epochs": 12, "batch_size": 32, "lr": 2e-3}
     store = folder / "scenes.store"

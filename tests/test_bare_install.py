@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WITH_OTHERS = ("wandb", "trackio", "triton", "pandas", "fsspec", "ray")
 """Modules that no extra brings, or that others bring: a bare install may lack them too."""
+OF_THE_PROJECT = ("dev", "docs")
+"""Extras for work on msae itself."""
 N, D_IN = 300, 16
 
 
@@ -131,7 +133,7 @@ def test_extras_bring_what_the_table_says_and_all_is_all_of_them():
         if module in modules and module not in ("tokenizers", "huggingface_hub", "llvmlite"):  # brought by another
             assert set(modules[module]) & names_of(extras[extra]), (module, extra)
     (everything,) = extras["all"]
-    assert set(everything.removeprefix("msae[").removesuffix("]").split(",")) == set(extras) - {"all", "dev"}
+    assert set(everything.removeprefix("msae[").removesuffix("]").split(",")) == set(extras) - {"all", *OF_THE_PROJECT}
 
 
 def imported(folder: Path) -> set[str]:
@@ -151,7 +153,8 @@ def imported(folder: Path) -> set[str]:
 def test_every_dependency_is_used_and_every_import_is_a_dependency():
     used = imported(ROOT / "src")
     modules = importlib.metadata.packages_distributions()
-    extras = {name: one for name, one in PROJECT["optional-dependencies"].items() if name not in ("all", "dev")}
+    of_users = set(PROJECT["optional-dependencies"]) - {"all", *OF_THE_PROJECT}
+    extras = {name: PROJECT["optional-dependencies"][name] for name in of_users}
     declared = names_of(PROJECT["dependencies"]).union(*map(names_of, extras.values()))
     by_name = {name.lower(): module for module, names in modules.items() for name in names if module in used}
     silent = {"sentencepiece"}  # transformers imports it for tokenizers of SigLIP

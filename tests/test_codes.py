@@ -9,7 +9,9 @@ import torch
 import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.concepts.names import Concept, ConceptNames
-from msae.sae.model import SAE, weights_hash
+from msae.sae.formats import as_onnx
+from msae.sae.model import SAE, SAEConfig, weights_hash
+from msae.sae.standardize import Standardizer, fit_statistics
 from msae.use import codes as codes_module
 from tests.test_formats import D_IN, error_of, make_sae, rows
 
@@ -146,6 +148,41 @@ def test_beach_and_no_people_is_what_brute_force_finds(world, client, word):
     assert [point.id for point in found] == expected.tolist()
 
 
+def test_twenty_thousand_real_rows_answer_as_brute_force_does(real_vectors, tmp_path, client):
+    from qdrant_client import models
+
+    x = torch.from_numpy(np.load(real_vectors / "image_train.npy", mmap_mode="r")[20_000:40_000].astype(np.float32))
+    np.save(tmp_path / "rows.npy", x.numpy())
+    sae = SAE(SAEConfig(512, 1024, encoder="x"), Standardizer({"image": fit_statistics(lambda: [x])}), seed=50).with_l0(
+        16, x[::9]
+    )
+    sae.save(tmp_path / "run")
+    z = sae.encode(x).numpy()
+    busiest = np.argsort(-(z > 0).sum(0))[:30].tolist()
+    # Two names of two latents each, one that is a synonym of the other's, and one of a single latent.
+    latents = {"a": busiest[0:4:2], "b": busiest[1:4:2], "c": busiest[9:10]}
+    named = sorted(((i, name) for name, own in latents.items() for i in own))
+    concepts = tuple(Concept(i, name, 0.5, 0.1, synonyms=("d",) if name == "a" else ()) for i, name in named)
+    ConceptNames("evidence", sae.d_sae, concepts, {}, (), {"sae": weights_hash(sae)}).save(tmp_path / "run")
+    encoded = msae.encode(tmp_path / "run", tmp_path / "rows.npy", to="rows", client=client)
+    assert encoded.n == 20_000 == client.count("rows").count and encoded.l0 == (z > 0).sum() / 20_000
+    for with_, without in (("a", "b"), ("c", "a"), ("d", "c")):
+        own, others = ((z[:, latents[{"d": "a"}.get(name, name)]] > 0).any(1) for name in (with_, without))
+        has = {
+            name: models.FieldCondition(key="concepts", match=models.MatchValue(value=name))
+            for name in (with_, without)
+        }
+        query = ConceptNames.load(tmp_path / "run")[with_]
+        found = client.query_points(
+            "rows", query=models.SparseVector(indices=query, values=[1.0] * len(query)), using="concepts", limit=20_000,
+            query_filter=models.Filter(must=[has[with_]], must_not=[has[without]]),
+        ).points  # fmt: skip
+        score = z[:, query].sum(1, dtype=np.float64)
+        rows_of = [point.id for point in found]
+        assert set(rows_of) == set(np.flatnonzero(own & ~others).tolist()) and len(rows_of) > 100
+        assert (np.diff(score[rows_of]) < 1e-4).all(), "of equal scores either may come first"
+
+
 def test_a_hybrid_search_keeps_to_the_filter(world, client):
     from qdrant_client import models
 
@@ -209,6 +246,25 @@ def test_onnx_gives_what_torch_gives_for_any_batch(tmp_path, how, config):
         expected = sae.encode(x, "text", how.get("k"), inference=how.get("inference", "trained")).numpy()
         np.testing.assert_allclose(z, expected, atol=1e-4)
         assert z.shape == (n, 40) and ((z > 0) == (expected > 0)).all()
+
+
+def test_an_encoder_too_large_for_one_onnx_file_lies_beside_it(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    make_sae(level_scales=True).with_l0(6, rows()).save(tmp_path / "run")
+    msae.export(tmp_path / "run", to="onnx", out=tmp_path / "one", k=5)
+    monkeypatch.setattr(as_onnx, "LARGEST", 4 * 12 * 40)  # as many bytes as W_enc alone
+    exported = msae.export(tmp_path / "run", to="onnx", out=tmp_path / "two", k=5)
+    assert exported.files == ("encoder.onnx", "encoder.onnx.data")
+    W_enc = SAE.load(tmp_path / "run").W_enc.detach().numpy()
+    assert np.array_equal(np.fromfile(tmp_path / "two/encoder.onnx.data", np.float32), W_enc.ravel())
+    answers = [
+        runtime.InferenceSession(tmp_path / one / "encoder.onnx", providers=["CPUExecutionProvider"]).run(
+            None, {"embeddings": rows(4).numpy()}
+        )[0]
+        for one in ("one", "two")
+    ]
+    assert np.array_equal(*answers)
 
 
 def test_the_atlas_has_a_picture_and_the_strongest_concepts_of_each_row(world):

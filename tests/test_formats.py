@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msae
@@ -559,6 +561,149 @@ def test_a_hostile_file_runs_nothing_and_ends_in_one_line(make, tmp_path, capsys
     assert left.value.code == 1 and out == "", err
     assert err.count("\n") == 1 and "unexpected" not in err and len(err) < 600, err
     assert set(tmp_path.rglob("*")) == before and not mark.exists()
+
+
+# --- Ten kinds of hostile file, against every importer
+
+
+def foreign(kind: str, at: Path) -> tuple[Path, Path]:
+    """An SAE as each importer reads it: what is given to `msae import`, and the file of weights."""
+    if kind in ("authors", "sem"):
+        path = at / f"{kind}.pth"
+        (authors_file if kind == "authors" else sem_file)(path)
+        return path, path
+    if kind == "prisma":
+        config = {"architecture": "standard", "activation_fn_str": "relu"}
+        folder = write_folder_of(
+            at / "sae", "config.json", config, "weights.pt", {"state_dict": plain(make_sae("relu"))}
+        )
+        return folder, folder / "weights.pt"
+    make_sae("relu").save(at / "run")
+    folder = at / "sae"
+    msae.export(at / "run", to=kind.removesuffix(" of ours"), out=folder, k=4 if kind == "sparsify" else None)
+    shutil.rmtree(at / "run")
+    if kind.endswith(" of ours"):
+        return folder, folder / OURS
+    (folder / OURS).unlink()
+    return folder, next(file for file in folder.iterdir() if file.suffix != ".json")
+
+
+IMPORTERS = ("saelens", "saelens of ours", "sparsify", "dictionary-learning", "prisma", "authors", "sem")
+
+
+def with_tensors(weights: Path, change) -> None:
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(weights)
+        change(tensors)
+        save_file(tensors, weights, metadata)
+        return
+    data = torch.load(weights, weights_only=False)
+    change(data.get("model", data.get("state_dict", data)))
+    torch.save(data, weights)
+
+
+def largest_of(tensors) -> str:
+    return max(tensors, key=lambda name: tensors[name].numel())
+
+
+def cut(tensors) -> None:
+    name = largest_of(tensors)
+    tensors[name] = tensors[name][..., :-1].contiguous()
+
+
+def spoil(tensors) -> None:
+    tensors[largest_of(tensors)].view(-1)[3] = float("inf")
+
+
+def round_off(tensors) -> None:
+    name = largest_of(tensors)
+    tensors[name] = tensors[name].long()
+
+
+def bytes_of_a_pickle(weights, mark):
+    weights.write_bytes(pickle.dumps({"model": Runs(mark)}))
+
+
+def bytes_of_an_archive(weights, mark):
+    zipped(weights, pickle.dumps({"model": Runs(mark)}, protocol=2))
+
+
+def bytes_of_a_tar(weights, mark):
+    path = tar_with_paths_out_of_the_folder(weights.parent, mark)
+    path.replace(weights)
+
+
+def a_member_outside(weights, mark):
+    """Of an archive; a file that is none is replaced by one."""
+    old = zipfile.ZipFile(weights) if zipfile.is_zipfile(weights) else None
+    members = {name: old.read(name) for name in old.namelist()} if old else {"archive/data.pkl": b"."}
+    with zipfile.ZipFile(weights, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("/data/", "/../../data/"), data)
+        archive.writestr(f"../../{mark.name}", b"written")
+        archive.writestr(str(mark), b"written")
+
+
+def a_huge_header(weights, mark):
+    weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def a_half(weights, mark):
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def a_link_outside(weights, mark):
+    outside = mark.with_name("outside")
+    weights.replace(outside)
+    weights.symlink_to(outside)
+
+
+def a_pipe(weights, mark):
+    weights.unlink()
+    os.mkfifo(weights)
+
+
+KINDS = {
+    "pickle": bytes_of_a_pickle,
+    "pickle in an archive": bytes_of_an_archive,
+    "tar that leaves the folder": bytes_of_a_tar,
+    "archive that leaves the folder": a_member_outside,
+    "huge header": a_huge_header,
+    "half a file": a_half,
+    "link that leaves the folder": a_link_outside,
+    "pipe": a_pipe,
+    "wrong shapes": lambda weights, mark: with_tensors(weights, cut),
+    "not finite": lambda weights, mark: with_tensors(weights, spoil),
+    "whole numbers": lambda weights, mark: with_tensors(weights, round_off),
+}
+
+
+@pytest.mark.parametrize("kind", [k if k != "pipe" else pytest.param(k, marks=needs_posix) for k in KINDS])
+@pytest.mark.parametrize("importer", IMPORTERS)
+def test_every_importer_refuses_every_kind(importer, kind, tmp_path, capsys):
+    home = tmp_path / "inner" / "deep"
+    home.mkdir(parents=True)
+    mark = tmp_path / "inner" / "it-ran"
+    path, weights = foreign(importer, home)
+    KINDS[kind](weights, mark)
+    if (importer, kind) == ("saelens of ours", "whole numbers"):
+        assert "was ignored" in msae.import_sae(path, out=tmp_path / "run").notes[0]  # what SAELens wrote is whole
+        return
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as left:
+        main(["import", str(path), "--out", str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert left.value.code == 1 and out == "", err
+    assert err.count("\n") == 1 and "unexpected" not in err and len(err) < 600, err
+    assert set(tmp_path.rglob("*")) == before and not mark.exists()
+
+
+def test_without_the_hostile_change_every_importer_reads(tmp_path):
+    for importer in IMPORTERS:
+        (tmp_path / importer).mkdir()
+        assert read_file(foreign(importer, tmp_path / importer)[0]).sae.d_sae == D_SAE
 
 
 def test_a_pickle_says_what_it_asked_for(tmp_path):

@@ -11,6 +11,7 @@ import msae
 from msae.base.errors import ConfigError
 from msae.concepts.names import Concept, ConceptNames
 from msae.sae.model import SAE, weights_hash
+from msae.web import hub as hub_module
 from tests.hub_stand_in import TOKEN, Hub
 from tests.test_formats import make_sae, rows
 from tests.test_model_card import front_matter
@@ -158,6 +159,38 @@ def test_an_edited_card_is_sent_as_it_is(run):
     (run / "README.md").write_text("mine\n")
     text = msae.push(run, "me/sae", dry_run=True).to_text()
     assert "edited" in text and "license" not in text
+
+
+@pytest.mark.parametrize("before", ["/home/me/secret/", "secret/", "../secret/", "~/secret/", "C:\\me\\secret\\",
+                                    "C:/me/secret/", "..\\secret\\", "\\\\host\\secret\\", "s3://secret/"])  # fmt: skip
+def test_of_a_path_only_the_last_part_is_sent(run, before):
+    record = {
+        "on": f"{before}photos.store", "vocabulary": f"{before}words.npy", "encoder": "openai/clip-vit-base-patch32",
+        "stores": [{"store": f"{before}photos.store"}], "concepts": [{"name": "and/or", "synonyms": ["hot/cold", "."]}],
+    }  # fmt: skip
+    assert hub_module._without_paths(record) == {
+        "on": "photos.store", "vocabulary": "words.npy", "encoder": "openai/clip-vit-base-patch32",
+        "stores": [{"store": "photos.store"}], "concepts": [{"name": "and/or", "synonyms": ["hot/cold", "."]}],
+    }  # fmt: skip
+    assert hub_module._without_paths({"encoder": f"{before}clip"})["encoder"] in ("clip", "secret/clip")
+
+
+@pytest.mark.parametrize("on", ["secret/pairs.npy", "../secret/pairs.npy", "C:\\my secret\\pairs.npy"])
+def test_no_path_is_in_a_page_that_is_sent(hub, run, tmp_path, monkeypatch, on):
+    """A page has the paths of its records, as they were given."""
+    monkeypatch.chdir(tmp_path)
+    data = json.loads((run / "names.json").read_text(encoding="utf-8"))
+    (run / "names.json").write_text(json.dumps({**data, "on": on, "rule": "evidence"}), encoding="utf-8")
+    (run / "report.html").write_text(
+        f"<p>a/b &amp; c/d</p><code>msae name {on} '{on}' &#34;/home/me/secret/x.npy&#34;</code><a href='{on}'>1/2</a>"
+    )
+    assert command(["push", str(run), "me/sae", "--include", "names", "report"], hub, tmp_path / "home")[0] == 0
+    page = hub.repos["me/sae"]["report.html"].decode()
+    assert (
+        page
+        == "<p>a/b &amp; c/d</p><code>msae name pairs.npy 'pairs.npy' &#34;x.npy&#34;</code><a href='pairs.npy'>1/2</a>"
+    )
+    assert not [name for name, data in hub.repos["me/sae"].items() if b"secret" in data]
 
 
 def test_no_path_of_this_machine_is_sent(hub, tmp_path):

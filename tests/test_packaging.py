@@ -12,6 +12,8 @@ from zipfile import ZipFile
 
 import pytest
 
+import msae
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -47,7 +49,7 @@ def test_the_wheel_says_what_pyproject_says(built):
         [metadata] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
         said = message_from_bytes(wheel.read(metadata))
         [scripts] = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt")]
-    assert (said["Name"], said["Version"]) == (PROJECT["name"], PROJECT["version"])
+    assert (said["Name"], said["Version"]) == (PROJECT["name"], msae.__version__)
     assert said["Requires-Python"] == PROJECT["requires-python"]
     assert set(said.get_all("Classifier")) == set(PROJECT["classifiers"])
     assert re.search(r"^msae = msae\.cli:main$", scripts, re.M)
@@ -64,6 +66,11 @@ def test_the_sdist_is_small_and_leaves_out_benchmarks_and_pictures(built):
         "README.md", "constraints.txt", "pyproject.toml",
     }  # fmt: skip
     assert {"tests/conftest.py", "tests/test_packaging.py", "docs/glossary.md"} <= set(sizes)
+
+
+def test_the_version_is_the_newest_of_the_changelog():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest and newest.group(1) == msae.__version__
 
 
 @pytest.mark.skipif(not WORKFLOWS.exists(), reason="an sdist has no workflows")

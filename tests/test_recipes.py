@@ -15,19 +15,19 @@ import pytest
 
 from msae.cli import main
 from msae.concepts.names import Concept, ConceptNames
-from msae.world import chain
 from msae.world.scenes import ATTRIBUTES
+from tests.conftest import linked_copy
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 DEMO = "The form, on the demo's world"
 
 
 def commands() -> dict[str, list[str]]:
-    """Of each heading, its indented lines that begin with `msae`."""
+    """Of each heading, its lines that begin with `msae`."""
     found: dict[str, list[str]] = {}
     for section in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, body = section.partition("\n")
-        found[title] = re.findall(r"^ +(msae .*\S)", body, re.M)
+        found[title] = re.findall(r"^(msae .*\S)", body, re.M)
     return found
 
 
@@ -38,17 +38,16 @@ def run(command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The working directory of every command, in which those of the demo have run, on fewer scenes and one SAE."""
-    folder = tmp_path_factory.mktemp("recipes")
+def world(demo_world, tmp_path_factory):
+    """The working directory of every command, in which those of the demo have run."""
+    folder = linked_copy(demo_world, tmp_path_factory.mktemp("recipes") / "world")
     values = [str(value) for name in ("shape", "colour", "size", "texture", "background") for value in ATTRIBUTES[name]]
     (folder / "words.txt").write_text("\n".join([*values, "hat", "frame", "shadow"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(chain, "N_SCENES", {"scenes": 500, "holdout": 200})
-        patch.setattr(chain, "COMMON", {"d_sae": 256, "epochs": 40, "batch_size": 32})
-        patch.setattr(chain, "RUNS", {chain.NAMED_RUN: chain.RUNS[chain.NAMED_RUN]})
-        for command in commands()[DEMO]:
+        first, *others = commands()[DEMO]
+        assert first == "msae demo --out msae-demo"  # which made this world
+        for command in others:
             run(command)
         yield folder
 

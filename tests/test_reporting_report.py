@@ -92,6 +92,27 @@ def full(made):
     return made_report, out.read_text(encoding="utf-8")
 
 
+def test_a_comparison_in_a_file_shows_pictures_of_the_store_alone(made, tmp_path):
+    """A file of a stranger must not put pictures of this machine into a page that is passed on."""
+    from PIL import Image
+
+    store, secret = made / "pairs.store", tmp_path / "secret.png"
+    Image.new("RGB", (60, 40), "red").save(secret)
+    data = compare(made / "run", f"{store}:label=<b>a", f"{store}:label=<b>b").to_json()
+    rows = [row.to_json() for row in EmbeddingStore.open(store)[4:8]]
+    foreign = [{**rows[0], "path": str(secret)}, {**rows[1], "id": "other"}, {**rows[2], "row": 10**9}]
+    data["concepts"][0] |= {"q": 0.0, "rows_a": [rows[3]], "rows_b": [*foreign, {**rows[3], "path": "secret.png"}]}
+    data["roots"] = [str(tmp_path)]
+    (tmp_path / "c.json").write_text(json.dumps(data))
+
+    made_report = report(made / "run", store, out=tmp_path / "r.html", compare=tmp_path / "c.json")
+    section = (
+        (tmp_path / "r.html").read_text(encoding="utf-8").split("Two sets compared</h2>")[1].split("Use it</h2>")[0]
+    )
+    assert section.count("<img") == 1
+    assert "4 rows" in next(one.why for one in made_report.missing if one.section == "pictures of the comparison")
+
+
 class Tags(HTMLParser):
     """Every tag with its attributes, and every text."""
 

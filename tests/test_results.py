@@ -9,7 +9,7 @@ import pytest
 
 import msae
 from msae.base.errors import ConfigError, MissingDependencyError
-from msae.base.results import Result, shorten, text_table
+from msae.base.results import Result, shorten, text_html, text_table
 from msae.concepts.gallery import all_magnitudes
 from tests.test_reporting_report import EVIL, made  # noqa: F401
 
@@ -48,6 +48,20 @@ def test_columns_of_a_text_table_line_up():
         "longer   2",
     ]
     assert shorten("x" * 50, 10) == "x" * 9 + "…" and shorten("short") == "short"
+
+
+def test_a_notebook_shows_a_table_as_a_table_and_the_lines_around_it_as_they_are():
+    table = text_table(["<name>", "n", ""], [["a  b", "10", "x"], ["longer", "2", ""]], right=[1])
+    page = text_html("\n".join(["one: a < b", "", *table, "n     how many", "", *table]))
+    rows = (
+        '<tr><th style="text-align:left">&lt;name&gt;</th><th style="text-align:right">n</th>'
+        '<th style="text-align:left"></th></tr>'
+        '<tr><td style="text-align:left">a  b</td><td style="text-align:right">10</td>'
+        '<td style="text-align:left">x</td></tr>'
+        '<tr><td style="text-align:left">longer</td><td style="text-align:right">2</td>'
+        '<td style="text-align:left"></td></tr>'
+    )
+    assert page == f"<pre>one: a &lt; b</pre><table>{rows}</table><pre>n: how many</pre><table>{rows}</table>"
 
 
 # --- The results of the verbs

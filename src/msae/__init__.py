@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from msae.web.report import Report, report
     from msae.world.chain import demo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "MsaeError": "base.errors",

@@ -1,6 +1,7 @@
 """Export a run for every library and inference, and keep what msae computes on real vectors beside each export.
 
-Usage: python prepare.py RUN VECTORS.npy OUT FIRST, where FIRST is the first of the rows. Runs in msae's environment.
+Usage: python prepare.py RUN VECTORS.npy OUT FIRST [TEXTS.npy], where FIRST is the first of the rows, and TEXTS are
+vectors of the other modality, for an SAE of both. Runs in msae's environment.
 """
 
 import sys
@@ -25,12 +26,18 @@ CASES = {
 
 def main() -> None:
     run, out, first = sys.argv[1], Path(sys.argv[3]), int(sys.argv[4])
-    rows = np.load(sys.argv[2])[first : first + N].astype(np.float32)
-    x, sae = torch.from_numpy(rows), Run.open(run).sae
-    modality = sae.standardizer.modalities[0]
+    sae = Run.open(run).sae
+    for modality, file in zip(sae.standardizer.modalities, [sys.argv[2], *sys.argv[5:]], strict=True):
+        x = np.load(file)[first : first + N].astype(np.float32)
+        assert len(x) == N, f"{file} has no {N} rows from {first} on"
+        prepare(run, sae, modality, x, out, "" if modality == "image" else f"{modality}-")
+
+
+def prepare(run: str, sae: msae.SAE, modality: str, rows: np.ndarray, out: Path, before: str) -> None:
+    x = torch.from_numpy(rows)
     for to, cases in CASES.items():
         for case in cases:
-            folder = out / to / ("-".join(map(str, (*case, *case.values()))) or "trained")
+            folder = out / to / (before + ("-".join(map(str, (*case, *case.values()))) or "trained"))
             exported = msae.export(run, to=to, out=folder, modality=modality, **case)
             z = sae.encode(x, modality, case.get("k"), inference=case.get("inference", "trained"))
             np.savez(
@@ -40,9 +47,9 @@ def main() -> None:
                 x_hat=sae.decode(z, modality),
                 tolerance=1e-5 if exported.scale else 1e-4,
             )
-    np.save(out / "rows.npy", rows)
-    case = out / "embedding-atlas" / "trained"
-    msae.export(run, to="embedding-atlas", on=out / "rows.npy", out=case, modality=modality)
+    np.savez(out / f"{modality}.npz", **{f"{modality}_emb": rows})
+    case = out / "embedding-atlas" / f"{before}trained"
+    msae.export(run, to="embedding-atlas", on=out / f"{modality}.npz", out=case, modality=modality)
     np.savez(case / "expected.npz", x=x, z=sae.encode(x, modality), x_hat=x, tolerance=0.0)
 
 

@@ -1,6 +1,6 @@
 """Prove the exports in the other libraries: each is installed into its own environment and computes what msae does.
 
-Usage, in msae's environment: python tests/peers/run.py RUN VECTORS.npy [--rows FIRST] [--environments DIR]
+Usage, in msae's environment: python tests/peers/run.py RUN VECTORS.npy [TEXTS.npy] [--rows FIRST]
 The environments stay in DIR; torch is taken as a CPU build where pip has one.
 """
 
@@ -32,16 +32,17 @@ WITHOUT = {"dictionary-learning": ["torchvision"]}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run")
-    parser.add_argument("vectors")
+    parser.add_argument("vectors", nargs="+", help="1,000 rows or more of each modality of the SAE, images first")
     parser.add_argument("--rows", type=int, default=0, help="the first of the 1,000 rows")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "msae-peers")
     parser.add_argument("--only", nargs="+", choices=PACKAGES, default=list(PACKAGES))
+    parser.add_argument("--json", type=Path, help="write what was found")
     parser.add_argument("--docs", type=Path, help="write the table between its marks in this file")
     arguments = parser.parse_args()
     found, failed = [], 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = [arguments.run, arguments.vectors, str(folder), str(arguments.rows)]
+        words = [arguments.run, arguments.vectors[0], str(folder), str(arguments.rows), *arguments.vectors[1:]]
         subprocess.run([sys.executable, HERE / "prepare.py", *words], check=True)
         for peer in arguments.only:
             python = environment(arguments.environments, peer)
@@ -61,6 +62,8 @@ def main() -> None:
                 found += [json.loads(line)] if line.startswith("{") else []
     text = table(found)
     print(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
     if arguments.docs:
         head, _, rest = arguments.docs.read_text().partition("<!-- peers: begin -->\n")
         tail = rest.partition("<!-- peers: end -->")[2]

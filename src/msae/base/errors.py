@@ -43,6 +43,10 @@ class Interrupted(MsaeError):
     """Ctrl-C was pressed; what was done is saved, and the message says how to go on."""
 
 
+class FailedElsewhere(MsaeError):
+    """Another of the processes of a training failed and says why, so this one has nothing to say."""
+
+
 class MissingDependencyError(MsaeError):
     """An optional package is needed for this and is not installed."""
 
@@ -67,6 +71,11 @@ EXTRAS: Mapping[str, str] = {
     "simplemma": "words",
     "onnx": "formats",
     "qdrant_client": "formats",
+    "aiohttp": "far",
+    "fsspec": "far",
+    "gcsfs": "far",
+    "s3fs": "far",
+    "ray": "cluster",
 }
 """Modules that a bare install lacks, and the extra of msae that brings each."""
 

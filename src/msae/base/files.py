@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,10 +22,13 @@ MADE_BY = "msae"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name when the block ends without an error.
 
     The file is flushed to disk before the rename, so a power cut leaves either the old or the new content.
+
+    Args:
+        keep: Leave a file that is there already as it is: of several processes the first one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -34,9 +38,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; ours are ordinary ones
-        temporary.replace(path)
+        if not (keep and _link(temporary, path)):
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file a second name, which stays where it is taken; false where the file system cannot."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -60,10 +76,16 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]:
+def locked(
+    folder: Path, *, error: Callable[[str], MsaeError], shared: bool = False, wait: float = 0.0
+) -> Iterator[None]:
     """Only this process writes into `folder` during the block; made if need be, and deleted again if it stays empty.
 
     There is no lock on Windows, nor on a file system that has none.
+
+    Args:
+        shared: Others may write at the same time, if they share it too; what is empty afterwards stays.
+        wait: Seconds to wait for the lock.
 
     Raises:
         MsaeError: Made by `error`: another process has the lock, or `folder` cannot be written.
@@ -72,7 +94,7 @@ def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]
     file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(file)
+        handle = _lock(file, shared=shared, until=time.monotonic() + wait)
     except BlockingIOError:
         raise error(f"{folder} is being written by another process; wait for it, or give another --out") from None
     except OSError as err:
@@ -80,16 +102,30 @@ def locked(folder: Path, *, error: Callable[[str], MsaeError]) -> Iterator[None]
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()
+        if not shared:
+            with suppress(OSError):
+                file.unlink()
         os.close(handle)
         with suppress(OSError):  # not empty: something was made
-            for path in made:
+            for path in made if not shared else ():
                 path.rmdir()
 
 
-def _lock(file: Path) -> int:
-    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it."""
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """The block runs when no other process is in a block of the same `file`, which is made and deleted again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(file, shared=False, until=math.inf)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(handle)
+
+
+def _lock(file: Path, *, shared: bool, until: float) -> int:
+    """A descriptor that holds the lock on `file`; BlockingIOError where another process holds it still."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if sys.platform == "win32":
@@ -97,10 +133,13 @@ def _lock(file: Path) -> int:
         import fcntl
 
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+            continue
         except OSError:
             return handle  # this file system has no locks
         # Whoever held the lock before may have deleted the file since it was opened: then it locks nobody out.
@@ -119,11 +158,15 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int) -> None:
-    """Write `data` with its schema version atomically; floats that are not finite are refused."""
+def write_json(path: Path, data: Mapping[str, Any], *, schema_version: int, keep: bool = False) -> None:
+    """Write `data` with its schema version atomically; floats that are not finite are refused.
+
+    Args:
+        keep: Leave a file that is there already as it is.
+    """
     record = {"schema_version": schema_version, "made_by": MADE_BY, **data}
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, keep=keep) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -139,10 +182,21 @@ def read_json(
         MsaeError: Made by `error`: the file is missing, is not a JSON object, or has another schema version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+    except OSError as err:
+        raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
+    return parse_json(text, str(path), schema_version=schema_version, error=error)
+
+
+def parse_json(
+    text: bytes, path: str, *, schema_version: int | tuple[int, ...], error: Callable[[str], MsaeError]
+) -> dict[str, Any]:
+    """The object in the bytes of a file that `write_json` wrote; raises as `read_json` does."""
+    try:
+        data = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")
@@ -153,6 +207,15 @@ def read_json(
             f"{path} has schema version {found!r}, this msae reads {readable[-1]}; make it again or update msae"
         )
     return data
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE2b of a file's bytes with a 20-byte digest, in hex."""
+    digest = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class FileState(NamedTuple):

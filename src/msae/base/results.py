@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import importlib
+import itertools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -55,7 +57,7 @@ class Result(ABC):
         return f"<{type(self).__name__}: {shorten(' '.join(self.headline.split()), REPR)}>"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.to_text())}</pre>"
+        return text_html(self.to_text())
 
 
 def import_pandas() -> ModuleType:
@@ -87,3 +89,43 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seq
         for row in cells
     ]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+_RULE = re.compile(r"-+(?:  -+)+")
+"""The line under the head of a table."""
+
+
+def text_html(text: str) -> str:
+    """The text of a result for a notebook: what `text_table` made as tables, all else as it is, escaped."""
+    lines, parts = text.splitlines(), []
+    while lines:
+        end = next((i for i, line in enumerate(lines) if i and _RULE.fullmatch(line)), len(lines) + 1) - 1
+        # What lines up by spaces alone does not where a notebook's font is another.
+        before = re.sub(r"(\S) {2,}", r"\1: ", "\n".join(lines[:end])).strip("\n")
+        parts += [f"<pre>{html.escape(before)}</pre>"] if before else []
+        if end == len(lines):
+            break
+        columns = [slice(*word.span()) for word in re.finditer("-+", lines[end + 1])]
+        gaps = [slice(left.stop, right.start) for left, right in itertools.pairwise(columns)]
+        after = next((i for i in range(end + 2, len(lines)) if not _is_row(lines[i], gaps)), len(lines))
+        rows = [lines[end], *lines[end + 2 : after]]
+        parts.append(table_html([[row[column] for column in columns] for row in rows]))
+        lines = lines[after:]
+    return "".join(parts)
+
+
+def _is_row(line: str, gaps: Sequence[slice]) -> bool:
+    return bool(line[gaps[0].stop :].strip()) and not any(line[gap].strip() for gap in gaps)
+
+
+def table_html(rows: Sequence[Sequence[str]]) -> str:
+    """A table of a head and rows for a notebook; columns without letters are set to the right."""
+    right = [not any(map(str.isalpha, "".join(column))) for column in zip(*rows[1:], strict=True)]
+    found = []
+    for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]:
+        cells = (
+            f'<{tag} style="text-align:{"right" if is_right else "left"}">{html.escape(cell.strip())}</{tag}>'
+            for cell, is_right in zip(row, right, strict=True)
+        )
+        found.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(found)}</table>"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msae import __version__
-from msae.base.errors import Interrupted, MsaeError, missing_dependency, nearest
+from msae.base.errors import ConfigError, FailedElsewhere, Interrupted, MsaeError, missing_dependency, nearest
+from msae.base.processes import joined
 from msae.cli.output import check_target, report, say
 from msae.cli.verbs import VERBS, Verb, load
 
@@ -56,9 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
     try:
-        command = _parse(verb, arguments)
-        command()
+        with joined() as processes:
+            if processes.size > 1 and verb != "train":
+                raise ConfigError("only train runs on several processes; leave torchrun out")
+            command = _parse(verb, arguments)
+            command()
         sys.stdout.flush()
+    except FailedElsewhere:
+        return 1
     except _UsageError as err:
         say(f"msae {verb}: {err}; type: msae {verb} --help")
         return 2
@@ -126,9 +132,15 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], None]:
 
 
 def _renamed(verb: Verb, arguments: list[str]) -> list[str]:
-    """The arguments with the options of earlier versions under their names of today."""
+    """The arguments with the options of earlier versions under their names of today, and those alone with a value."""
     words = (argument.partition("=") for argument in arguments)
-    return [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
+    found = [(verb.renamed or {}).get(option, option) + equals + value for option, equals, value in words]
+    alone = verb.alone or {}
+    following = [*found, "--"][1:]
+    return [
+        f"{word}={alone[word]}" if word in alone and after.startswith("--") else word
+        for word, after in zip(found, following, strict=True)
+    ]
 
 
 def _show(verb: Verb, given: dict[str, Any]) -> None:

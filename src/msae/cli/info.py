@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import RunError, StoreError
+from msae.data.layout import far_address
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -14,12 +15,16 @@ def info(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: A run folder, or any store: what msae embed makes, a clip-retrieval folder, or a .npy, .npz, .parquet or
-            .safetensors file of embeddings.
+            .safetensors file of embeddings. A store may lie at an address such as https:// or s3://.
 
     Raises:
         RunError: The run is damaged, or the path is a part of a run.
         StoreError: There is neither a run nor a store.
     """
+    if far_address(path) is not None:
+        from msae.data.store import EmbeddingStore
+
+        return EmbeddingStore.open(path).describe()
     path = Path(path)
     if _is_trained(path):
         from msae.sae.train import describe_run

@@ -22,8 +22,9 @@ METAVARS = {
     "column": "COLUMN", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL",
     "fix": "FILE", "from_": "STORE:COLUMN=VALUE", "groups": "COLUMN", "html": "FILE.html", "image": "FILE",
     "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE", "out": "PATH",
-    "pairs": "FILE", "probe_train": "STORE", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN",
-    "sweep_id": "ID", "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
+    "pairs": "FILE", "part": "I/N", "probe_train": "STORE", "ray": "ADDRESS",
+    "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN", "sweep_id": "ID",
+    "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
     "vocabulary": "STORE", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
@@ -64,7 +65,7 @@ def parse(
     """
     import tyro
 
-    shown = {name: _flag(name) for name in options} | dict(positional)
+    shown = {name: flag(name) for name in options} | dict(positional)
 
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -78,10 +79,10 @@ def parse(
             defaults[option.name] = ()
             markers.append(tyro.conf.UseAppendAction)
         about = tyro.conf.arg(
-            name=_flag(option.name).removeprefix("--"),
-            metavar=positional[option.name] if is_positional else None if hint is bool else _metavar(option),
-            help=_help(option, shown),
-            help_behavior_hint=_default(option),
+            name=flag(option.name).removeprefix("--"),
+            metavar=positional[option.name] if is_positional else None if hint is bool else metavar(option),
+            help=help_text(option, shown),
+            help_behavior_hint=default_text(option),
         )
         hint = Annotated[(hint, *markers, about)]
         fields[option.name] = Required[hint] if option.default is inspect.Parameter.empty else hint
@@ -111,12 +112,12 @@ def _from_words(hint: Any) -> Any:
     return None
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     """How a parameter is written on the command line; Python's `as_` is `--as`."""
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 
-def _metavar(option: Option) -> str:
+def metavar(option: Option) -> str:
     hint, several = option.hint, ""
     if typing.get_origin(hint) is tuple:
         hint, several = typing.get_args(hint)[0], "" if option.name in APPENDED else "..."
@@ -125,7 +126,7 @@ def _metavar(option: Option) -> str:
     return METAVARS.get(option.name, {int: "INT", float: "NUMBER", Path: "PATH"}.get(hint, "TEXT")) + several
 
 
-def _default(option: Option) -> str:
+def default_text(option: Option) -> str:
     """What help says after the text of an option."""
     if option.default is inspect.Parameter.empty:
         return "(required)"
@@ -134,7 +135,7 @@ def _default(option: Option) -> str:
     return f"(default: {option.default})"
 
 
-def _help(option: Option, shown: Mapping[str, str]) -> str:
+def help_text(option: Option, shown: Mapping[str, str]) -> str:
     text = _plain(option.help, shown)
     return f"Do not {text[:1].lower()}{text[1:]}" if option.hint is bool and option.default is True else text
 

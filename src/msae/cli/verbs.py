@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError
+from msae.base.processes import started
 from msae.cli.output import report, say
 
 Call = functools.partial[Any]
@@ -38,6 +39,8 @@ class Verb:
     """Parameters that only Python has."""
     renamed: Mapping[str, str] | None = None
     """Options of earlier versions, and what they are now."""
+    alone: Mapping[str, str] | None = None
+    """Options that may stand without a value, and the value that is meant then."""
     others: tuple[tuple[str, str], ...] = ()
     """Further parameters that need no option, after `positional`."""
 
@@ -61,6 +64,10 @@ def demo(call: Call, *, json: str | None) -> Shown:
 
 def embed(call: Call) -> Shown:
     store = call()
+    if call.keywords.get("part"):
+        done = f"{store.samples:,} samples, {store.new:,} of them now"
+        text = f"{call.keywords['out']}: part {store.part} is done ({done}); when all are, type: {store.next}"
+        return text, store._asdict()
     n_skipped = store.record["counts"]["skipped"]
     skipped = f", inputs skipped: {n_skipped:,} (listed in store.json)" if n_skipped else ""
     text = f"{call.keywords['out']}: {len(store):,} rows x {store.d_in} of {' and '.join(store.modalities)}{skipped}"
@@ -73,6 +80,8 @@ def train(call: Call) -> Shown:
     from msae.sae.view import View
 
     sae = call()
+    if started()[0] > 0:  # the first of several processes shows what they trained
+        return None
     out = Path(call.keywords["out"])
     last = json_format.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     settings = json_format.loads((out / "config.json").read_text(encoding="utf-8"))["train"]
@@ -266,7 +275,7 @@ VERBS: dict[str, Verb] = {
         demo,
     ),
     "embed": Verb("images or captions -> a store of embeddings", "msae.data.embed:embed", ("source", "SOURCE"), embed,
-                  hidden=("shard_rows", "workers")),
+                  hidden=("shard_rows", "workers"), alone={"--ray": "auto"}),
     "train": Verb("a store -> a sparse autoencoder in a run folder", "msae.sae.train:train", ("store", STORES), train,
                   settings="msae.sae.train:TrainSettings"),
     "evaluate": Verb("runs -> how well each keeps the embeddings, and whether that is good",

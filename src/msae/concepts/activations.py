@@ -148,7 +148,7 @@ def activations(
         latents = [latent for latent in np.argsort(-total, kind="stable")[:n].tolist() if total[latent] > 0]
         values = every[:, latents]
     return Activations(
-        store=str(store.path),
+        store=store.address,
         modality=view.modality,
         inference=inference,
         rows=tuple(store.describe_rows(numbers, show=show)),
@@ -170,5 +170,5 @@ def _numbers(store: EmbeddingStore, rows: Iterable[int | str]) -> NDArray[np.int
         elif -len(store) <= row < len(store):
             found.append(row % len(store))
         else:
-            raise StoreError(f"there is no row {row}: {store.path} has the rows 0 to {len(store) - 1}")
+            raise StoreError(f"there is no row {row}: {store.address} has the rows 0 to {len(store) - 1}")
     return np.array(found, dtype=np.int64)

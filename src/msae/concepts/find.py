@@ -178,7 +178,7 @@ def find(
             for i, latent in enumerate(latents)
         )))  # fmt: skip
     too_few = sum(n_rows < FEWEST for n_rows in counts.values()) if value is None else 0
-    return Found(str(view.store.path), column, view.modality, len(rows), tuple(found), too_few, len(known))
+    return Found(view.store.address, column, view.modality, len(rows), tuple(found), too_few, len(known))
 
 
 def _tables(view: View, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -101,11 +101,13 @@ class Gallery(Result):
     def _repr_html_(self) -> str:
         """The pictures, then the texts, for a notebook."""
         album = Album(self.roots, NOTEBOOK_SIDE)
-        parts = [f"<p>{html.escape(self.title)}</p>"]
-        if self.images:
-            parts.append(figures_html([(f"{sample.activation:.3f}", sample) for sample in self.images], album))
-        parts += [f"<p>{html.escape(_line(sample).strip())}</p>" for sample in self.texts]
-        return "".join(parts)
+        places = [f" · {one.region.words}" if one.region else "" for one in self.images]
+        figures = [(f"{one.activation:.3f}{place}", one) for one, place in zip(self.images, places, strict=True)]
+        facts = [_summary(modality, known) for modality, known in self.statistics.items()]
+        texts = [f"{sample.activation:.3f}  {shorten(' '.join(sample.words.split()), 140)}" for sample in self.texts]
+        lines = [*facts, *texts, *self.notes]
+        head, pictures = html.escape(self.title), figures_html(figures, album) if figures else ""
+        return f"<p><b>{head}</b></p>{pictures}<pre>{html.escape(chr(10).join(lines))}</pre>"
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -280,7 +280,7 @@ class ConceptNames(Result):
     def elsewhere(self, store: EmbeddingStore) -> ConceptNames:
         """The same names for rows that did not test them: each is only the nearest word there."""
         concepts = tuple(dataclasses.replace(one, rows=None, agreement=None) for one in self.concepts)
-        return dataclasses.replace(self, concepts=concepts, record={**self.record, "shown_on": str(store.path)})
+        return dataclasses.replace(self, concepts=concepts, record={**self.record, "shown_on": store.address})
 
     def latents_of(self, name: str) -> list[int]:
         """Every latent that bears the name or a synonym of it, in any letter case; wide SAEs have several.

@@ -243,7 +243,8 @@ def _text_column(
     column = column or next((name for name in known if name in store.columns), None)
     if column is None:
         raise StoreError(
-            f"{store.path} has none of the columns {', '.join(known)} (it has {', '.join(store.columns) or 'none'}); "
+            f"{store.address} has none of the columns {', '.join(known)} "
+            f"(it has {', '.join(store.columns) or 'none'}); "
             f"put a .csv with one of them beside it{f', or name another with {option}' if option else ''}"
         )
     return ["" if value is None else " ".join(str(value).split()) for value in store.column(column, option=option)]
@@ -368,7 +369,7 @@ def _on_rows(
     rows = np.sort(rng.permutation(len(drawn)))
     counts: dict[str, int] = {}
     record: dict[str, Any] = {
-        "on": str(store.path),
+        "on": store.address,
         "on_fingerprint": store.fingerprint,
         "on_metadata": store.metadata_fingerprint,
         "on_modality": view.modality,

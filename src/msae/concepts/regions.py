@@ -1,6 +1,6 @@
 """`Region`: where in a picture a latent or a concept finds what makes it fire.
 
-docs/gallery.md says how it is computed, what else was tried, and how often it is right.
+docs/regions.md says how it is computed, what else was tried, and how often it is right.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Locator:
 def check_pictures(store: EmbeddingStore) -> None:
     """Refuse a store without pictures; raises `ConfigError`."""
     if "image" not in store.modalities or not any(name in store.columns for name in PATH_COLUMNS):
-        raise ConfigError(f"{store.path} lists no pictures, so there is nothing to show regions in")
+        raise ConfigError(f"{store.address} lists no pictures, so there is nothing to show regions in")
 
 
 def _picture(row: Row, store: EmbeddingStore) -> Image | None:

@@ -97,7 +97,7 @@ def choose(
     )
     found = [
         RowEvidence(
-            store=str(view.store.path),
+            store=view.store.address,
             fingerprint=view.store.fingerprint,
             n=len(second),
             correlation=_round(correlation[i]),

@@ -1,6 +1,6 @@
 """`TopSamples`: for every latent its strongest samples and how its activations are distributed, on disk.
 
-The file format is defined in docs/gallery.md.
+The file format is defined in docs/run-format.md.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def match(a: Float32[np.ndarray, "d_sae d_in"], b: Float32[np.ndarray, "d_sae d_
     rows of `b`, and those bound what any matching of all pairs can reach; pairs that break the bound join the
     candidates until none does. So the answer is that of all pairs, proven up to `gap`, without d_sae^2 memory.
 
-    Source: Kuhn 1955 for the problem, linear programming duality for the proof; docs/gallery.md.
+    Source: Kuhn 1955 for the problem, linear programming duality for the proof; docs/stability.md.
     """
     n, n_nearest = len(a), min(CANDIDATES, len(a))
     candidates = _nearest(a, b, n_nearest)

@@ -1,6 +1,6 @@
 """Which latents nest: parents and children from how often latents fire together.
 
-A child fires mostly where its parent fires, and more rarely. docs/gallery.md says what the rule is and what it
+A child fires mostly where its parent fires, and more rarely. docs/tree.md says what the rule is and what it
 cannot see.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 HIERARCHY_ROWS = 20_000
 """Rows that a hierarchy is read from; more make its intervals narrower, at d_sae^2 operations each."""
 MIN_SHARE = 0.5
-"""Of a child's rows, that its parent must fire in; with `LEVEL` chosen on known pairs of words, docs/gallery.md."""
+"""Of a child's rows, that its parent must fire in; with `LEVEL` chosen on known pairs of words, docs/tree.md."""
 LEVEL = 16
 """A latent counts where it is among so many strongest: at the first level that is as large, or else at the last."""
 PRINTED_NODES = 200

@@ -11,10 +11,10 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -50,13 +50,19 @@ class Rows:
     """The rows of one file, read as float32 on demand."""
 
     path: Path
-    values: NDArray[Any]
-    """Usually a memory map; bfloat16 is held as its 16 bits."""
+    shape: tuple[int, ...]
     dtype: str
+    load: Callable[[], NDArray[Any]] = field(repr=False)
+    """What `values` are, called once."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
+    @classmethod
+    def of(cls, path: Path, values: NDArray[Any], dtype: str) -> Rows:
+        return cls(path, tuple(values.shape), dtype, lambda: values)
+
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        """Usually a memory map; bfloat16 is held as its 16 bits."""
+        return self.load()
 
     def floats(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """The chosen rows as float32: a number that float32 cannot hold becomes infinite."""
@@ -90,6 +96,12 @@ class ShardedRows:
     @property
     def dtype(self) -> str:
         return self.shards[0].dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size as it is stored."""
+        itemsize = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return len(self) * self.d_in * itemsize
 
     def __len__(self) -> int:
         return self.offsets[-1]
@@ -206,14 +218,21 @@ def open_npy(path: Path, error: Error) -> Rows:
     """
     try:
         with path.open("rb") as file:
-            _check_npy_magic(path, file.read(8), error)
-            file.seek(0)
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read_header(file)
-            start = file.tell()
+            _, dtype = read_npy_header(file, path, path.stat().st_size, error)
+    except OSError as err:
+        raise error(f"{path} cannot be read as .npy ({first_line(err)}); make it again") from err
+    return Rows.of(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
+
+
+def read_npy_header(file: BinaryIO, path: Path, size: int, error: Error) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype that the header of a `.npy` file of `size` bytes promises; raises as `open_npy` does."""
+    try:
+        _check_npy_magic(path, file.read(8), error)
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        start = file.tell()
     except NPY_ERRORS as err:
         raise error(f"{path} cannot be read as .npy ({first_line(err)}); make it again") from err
     if dtype.kind != "f" or dtype.itemsize > 8:
@@ -221,12 +240,12 @@ def open_npy(path: Path, error: Error) -> Rows:
         raise error(f"{path} holds {reason}; wanted float16, float32 or float64: save it with .astype('float16')")
     if len(shape) != 2:
         raise error(f"{path} holds an array of shape {shape}; wanted two dimensions: (rows, d_in)")
-    wanted, found = start + math.prod(shape) * dtype.itemsize, path.stat().st_size
-    if found < wanted:
-        raise error(f"{path} is truncated: {found:,} bytes where its header promises {wanted:,}; make it again")
+    wanted = start + math.prod(shape) * dtype.itemsize
+    if size < wanted:
+        raise error(f"{path} is truncated: {size:,} bytes where its header promises {wanted:,}; make it again")
     if 0 in shape:
         raise error(f"{path} is empty: an array of shape {shape}; wanted at least one row")
-    return Rows(path, np.load(path, mmap_mode="r", allow_pickle=False), dtype.newbyteorder("=").name)
+    return shape, dtype
 
 
 def open_npz(path: Path, error: Error) -> dict[str, NDArray[Any]]:
@@ -278,7 +297,7 @@ def open_safetensors(path: Path, error: Error) -> tuple[dict[str, Rows], dict[st
             values: NDArray[Any] = np.empty(shape, stored)
             if n_bytes:
                 values = np.memmap(path, dtype=stored, mode="r", offset=8 + length + first, shape=shape)
-            rows[name] = Rows(path, values, dtype)
+            rows[name] = Rows.of(path, values, dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise error(f"{path} is no readable safetensors file ({first_line(err)}); make it again") from err
     return rows, strings
@@ -297,15 +316,16 @@ def open_arrays(files: Mapping[str, Sequence[Path]], error: Error) -> dict[str, 
         match path.suffix.lower():
             case ".npz":
                 arrays = open_npz(path, error)
-                found |= {own: ShardedRows((Rows(path, x, x.dtype.name),)) for own, x in arrays.items()}
+                found |= {own: ShardedRows((Rows.of(path, x, x.dtype.name),)) for own, x in arrays.items()}
             case ".safetensors":
                 found |= {own: ShardedRows((x,)) for own, x in open_safetensors(path, error)[0].items()}
             case _:
-                found[name] = _one_array([open_npy(shard, error) for shard in paths], error)
+                found[name] = one_array([open_npy(shard, error) for shard in paths], error)
     return found
 
 
-def _one_array(shards: Sequence[Rows], error: Error) -> ShardedRows:
+def one_array(shards: Sequence[Rows], error: Error) -> ShardedRows:
+    """Several files as one array; raises as `open_arrays` does."""
     first = shards[0]
     for shard in shards[1:]:
         if shard.shape[1] != first.shape[1] or shard.dtype != first.dtype:

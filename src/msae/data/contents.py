@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, cast
 
 from msae.base.errors import StoreError
 from msae.base.notices import notice
@@ -34,7 +33,7 @@ _MODALITY_WORDS: dict[Modality, frozenset[str]] = {
 class Embeddings(dict[Modality, ShardedRows]):
     """The rows of each modality of a store; one that is not there is a `StoreError`."""
 
-    def __init__(self, path: Path, rows: Mapping[Modality, ShardedRows]) -> None:
+    def __init__(self, path: str, rows: Mapping[Modality, ShardedRows]) -> None:
         super().__init__(rows)
         self.path = path
 
@@ -43,7 +42,7 @@ class Embeddings(dict[Modality, ShardedRows]):
 
 
 def contents_of(
-    path: Path,
+    path: str,
     files: StoreFiles,
     arrays: Mapping[str, ShardedRows],
     table: Metadata,
@@ -54,6 +53,7 @@ def contents_of(
     """The embeddings of a store by modality, and its metadata.
 
     Args:
+        path: What the store is called.
         arrays: All arrays of its files by name; none where they are columns of the table.
         table: All columns of its files.
         modality, unnamed: See `EmbeddingStore.open`.
@@ -61,9 +61,14 @@ def contents_of(
     Raises:
         StoreError: There are no embeddings, the parts do not fit each other or store.json, or `modality` is not there.
     """
-    named, metadata = _in_arrays(path, files, arrays, table) if files.arrays else _in_columns(path, table)
-    its_own = modality or _named_modality(path) or unnamed or _guess(path, metadata.names, is_asked=None in named)
-    rows = Embeddings(path, {name or its_own: array for name, array in named.items()})
+    if files.arrays:
+        named, metadata = _in_arrays(path, files, arrays, table)
+    else:
+        named, metadata = _in_columns(path, files.tables[0], table)
+    if None in named:
+        its_own = modality or _named_modality(path) or unnamed or _guess(path, metadata.names)
+        named = {name or its_own: array for name, array in named.items()}
+    rows = Embeddings(path, cast("dict[Modality, ShardedRows]", named))
     _check_together(path, rows, metadata)
     for key, value in summary(rows).items() if files.record else ():
         if files.record.get(key) != value:
@@ -87,7 +92,7 @@ def summary(rows: Mapping[Modality, ShardedRows]) -> dict[str, Any]:
     }
 
 
-def _check_together(path: Path, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
+def _check_together(path: str, rows: Mapping[Modality, ShardedRows], metadata: Metadata) -> None:
     """Refuse modalities of different widths, and modalities and metadata that are not of the same rows."""
     if len({array.d_in for array in rows.values()}) > 1:
         widths = " and ".join(f"{array.d_in} ({modality})" for modality, array in rows.items())
@@ -105,14 +110,14 @@ def _check_together(path: Path, rows: Mapping[Modality, ShardedRows], metadata: 
             )
 
 
-def _named_modality(path: Path) -> Modality | None:
+def _named_modality(path: str) -> Modality | None:
     """What the file's name says that its rows are."""
-    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", path.stem).lower()))
+    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", PurePath(path).stem).lower()))
     named: list[Modality] = [modality for modality, known in _MODALITY_WORDS.items() if words & known]
     return named[0] if len(named) == 1 else None
 
 
-def _guess(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
+def _guess(path: str, columns: Sequence[str]) -> Modality:
     """What rows are by the columns beside them: captions alone are text, beside an image's path or label they describe
     the image. Where captions are all that there is to judge by, the guess is said.
     """
@@ -121,17 +126,16 @@ def _guess(path: Path, columns: Sequence[str], *, is_asked: bool) -> Modality:
     if has_path or caption is None:
         return "image"
     guess: Modality = "image" if "label" in columns else "text"
-    if is_asked:
-        why = f"column {caption!r}" + (" and column 'label'" if guess == "image" else ", no image paths, no labels")
-        other = "text" if guess == "image" else "image"
-        notice(
-            f"{path}: its rows are taken for {guess} embeddings ({why}); "
-            f"if they are not, give --modality {other} or write {other!r} into the file's name"
-        )
+    why = f"column {caption!r}" + (" and column 'label'" if guess == "image" else ", no image paths, no labels")
+    other = "text" if guess == "image" else "image"
+    notice(
+        f"{path}: its rows are taken for {guess} embeddings ({why}); "
+        f"if they are not, give --modality {other} or write {other!r} into the file's name"
+    )
     return guess
 
 
-def _chosen(path: Path, candidates: Sequence[str], what: str) -> dict[Modality | None, str]:
+def _chosen(path: str, candidates: Sequence[str], what: str) -> dict[Modality | None, str]:
     """The name of each modality's embeddings: a known one, else the only candidate.
 
     Args:
@@ -152,7 +156,7 @@ def _chosen(path: Path, candidates: Sequence[str], what: str) -> dict[Modality |
 
 
 def _in_arrays(
-    path: Path, files: StoreFiles, arrays: Mapping[str, ShardedRows], beside: Metadata
+    path: str, files: StoreFiles, arrays: Mapping[str, ShardedRows], beside: Metadata
 ) -> tuple[dict[Modality | None, ShardedRows], Metadata]:
     """The arrays that are embeddings, and the table beside them.
 
@@ -168,7 +172,7 @@ def _in_arrays(
     return named, beside
 
 
-def _columns_of(path: Path, arrays: Mapping[str, ShardedRows], n_rows: int) -> Metadata:
+def _columns_of(path: str, arrays: Mapping[str, ShardedRows], n_rows: int) -> Metadata:
     import pyarrow as pa
 
     columns = {}
@@ -194,16 +198,15 @@ def _checked(array: ShardedRows) -> ShardedRows:
     return array
 
 
-def _in_columns(path: Path, table: Metadata) -> tuple[dict[Modality | None, ShardedRows], Metadata]:
+def _in_columns(path: str, file: Path, table: Metadata) -> tuple[dict[Modality | None, ShardedRows], Metadata]:
     """The embedding columns of a .parquet file, in memory, and its other columns."""
     candidates = table.vectors or [name for name in table.names if name.endswith(_ENDINGS)][:1]
     columns = _chosen(path, candidates, "columns of float lists")
-    rows = {modality: ShardedRows((_vectors(path, name, table),)) for modality, name in columns.items()}
-    others = tuple(name for name in table.names if name not in columns.values())
-    return rows, replace(table, names=others)
+    rows = {modality: ShardedRows((_vectors(path, file, name, table),)) for modality, name in columns.items()}
+    return rows, table.without(columns.values())
 
 
-def _vectors(path: Path, name: str, table: Metadata) -> Rows:
+def _vectors(path: str, file: Path, name: str, table: Metadata) -> Rows:
     """A column of equally long float lists as one array."""
     import pyarrow as pa
 
@@ -220,4 +223,4 @@ def _vectors(path: Path, name: str, table: Metadata) -> Rows:
     if values.null_count or not len(values) or not (is_fixed or len(column.value_lengths().unique()) == 1):
         raise StoreError(f"column {name!r} of {path} has rows of different lengths; wanted one width: embed again")
     array = values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return Rows(path, array, array.dtype.name)
+    return Rows.of(file, array, array.dtype.name)

@@ -7,36 +7,34 @@ process leaves is whole chunks, and the next run goes on after them. All of them
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
-import json
 import os
+import re
 import shlex
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError, first_line
-from msae.base.files import atomic_path, locked, read_json, remove_leftovers, write_json
+from msae.base.errors import ConfigError, EmbedderError, Interrupted, SourceError, StoreError
+from msae.base.files import locked, read_json, remove_leftovers, write_json
 from msae.base.progress import progress
-from msae.base.records import of_record, to_record
-from msae.data.arrays import first_bad_row, open_safetensors
+from msae.data.arrays import first_bad_row
+from msae.data.chunks import Chunk, Report, chunk_numbers, chunk_path, gaps, list_chunks, read_chunk, write_chunk
 from msae.data.embedder import Embedder, Precision, find_folder, full_name, is_folder, revision_of
 from msae.data.images import quiet_about_size, read_picture
-from msae.data.layout import MODALITIES, PARTIAL, Modality
-from msae.data.sources import Source, open_source
+from msae.data.layout import PARTIAL, Modality, path_of
+from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
-from msae.data.tables import array_of, common_schema, conform, unique_ids
+from msae.data.tables import UniqueIds, array_of, common_schema, conform, hashes_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +51,8 @@ _N_AHEAD = 10
 """Pieces that are decoded ahead: enough for eight threads; 40 MB each at 224 pixels."""
 _BYTES_AHEAD = 1 << 29
 """Bytes of pictures, as they are stored, that wait to be decoded; one piece is read whatever it holds."""
+_WAIT = 30.0
+"""Seconds to wait for the workers of a cluster, which end a little later than what drove them."""
 _STATE_VERSION = 1
 _RECORDED = (
     "encoder",
@@ -67,6 +67,35 @@ _RECORDED = (
 """What store.json keeps of the state."""
 
 
+class EmbeddedPart(NamedTuple):
+    """What a command with `part` has done."""
+
+    part: str
+    samples: int
+    """Samples of the part, embedded or skipped."""
+    new: int
+    """Those of this command; the others were done before."""
+    next: str
+    """What to type when all parts are done."""
+
+
+@overload
+def embed(
+    source: str | Path | Source,
+    *,
+    encoder: str | Path | Embedder,
+    out: str | Path,
+    part: str,
+    batch_size: int = 64,
+    device: str = "auto",
+    dtype: Precision = "auto",
+    revision: str | None = None,
+    shard_rows: int = _SHARD_ROWS,
+    workers: int | None = None,
+) -> EmbeddedPart: ...
+
+
+@overload
 def embed(
     source: str | Path | Source,
     *,
@@ -78,7 +107,26 @@ def embed(
     revision: str | None = None,
     shard_rows: int = _SHARD_ROWS,
     workers: int | None = None,
-) -> EmbeddingStore:
+    ray: str | None = None,
+    finish: bool = False,
+) -> EmbeddingStore: ...
+
+
+def embed(
+    source: str | Path | Source,
+    *,
+    encoder: str | Path | Embedder,
+    out: str | Path,
+    batch_size: int = 64,
+    device: str = "auto",
+    dtype: Precision = "auto",
+    revision: str | None = None,
+    shard_rows: int = _SHARD_ROWS,
+    workers: int | None = None,
+    ray: str | None = None,
+    part: str | None = None,
+    finish: bool = False,
+) -> EmbeddingStore | EmbeddedPart:
     """Embed the images and captions of a source into a store.
 
     An input that cannot be embedded, such as an unreadable image or an empty caption, is left out, counted, and
@@ -99,36 +147,46 @@ def embed(
             float32.
         revision: Branch, tag or commit of the encoder on Hugging Face.
         shard_rows: Rows in each file of the store.
-        workers: Threads that read images ahead; without it one for each CPU core, at most 8.
+        workers: Threads that read images ahead; without it one for each CPU core, at most 8. With `ray`: CPU cores of
+            each worker.
+        ray: Embed on all nodes of a Ray cluster: its address, or `auto` (or no address) for the one that RAY_ADDRESS
+            names or that runs here, else one that is started on this machine, as `local` always is. The nodes must
+            share the folders of the source and of `out`.
+        part: Embed only a part of the source, such as `3/64`: for the jobs of a scheduler, in any order, on machines
+            that share the folder `out`. When all are done, add `finish` in place of `part`.
+        finish: Make the store of parts that are all embedded.
 
     Raises:
-        ConfigError: A number is below 1.
+        ConfigError: A number is below 1, or no cluster answers.
         SourceError: There is nothing to embed.
         EmbedderError: The encoder cannot be loaded.
-        StoreError: `out` cannot be written, holds something else, or is being written by another process.
+        StoreError: `out` cannot be written, holds something else, or is being written by another process; or parts
+            are missing.
         Interrupted: Ctrl-C; the message says how to go on.
     """
     _check_positive(batch_size=batch_size, shard_rows=shard_rows, workers=1 if workers is None else workers)
-    out = Path(out)
+    if (part is not None) + (ray is not None) + finish > 1:
+        raise ConfigError("--part, --finish and --ray are three ways; give one")
+    share = Share.of(part) if part is not None else None
+    out = path_of(out)
     opened = source if isinstance(source, Source) else open_source(source)
-    asked = _Asked.of(opened, encoder, out, dtype, revision, shard_rows, batch_size)
+    asked = _Asked.of(opened, encoder, dtype, revision, shard_rows)
+    job = Job(opened, encoder, asked, out, batch_size, device, workers, ray, share, finish)
     if (out / "store.json").exists():
-        return _finished(out, asked)
+        store = _finished(out, asked)
+        return store if share is None else EmbeddedPart(str(share), 0, 0, job.command)
     _check_out(out)
-    state = _read_state(out)
-    embedder = encoder if isinstance(encoder, Embedder) else None
-    if embedder is None:
-        began_with = state.get("precision", "auto") if dtype == "auto" else dtype
-        embedder = Embedder.load(asked.encoder, device=device, dtype=began_with, revision=revision)
-    with _locked(out):
-        if (out / "store.json").exists():  # another process has just finished it
-            return _finished(out, asked)
-        state = _begin(out, asked, embedder, batch_size * BATCHES_PER_CHUNK)
-        try:
-            _embed_chunks(opened, embedder, out, state["chunk_items"], batch_size, workers)
-            return _finish(out, state, opened.notes)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; what is done is kept in {out}; to go on, type: {asked.command}") from None
+    try:
+        if share is not None:
+            return job.embed_part(share)
+        if ray is not None:
+            from msae.data.cluster import embed_on_ray
+
+            embed_on_ray(job, ray)
+        return job.finish() if finish or ray is not None else job.embed_all()
+    except KeyboardInterrupt:
+        again = job.command if share is None else job.command_of(share)
+        raise Interrupted(f"interrupted; what is done is kept in {out}; to go on, type: {again}") from None
 
 
 def _check_positive(**values: int) -> None:
@@ -149,35 +207,20 @@ class _Asked:
     asked_revision: str | None
     precision: Precision
     shard_rows: int
-    command: str
 
     @classmethod
     def of(
         cls,
         source: Source,
         encoder: str | Path | Embedder,
-        out: Path,
         dtype: Precision,
         revision: str | None,
         shard_rows: int,
-        batch_size: int,
     ) -> _Asked:
         id = encoder.id if isinstance(encoder, Embedder) else full_name(encoder)
         known = encoder.revision if isinstance(encoder, Embedder) else _folder_revision(id)
         precision = encoder.dtype if isinstance(encoder, Embedder) else dtype
-        given = {"dtype": (precision, "auto"), "revision": (revision, None), "batch_size": (batch_size, 64)}
-        options = {name: value for name, (value, default) in given.items() if value != default}
-        if source.is_reopenable and shard_rows == _SHARD_ROWS:
-            words = ["msae", "embed", source.name, "--encoder", id, "--out", str(out)]
-            for name, value in options.items():
-                words += [f"--{name.replace('_', '-')}", str(value)]
-            command = shlex.join(words)
-        else:  # what the command line cannot say
-            options |= {"shard_rows": shard_rows} if shard_rows != _SHARD_ROWS else {}
-            keywords = {"encoder": id, "out": str(out), **options}
-            said = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
-            command = f"msae.embed({repr(source.name) if source.is_reopenable else 'SOURCE'}, {said})"
-        return cls(source.name, source.signature, id, known, revision, precision, shard_rows, command)
+        return cls(source.name, source.signature, id, known, revision, precision, shard_rows)
 
     def difference(self, record: Mapping[str, Any]) -> str | None:
         """What `record` was made of instead, in words; None where it is the same."""
@@ -233,45 +276,190 @@ def _read_state(out: Path) -> dict[str, Any]:
     return read_json(path, schema_version=_STATE_VERSION, error=StoreError) if path.exists() else {}
 
 
-def _begin(out: Path, asked: _Asked, embedder: Embedder, chunk_items: int) -> dict[str, Any]:
-    """What is being made, from the run that began it or written down now."""
-    for folder in (out, out / PARTIAL, out / PARTIAL / "chunks"):
-        remove_leftovers(folder)
-    settled = {
-        "encoder_revision": embedder.revision,
-        "precision": embedder.dtype,
-        "pixel_backend": embedder.pixel_backend,
-    }
-    state = _read_state(out)
-    if not state:
-        record = {**vars(asked), **settled, "chunk_items": chunk_items}
-        write_json(out / PARTIAL / "state.json", record, schema_version=_STATE_VERSION)
-        return _read_state(out)
+@contextlib.contextmanager
+def _locked(out: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Only this process writes `out`; a folder without any finished chunk is taken away at an error."""
+    work, was_there = out / PARTIAL, out.exists()
+    with locked(work, error=StoreError, wait=wait):
+        for folder in (out, work, work / "chunks"):
+            remove_leftovers(folder)
+        try:
+            yield
+        except BaseException:
+            if not list_chunks(work / "chunks"):
+                shutil.rmtree(work if was_there else out, ignore_errors=True)
+            raise
+
+
+class Share(NamedTuple):
+    """One of several parts of a source."""
+
+    i: int
+    """From 1."""
+    n: int
+
+    @classmethod
+    def of(cls, text: str) -> Share:
+        """What `3/64` says."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        share = cls(*map(int, found.groups())) if found else cls(0, 0)
+        if not 1 <= share.i <= share.n:
+            raise ConfigError(f"part {text!r} is none; wanted I/N with I from 1 to N, such as 3/64")
+        return share
+
+    def __str__(self) -> str:
+        return f"{self.i}/{self.n}"
+
+    def chunks(self, n_chunks: int) -> range:
+        """The part's share of so many chunks; they follow each other, so that files are read from end to end."""
+        return range((self.i - 1) * n_chunks // self.n, self.i * n_chunks // self.n)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One store to make, by whatever processes: all commit the same chunks, and one makes the store of them."""
+
+    source: Source
+    encoder: str | Path | Embedder
+    asked: _Asked
+    out: Path
+    batch_size: int
+    device: str
+    workers: int | None
+    ray: str | None
+    share: Share | None
+    is_finish: bool
+
+    @property
+    def command(self) -> str:
+        """What goes on with the whole store."""
+        if self.ray is not None:
+            return self._said(ray=self.ray)
+        return self._said(finish=True) if self.share is not None or self.is_finish else self._said()
+
+    def command_of(self, share: Share) -> str:
+        """What embeds one part."""
+        return self._said(part=str(share))
+
+    def _said(self, **how: object) -> str:
+        asked = self.asked
+        given = {"dtype": asked.precision, "revision": asked.asked_revision, "batch_size": self.batch_size}
+        usual = {"dtype": "auto", "revision": None, "batch_size": 64}
+        options = {name: value for name, value in given.items() if value != usual[name]}
+        if self.source.is_reopenable and asked.shard_rows == _SHARD_ROWS:
+            words = ["msae", "embed", asked.source, "--encoder", asked.encoder, "--out", str(self.out)]
+            for name, value in {**options, **how}.items():
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            return shlex.join(words)
+        # what the command line cannot say
+        options |= {"shard_rows": asked.shard_rows} if asked.shard_rows != _SHARD_ROWS else {}
+        keywords = {"encoder": asked.encoder, "out": str(self.out), **options, **how}
+        said = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
+        return f"msae.embed({repr(asked.source) if self.source.is_reopenable else 'SOURCE'}, {said})"
+
+    def embed_all(self) -> EmbeddingStore:
+        """The store, by this process alone."""
+        embedder = self._load()
+        with _locked(self.out):
+            if (self.out / "store.json").exists():  # another process has just finished it
+                return _finished(self.out, self.asked)
+            work = Work(self, embedder, self.source, self._begin(embedder)["chunk_items"])
+            there = chunk_numbers(work.folder)
+            work.embed(gaps(there, 0, None), done=len(there) * work.chunk_items, total=self.source.total)
+            return _finish(self.out, _read_state(self.out), self.source.notes)
+
+    def embed_part(self, share: Share) -> EmbeddedPart:
+        """Commit the chunks of one part, beside the processes of other parts."""
+        with self.at_work((share.i - 1) / share.n) as work:
+            mine = share.chunks(work.n_chunks)
+            missing = list(gaps(chunk_numbers(work.folder), mine.start, mine.stop))
+            total = work.samples(mine.start, mine.stop)
+            left = sum(work.samples(first, last or first) for first, last in missing)
+            work.embed(missing, done=total - left, total=total)
+        return EmbeddedPart(str(share), total, left, self.command)
+
+    def finish(self) -> EmbeddingStore:
+        """The store of chunks that other processes have committed."""
+        first_part = self.command_of(Share(1, 2))
+        if not _read_state(self.out):
+            raise StoreError(f"{self.out} was not begun; embed every part first, for two parts: {first_part}, and 2/2")
+        with _locked(self.out, wait=0.0 if self.ray is None else _WAIT):
+            if (self.out / "store.json").exists():
+                return _finished(self.out, self.asked)
+            state = _read_state(self.out)
+            _check_same(self.out, self.asked, state, {})
+            source = counted(self.source, self.out / PARTIAL / "counts")
+            n_chunks = -(-(source.total or 0) // state["chunk_items"])
+            folder = self.out / PARTIAL / "chunks"
+            missing = {n for run in gaps(chunk_numbers(folder), 0, n_chunks) for n in range(run[0], run[1] or 0)}
+            if missing:
+                raise StoreError(self._what_to_run(missing, n_chunks, state.get("parts")))
+            return _finish(self.out, state, source.notes)
+
+    def _what_to_run(self, missing: Set[int], n_chunks: int, n_parts: int | None) -> str:
+        """Which commands embed the chunks that are missing."""
+        lacks = f"{self.out} lacks {len(missing):,} of {n_chunks:,} chunks"
+        if n_parts is None:
+            return f"{lacks}; to embed them, type: {self._said()}"
+        shares = [Share(i, n_parts) for i in range(1, n_parts + 1)]
+        lacking = [share for share in shares if not missing.isdisjoint(share.chunks(n_chunks))]
+        listed = ", ".join(map(str, lacking[:20])) + (f" and {len(lacking) - 20} more" if len(lacking) > 20 else "")
+        return f"{lacks}; run part {listed}, such as: {self.command_of(lacking[0])}"
+
+    @contextlib.contextmanager
+    def at_work(self, place: float) -> Iterator[Work]:
+        """What embeds chunks beside other processes.
+
+        Args:
+            place: Where among these processes this one stands, from 0 to 1.
+        """
+        embedder = self._load()
+        with locked(self.out / PARTIAL, error=StoreError, shared=True):
+            if (self.out / "store.json").exists():
+                raise StoreError(f"{self.out} has just been finished by another process; nothing is left to do")
+            chunk_items = self._begin(embedder)["chunk_items"]
+            yield Work(self, embedder, counted(self.source, self.out / PARTIAL / "counts", place), chunk_items)
+
+    def _load(self) -> Embedder:
+        if isinstance(self.encoder, Embedder):
+            return self.encoder
+        asked = self.asked
+        began_with = _read_state(self.out).get("precision", "auto") if asked.precision == "auto" else asked.precision
+        return Embedder.load(asked.encoder, device=self.device, dtype=began_with, revision=asked.asked_revision)
+
+    def _begin(self, embedder: Embedder) -> dict[str, Any]:
+        """What is being made, from the process that began it or written down now."""
+        settled = {
+            "encoder_revision": embedder.revision,
+            "precision": embedder.dtype,
+            "pixel_backend": embedder.pixel_backend,
+        }
+        if not _read_state(self.out):
+            record = {**vars(self.asked), **settled, "command": self.command}
+            record |= {"chunk_items": self.batch_size * BATCHES_PER_CHUNK, "parts": self.share and self.share.n}
+            # of processes that begin at once the first one decides
+            write_json(self.out / PARTIAL / "state.json", record, schema_version=_STATE_VERSION, keep=True)
+        state = _read_state(self.out)
+        _check_same(self.out, self.asked, state, settled)
+        return state
+
+
+def _check_same(out: Path, asked: _Asked, state: Mapping[str, Any], settled: Mapping[str, Any]) -> None:
+    """Refuse to go on with a store that was begun otherwise.
+
+    Args:
+        settled: What is known of the encoder once it is loaded.
+    """
     difference = asked.difference(state)
-    if asked.encoder_revision is not None:  # a folder's is compared already, by the kind of hash that it was begun with
-        settled["encoder_revision"] = state["encoder_revision"]
     for key, value in settled.items():
+        if key == "encoder_revision" and asked.encoder_revision is not None:
+            continue  # a folder's is compared already, by the kind of hash that it was begun with
         if difference is None and state.get(key) != value:
             difference = f"{key.replace('_', ' ')} {state.get(key)}"
     if difference:
         raise StoreError(
             f"{out} was begun with {difference}; to go on, type: {state['command']}; to start anew, delete {out}"
         )
-    return state
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Only this process writes `out`; a folder without any finished chunk is taken away at an error."""
-    work, was_there = out / PARTIAL, out.exists()
-    with locked(work, error=StoreError):
-        (work / "chunks").mkdir(exist_ok=True)
-        try:
-            yield
-        except BaseException:
-            if not any((work / "chunks").glob("*.safetensors")):
-                shutil.rmtree(work if was_there else out, ignore_errors=True)
-            raise
 
 
 @dataclass(frozen=True)
@@ -286,26 +474,57 @@ class _Batch:
     converted: Counter[str] = field(default_factory=Counter)
 
 
-def _embed_chunks(
-    source: Source, embedder: Embedder, out: Path, chunk_items: int, batch_size: int, workers: int | None
-) -> None:
-    """Commit every chunk that is not there yet."""
-    folder = out / PARTIAL / "chunks"
-    n_chunks = len(list_chunks(folder))
-    start = n_chunks * chunk_items
-    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
-    bar = progress("embedding", total=source.total, unit="rows", start=start)
-    with quiet_about_size() if source.has_images else contextlib.nullcontext(), bar as advance:
-        try:
-            cut = _cut(source.items(start), chunk_items, batch_size)
-            batches = _joined(_decoded_ahead(pool, source, embedder, cut))
-            for number in itertools.count(n_chunks):
-                chunk = _embedded(source, embedder, _chunk_of(batches, chunk_items), advance)
-                if chunk.report.items == 0:
-                    break
-                write_chunk(chunk_path(folder, number), chunk)
-        finally:
-            pool.shutdown(cancel_futures=True)
+@dataclass(frozen=True)
+class Work:
+    """A process that embeds chunks of a store."""
+
+    job: Job
+    embedder: Embedder
+    source: Source
+    chunk_items: int
+    """Samples of every chunk but the last."""
+
+    @property
+    def folder(self) -> Path:
+        """Where chunks are committed."""
+        return self.job.out / PARTIAL / "chunks"
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the whole source, whose samples are counted."""
+        return -(-(self.source.total or 0) // self.chunk_items)
+
+    def samples(self, first: int, last: int) -> int:
+        """Samples in the chunks from `first` to before `last`."""
+        start, end = (min(number * self.chunk_items, self.source.total or 0) for number in (first, last))
+        return end - start
+
+    def embed(self, runs: Iterable[tuple[int, int | None]], *, done: int, total: int | None) -> None:
+        """Commit the chunks of these runs, the endless one up to the end of the source.
+
+        Args:
+            done, total: Samples for the progress bar.
+        """
+        job, size = self.job, self.chunk_items
+        pool = ThreadPoolExecutor(job.workers or min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+        bar = progress("embedding", total=total, unit="rows", start=done)
+        with quiet_about_size() if self.source.has_images else contextlib.nullcontext(), bar as advance:
+            try:
+                for first, last in runs:
+                    items = itertools.islice(self.source.items(first * size), last and (last - first) * size)
+                    cut = _cut(items, size, job.batch_size)
+                    batches = _joined(_decoded_ahead(pool, self.source, self.embedder, cut))
+                    for number in itertools.count(first) if last is None else range(first, last):
+                        chunk_batches = _chunk_of(batches, size)
+                        if chunk_path(self.folder, number).exists():  # somebody else has just made it
+                            advance(sum(batch.n_items for batch in chunk_batches))
+                            continue
+                        chunk = _embedded(self.source, self.embedder, chunk_batches, advance)
+                        if chunk.report.items == 0:
+                            break
+                        write_chunk(chunk_path(self.folder, number), chunk)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 class _Piece(NamedTuple):
@@ -477,16 +696,21 @@ def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> Embedd
     for name in ("img_emb", "text_emb", "metadata"):
         shutil.rmtree(out / name, ignore_errors=True)
     files = list_chunks(out / PARTIAL / "chunks")
-    ids: list[str] = []
-    schemas = []
+    hashes = []
+    schemas: list[pa.Schema] = []
     report = Report()
+    n_rows = n_skipped = 0
     for file in files:
         chunk = read_chunk(file)
-        ids += chunk.metadata.column("id").to_pylist()
-        schemas.append(chunk.metadata.schema)
-        report.add(chunk.report)
+        hashes.append(hashes_of(chunk.metadata.column("id").to_pylist()))
+        if chunk.metadata.schema not in schemas[-1:]:
+            schemas.append(chunk.metadata.schema)
+        n_rows += chunk.metadata.num_rows
+        n_skipped += len(chunk.report.skipped)
+        listed = chunk.report.skipped[: MAX_LISTED - len(report.skipped)]
+        report.add(replace(chunk.report, skipped=listed))
     skipped = report.skipped
-    if not ids:
+    if not n_rows:
         first = f": {skipped[0].id}: {skipped[0].reason}" if skipped else ""
         shutil.rmtree(out / PARTIAL / "chunks")  # else the next run would not look at the source again
         raise SourceError(f"none of the {report.items:,} samples of {state['source']} can be embedded{first}")
@@ -494,29 +718,28 @@ def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> Embedd
         **{key: state[key] for key in _RECORDED},
         "counts": {
             "inputs": report.items,
-            "rows": len(ids),
-            "skipped": len(skipped),
+            "rows": n_rows,
+            "skipped": n_skipped,
             "converted": dict(sorted(report.converted.items())),
             "truncated_captions": report.truncated,
         },
         "notes": list(notes),
-        "skipped_is_complete": len(skipped) <= MAX_LISTED,
-        "skipped": [entry._asdict() for entry in skipped[:MAX_LISTED]],
+        "skipped_is_complete": n_skipped <= MAX_LISTED,
+        "skipped": [entry._asdict() for entry in skipped],
     }
-    parts = _numbered_parts(files, common_schema(schemas), ids)
+    parts = _numbered_parts(files, common_schema(schemas), UniqueIds(hashes))
     store = write_store(out, parts, shard_rows=state["shard_rows"], record=record)
     shutil.rmtree(out / PARTIAL)
     return store
 
 
-def _numbered_parts(files: Sequence[Path], schema: pa.Schema, ids: Sequence[str]) -> Iterator[StorePart]:
+def _numbered_parts(files: Sequence[Path], schema: pa.Schema, unique: UniqueIds) -> Iterator[StorePart]:
     """The chunks with columns of one type and with ids that occur once."""
     import pyarrow as pa
 
-    unique = unique_ids(ids)
     for file in files:
         chunk = read_chunk(file)
-        own = pa.array(list(itertools.islice(unique, chunk.metadata.num_rows)), pa.string())
+        own = pa.array(unique.of(chunk.metadata.column("id").to_pylist()), pa.string())
         table = conform(chunk.metadata, schema).set_column(0, "id", own)
         yield StorePart(chunk.rows, table)
 
@@ -524,83 +747,3 @@ def _numbered_parts(files: Sequence[Path], schema: pa.Schema, ids: Sequence[str]
 def _utf8(text: str) -> str:
     """`text` with what UTF-8 cannot hold, such as a file name in another encoding, written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-@dataclass
-class Report:
-    """What became of some samples of a source."""
-
-    items: int = 0
-    """Samples, embedded or not."""
-    skipped: list[Skipped] = field(default_factory=list)
-    """Those that were not embedded."""
-    converted: dict[str, int] = field(default_factory=dict)
-    """How many images needed which conversion."""
-    truncated: int = 0
-    """Captions that were cut off."""
-
-    def add(self, other: Report) -> None:
-        """Count what became of other samples too."""
-        self.items += other.items
-        self.skipped += other.skipped
-        self.converted = dict(Counter(self.converted) + Counter(other.converted))
-        self.truncated += other.truncated
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """What a run of source positions adds to a store."""
-
-    rows: dict[Modality, NDArray[np.float16]]
-    metadata: pa.Table
-    report: Report
-
-
-def list_chunks(folder: Path) -> list[Path]:
-    """The committed chunks in their order.
-
-    Raises:
-        StoreError: One is missing in between.
-    """
-    files = sorted(folder.glob("chunk_*.safetensors"))
-    for number, file in enumerate(files):
-        if file != chunk_path(folder, number):
-            raise StoreError(f"{chunk_path(folder, number)} is missing; delete {folder.parent.parent} and embed again")
-    return files
-
-
-def chunk_path(folder: Path, number: int) -> Path:
-    """Where the chunk of this number belongs."""
-    return folder / f"chunk_{number:08d}.safetensors"
-
-
-def write_chunk(path: Path, chunk: Chunk) -> None:
-    """Commit a chunk: after this it survives a kill and a power cut."""
-    import pyarrow as pa
-
-    buffer = io.BytesIO()
-    with pa.ipc.new_stream(buffer, chunk.metadata.schema) as stream:
-        stream.write_table(chunk.metadata)
-    tensors: dict[str, NDArray[Any]] = {"metadata": np.frombuffer(buffer.getvalue(), np.uint8)}
-    tensors.update((str(modality), rows) for modality, rows in chunk.rows.items())
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"report": json.dumps(to_record(chunk.report))})
-
-
-def read_chunk(path: Path) -> Chunk:
-    """A committed chunk; its rows are memory-mapped.
-
-    Raises:
-        StoreError: The file is damaged.
-    """
-    import pyarrow as pa
-
-    tensors, strings = open_safetensors(path, StoreError)
-    remedy = "delete it and all later ones"
-    try:
-        metadata = pa.ipc.open_stream(pa.py_buffer(tensors["metadata"].values)).read_all()
-        report = json.loads(strings["report"])
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as err:
-        raise StoreError(f"{path} is damaged ({first_line(err)}); {remedy}") from err
-    rows = {name: tensors[name].values for name in MODALITIES if name in tensors}
-    return Chunk(rows, metadata, of_record(Report, report, where=str(path), error=StoreError, remedy=remedy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ DEMO = Path(__file__).parents[1] / "world" / "clip"
 """The folder of the encoder called `demo`."""
 
 DEPTH, STEPS = 2, 4
-"""Blocks and steps of the integrated gradients of `Embedder.contributions`; docs/gallery.md has what else was tried."""
+"""Blocks and steps of the integrated gradients of `Embedder.contributions`; docs/regions.md has what else was tried."""
 ValuesOf: TypeAlias = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n c"]]
 """Values of the embedding of each picture."""
 
@@ -89,7 +90,10 @@ class Embedder:
         """
         try:
             import PIL  # noqa: F401
-            import transformers
+
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook without widgets
+                import transformers
         except ImportError as err:
             raise MissingDependencyError.of(err.name or "transformers", extra="clip") from None
         folder = find_folder(str(id), revision, local=local)
@@ -271,7 +275,7 @@ class MadeBy(Protocol):
 
 class MadeStore(MadeBy, Protocol):
     @property
-    def path(self) -> Path: ...
+    def address(self) -> str: ...
 
 
 def embedder_for(
@@ -311,8 +315,8 @@ def embedder_for(
     name = encoder or (recorded and recorded[0])
     if name is None:
         raise ConfigError(
-            f"neither {store.path if store else 'a store'} nor the SAE says which encoder made the embeddings, which "
-            f"{need} needs; {f'give {option} ID' if option else 'a store made by msae embed says it'}"
+            f"neither {store.address if store else 'a store'} nor the SAE says which encoder made the embeddings, "
+            f"which {need} needs; {f'give {option} ID' if option else 'a store made by msae embed says it'}"
         )
     revision = None
     if not is_folder(name):
@@ -327,7 +331,7 @@ def embedder_for(
 
 def _owners(store: MadeStore | None, sae: MadeBy | None) -> Iterator[tuple[str, MadeBy]]:
     if store is not None:
-        yield f"{store.path} was embedded by", store
+        yield f"{store.address} was embedded by", store
     if sae is not None:
         yield "the SAE reads embeddings of", sae
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -15,7 +15,11 @@ Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 Kind = Literal["store", "clip-retrieval", "npy", "npz", "parquet", "safetensors"]
 
+FILE_SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
 FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
+PROTOCOLS = ("https", "http", "s3", "gs", "hf", "memory")
+"""Kinds of address from which stores are read, each a file system of fsspec."""
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.+)", re.DOTALL)
 SCHEMA_VERSION = 1
 """Of store.json."""
 PARTIAL = ".partial"
@@ -32,6 +36,10 @@ class StoreFiles(NamedTuple):
     """Files of embeddings: by modality in a folder; one without a name elsewhere."""
     tables: Sequence[Path]
     """Files of metadata, each with the rows of one shard."""
+    here: Callable[[Path], Path] = lambda path: path
+    """Gives one of these files, after it was downloaded where the store is far away."""
+    is_checked: bool = False
+    """Whether every file of a far store is compared with its hash in store.json when it arrives."""
 
     @property
     def metadata(self) -> Sequence[Path]:
@@ -52,11 +60,11 @@ def files_of(path: Path) -> StoreFiles:
             record = {}
         else:
             record = read_json(path / "store.json", schema_version=SCHEMA_VERSION, error=StoreError)
-        return StoreFiles(kind, record, shards_of(path), _numbered(path / "metadata", ".parquet"))
+        return StoreFiles(kind, record, shards_of(path), tables_of(path))
     if not path.is_file():
         raise StoreError(f"{path} does not exist{nearest_beside(path)}; msae embed makes a store")
     suffix = path.suffix.lower()
-    if suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
+    if suffix not in FILE_SUFFIXES:
         raise StoreError(
             f"{path} has the unknown suffix {suffix!r}; wanted a store folder, .npy, .npz, .parquet or .safetensors"
         )
@@ -76,6 +84,11 @@ def shards_of(path: Path) -> dict[str, list[Path]]:
     if not any(files.values()):
         raise StoreError(f"{path} is an empty store: no .npy file in img_emb/ or text_emb/; embed again")
     return {modality: shards for modality, shards in files.items() if shards}
+
+
+def tables_of(path: Path) -> list[Path]:
+    """The files of metadata in a folder of clip-retrieval's layout."""
+    return _numbered(path / "metadata", ".parquet")
 
 
 def resume_command(path: Path) -> str:
@@ -98,7 +111,44 @@ def _check_is_clip_retrieval(path: Path) -> None:
 
 def _numbered(folder: Path, suffix: str) -> list[Path]:
     """The files `NAME_NUMBER.suffix` of a folder in the order of their numbers, 10 after 9."""
-    pattern = re.compile(rf"{re.escape(folder.name)}_(\d+){re.escape(suffix)}")
-    entries = folder.iterdir() if folder.is_dir() else []
-    found = {int(match[1]): entry for entry in entries if (match := pattern.fullmatch(entry.name))}
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return [folder / name for name in in_order(names, folder.name, suffix)]
+
+
+def in_order(names: Iterable[str], stem: str, suffix: str) -> list[str]:
+    """Those of the names that are `STEM_NUMBER.suffix`, in the order of their numbers, 10 after 9."""
+    pattern = re.compile(rf"{re.escape(stem)}_(\d{{1,18}}){re.escape(suffix)}", re.ASCII)
+    found = {int(match[1]): name for name in names if (match := pattern.fullmatch(name))}
     return [found[number] for number in sorted(found)]
+
+
+def far_address(store: str | Path) -> str | None:
+    """The address of a store that lies elsewhere, as `https://host/photos.store`; None for one on this machine.
+
+    Raises:
+        StoreError: The address is of another kind, or holds a password or a query.
+    """
+    match = _ADDRESS.fullmatch(str(store))
+    if match is None or (match[2] == "/" and (isinstance(store, str) or match[1].lower() not in PROTOCOLS)):
+        return None  # a path; pathlib makes one slash of two
+    protocol, rest = match[1].lower(), match[3].rstrip("/")
+    if protocol not in PROTOCOLS:
+        raise StoreError(f"{store} is of the unknown kind {protocol}://; known: {', '.join(PROTOCOLS)}, or a path")
+    host = rest.partition("/")[0]
+    if "?" in rest or "#" in rest or ":" in host.rpartition("@")[0] or "::" in rest:
+        raise StoreError(
+            f"the address of a store is written into runs, so it may hold no password, ?query or ::; "
+            f"give the plain {protocol}:// address, and what it needs by the environment (docs/store-format.md)"
+        )
+    return f"{protocol}://{rest}"
+
+
+def path_of(store: str | Path) -> Path:
+    """A path on this machine, where something is written.
+
+    Raises:
+        StoreError: It is the address of a store elsewhere.
+    """
+    if far_address(store) is not None:
+        raise StoreError(f"{store} is far away, and stores are only read there; give a folder here and copy it after")
+    return Path(store)

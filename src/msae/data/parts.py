@@ -57,5 +57,5 @@ def part_of(store: EmbeddingStore, column: str, value: str) -> Part:
     if not len(rows):
         known.sort()
         hint = nearest(value, known) or f"; it has {', '.join(known[:8])}"
-        raise StoreError(f"no row of {store.path} has {column} = {value!r}{hint}")
+        raise StoreError(f"no row of {store.address} has {column} = {value!r}{hint}")
     return Part(store, column, value, rows, others)

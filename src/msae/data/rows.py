@@ -75,7 +75,7 @@ class Row:
         return cls(row, str(metadata["id"]), _text(path), _text(caption), columns, show=show)
 
 
-def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: Path) -> tuple[str, ...]:
+def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: str) -> tuple[str, ...]:
     """The columns that `--show` names: one a word, or several divided by commas.
 
     Raises:
@@ -90,7 +90,7 @@ def names_to_show(show: str | Sequence[str], columns: Sequence[str], where: Path
     return tuple(dict.fromkeys(found))
 
 
-def no_column(where: Path, name: str, columns: Sequence[str], option: str | None = None) -> str:
+def no_column(where: str, name: str, columns: Sequence[str], option: str | None = None) -> str:
     """The message about a column that is not there, with the option that takes one."""
     near = nearest(name, columns)
     if near or not columns:

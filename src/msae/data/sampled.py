@@ -92,7 +92,7 @@ def sample_rows(store: EmbeddingStore, max_rows: int | None, *, seed: int = 0) -
             names, chosen if rows is None else chosen[rows]
         ),
     )  # fmt: skip
-    rows = Embeddings(store.path, {m: SampledRows(array.shards, chosen) for m, array in store.rows.items()})
+    rows = Embeddings(store.address, {m: SampledRows(array.shards, chosen) for m, array in store.rows.items()})
     return SampledStore(**{**given, "rows": rows, "_metadata": metadata}, of=store, chosen=chosen, seed=seed)
 
 

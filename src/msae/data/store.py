@@ -5,6 +5,8 @@ The disk format is defined in docs/store-format.md.
 
 from __future__ import annotations
 
+import html
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,14 +18,26 @@ from jaxtyping import Float32, Int32, Int64
 from numpy.typing import NDArray
 
 from msae.base.errors import StoreError, nearest
-from msae.base.files import atomic_path, write_json
+from msae.base.files import atomic_path, file_hash, write_json
 from msae.base.notices import notice
-from msae.base.results import import_pandas
+from msae.base.results import import_pandas, shorten, table_html
 from msae.data.arrays import ShardedRows, fingerprint, hash_files, is_sampled_fingerprint, open_arrays, zero_rows
 from msae.data.contents import Embeddings, contents_of, summary
-from msae.data.layout import FOLDERS, MODALITIES, SCHEMA_VERSION, Kind, Modality, StoreFiles, files_of, shards_of
+from msae.data.layout import (
+    FOLDERS,
+    MODALITIES,
+    SCHEMA_VERSION,
+    Kind,
+    Modality,
+    StoreFiles,
+    far_address,
+    files_of,
+    path_of,
+    shards_of,
+    tables_of,
+)
 from msae.data.rows import Row, class_names, names_to_show, no_column
-from msae.data.tables import Metadata, conform, text_column, unique_ids
+from msae.data.tables import Metadata, UniqueIds, conform, text_column
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -31,6 +45,8 @@ if TYPE_CHECKING:
 
 _ROWS_DESCRIBED = 4096
 """Rows described at once while a store is iterated over."""
+_SHOWN = 6
+"""Rows that a notebook shows."""
 ID_COLUMNS = ("id", "key", "image_path")
 
 
@@ -55,7 +71,10 @@ class EmbeddingStore:
     Rows are raw, as the encoder made them: standardising belongs to the SAE.
     """
 
+    address: str
+    """What it is called: its path, or the address of a store elsewhere."""
     path: Path
+    """Where its files lie on this machine: of a store elsewhere, a folder of the cache."""
     files: StoreFiles = field(repr=False)
     rows: Embeddings = field(repr=False)
     _metadata: Metadata = field(repr=False)
@@ -67,6 +86,8 @@ class EmbeddingStore:
         cls, path: str | Path, *, modality: Modality | None = None, unnamed: Modality | None = None
     ) -> EmbeddingStore:
         """The store at `path`: msae's or clip-retrieval's folder, or a .npy, .npz, .parquet or .safetensors file.
+
+        It may lie elsewhere: at https://, http://, s3://, gs://, hf:// or memory://, where it is only read.
 
         Folders, .npy and .safetensors are memory-mapped. The embeddings of a .parquet or .npz are held in memory:
         their compressed pages cannot be mapped.
@@ -81,17 +102,33 @@ class EmbeddingStore:
             StoreError: Nothing is there, it is damaged or unfinished, its parts do not fit each other, or it
                 lacks `modality`.
         """
-        path = Path(path)
         if modality is not None and modality not in MODALITIES:
             raise StoreError(f"modality {modality!r} is unknown; wanted one of {', '.join(MODALITIES)}")
-        files = files_of(path)
-        arrays, table = open_arrays(files.arrays, StoreError), Metadata.open(files.tables, StoreError)
-        rows, metadata = contents_of(path, files, arrays, table, modality=modality, unnamed=unnamed)
-        return cls(path, files, rows, metadata, files.record)
+        address = far_address(path)
+        if address is not None:
+            from msae.data.far import open_far
+
+            path, files, arrays, table = open_far(address)
+        else:
+            path = Path(path)
+            address, files = str(path), files_of(path)
+            arrays, table = open_arrays(files.arrays, StoreError), Metadata.open(files.tables, StoreError)
+        rows, metadata = contents_of(address, files, arrays, table, modality=modality, unnamed=unnamed)
+        return cls(address, path, files, rows, metadata, files.record)
 
     @property
     def kind(self) -> Kind:
         return self.files.kind
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it lies elsewhere and its files are downloaded as they are read."""
+        return far_address(self.address) is not None
+
+    @property
+    def full_address(self) -> str:
+        """The address that is right in any working folder."""
+        return self.address if self.is_far else str(self.path.resolve())
 
     @property
     def d_in(self) -> int:
@@ -141,7 +178,21 @@ class EmbeddingStore:
             f"columns {', '.join(self.columns)}" if self.columns else "no metadata",
             *([f"embedded by {self.encoder}"] if self.encoder else []),
         ]
-        return f"EmbeddingStore({str(self.path)!r}: {'; '.join(parts)})"
+        return f"EmbeddingStore({self.address!r}: {'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """What it is, and its first rows, with their pictures where it has some, for a notebook."""
+        from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
+
+        rows = self[:_SHOWN]
+        shown = figures_html([("", row) for row in rows], Album(self.picture_roots, NOTEBOOK_SIDE))
+        if "<img" not in shown:
+            names = self.metadata.column_names
+            cells = [
+                [shorten(str(value)) for value in row.values()] for row in self.metadata.slice(0, _SHOWN).to_pylist()
+            ]
+            shown = table_html([names, *cells]) if cells else ""
+        return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     def to_pandas(self) -> pd.DataFrame:
         """The metadata as a table; row i is row i of the embeddings.
@@ -162,8 +213,12 @@ class EmbeddingStore:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             outside = int(rows.min() if rows.min() < 0 else rows.max())
-            raise StoreError(f"row {outside} is asked of {self.path}, which has the rows 0 to {len(self) - 1}")
+            raise StoreError(f"row {outside} is asked of {self.address}, which has the rows 0 to {len(self) - 1}")
         return source.take(rows, refuse)
+
+    def between(self, start: int, stop: int, modality: Modality) -> Float32[np.ndarray, "n d_in"]:
+        """The embeddings from row `start` up to `stop`, or up to the last; raises as `take` does."""
+        return self.rows[modality].between(start, stop, partial(self._not_finite, modality))
 
     def batches(
         self, modality: Modality, batch_size: int, *, start: int = 0
@@ -175,15 +230,14 @@ class EmbeddingStore:
         Raises:
             StoreError: A row holds a NaN or an infinity, or `modality` is not there.
         """
-        source, refuse = self.rows[modality], partial(self._not_finite, modality)
         zeros: list[int] = []
         for first in range(start, len(self), batch_size):
-            x = source.between(first, first + batch_size, refuse)
+            x = self.between(first, first + batch_size, modality)
             zeros += (first + zero_rows(x)).tolist()
             yield x
         if zeros and start == 0:
             notice(
-                f"{self.path}: {len(zeros):,} of {len(self):,} {modality} rows are all zeros, the first is row "
+                f"{self.address}: {len(zeros):,} of {len(self):,} {modality} rows are all zeros, the first is row "
                 f"{zeros[0]} (id {self.ids[zeros[0]]!r}); they have no direction and pull the mean towards zero: "
                 f"if they stand for inputs that failed, remove them"
             )
@@ -204,7 +258,7 @@ class EmbeddingStore:
         if column.null_count or pc.count_distinct(column).as_py() != len(column):
             values = column.to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
-            column = pa.chunked_array([pa.array(unique_ids(named), pa.string())])
+            column = pa.chunked_array([pa.array(UniqueIds().of(named), pa.string())])
         return RowIds(self, column)
 
     @cached_property
@@ -214,10 +268,16 @@ class EmbeddingStore:
         Raises:
             StoreError: The rows are no longer those that were embedded.
         """
-        found, promised = fingerprint(self.rows), self.record.get("fingerprint")
-        if promised is not None and not is_sampled_fingerprint(str(promised)) and promised != found:
+        promised = self.record.get("fingerprint")
+        is_promised = promised is not None and not is_sampled_fingerprint(str(promised))
+        if is_promised and self.files.is_checked:  # each file is compared with its own hash when it arrives
+            return str(promised)
+        for file in itertools.chain(*self.files.arrays.values()):
+            self.files.here(file)
+        found = fingerprint(self.rows)
+        if is_promised and promised != found:
             raise StoreError(
-                f"{self.path} is damaged: its fingerprint is {found!r} where store.json says {promised!r}; "
+                f"{self.address} is damaged: its fingerprint is {found!r} where store.json says {promised!r}; "
                 f"copy the store again or embed again"
             )
         return found
@@ -225,7 +285,7 @@ class EmbeddingStore:
     @cached_property
     def metadata_fingerprint(self) -> str:
         """A hash of the files that hold ids, captions, labels and all other metadata."""
-        return hash_files(self.files.metadata)
+        return hash_files([self.files.here(file) for file in self.files.metadata])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -253,7 +313,7 @@ class EmbeddingStore:
         if name == "id":
             return list(self.ids)
         if name not in self.columns:
-            raise StoreError(no_column(self.path, name, self.columns, option))
+            raise StoreError(no_column(self.address, name, self.columns, option))
         return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
 
     def labels(self, name: str, *, option: str | None = None) -> list[str | None]:
@@ -269,7 +329,7 @@ class EmbeddingStore:
 
         values = self.column(name, option=option)
         if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
-            raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
+            raise StoreError(f"column {name!r} of {self.address} holds lists; wanted one class per row: name another")
         return class_names(values)
 
     def coded_labels(self, name: str, *, option: str | None = None) -> tuple[Int32[np.ndarray, " n"], list[str]]:
@@ -285,7 +345,7 @@ class EmbeddingStore:
         else:
             values = self._metadata.read([name]).column(name)
         if pa.types.is_nested(values.type):
-            raise StoreError(f"column {name!r} of {self.path} holds lists; wanted one class per row: name another")
+            raise StoreError(f"column {name!r} of {self.address} holds lists; wanted one class per row: name another")
         coded = values.combine_chunks().dictionary_encode()
         names = class_names(coded.dictionary.to_pylist())
         classes = list(dict.fromkeys(one for one in names if one is not None))
@@ -304,7 +364,7 @@ class EmbeddingStore:
         Raises:
             StoreError: There is no such column.
         """
-        names = names_to_show(show, self.columns, self.path)
+        names = names_to_show(show, self.columns, self.address)
         table = self.metadata.take(_row_numbers(rows)).to_pylist()
         return [Row.of(int(row), metadata, names) for row, metadata in zip(rows, table, strict=True)]
 
@@ -313,13 +373,15 @@ class EmbeddingStore:
         """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here."""
         source = self.record.get("source")
         made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
-        return tuple(root for root in dict.fromkeys([*made_from, self.path.parent, Path()]) if root.is_dir())
+        beside = [] if self.is_far else [self.path.parent]
+        return tuple(root for root in dict.fromkeys([*made_from, *beside, Path()]) if root.is_dir())
 
     def describe(self) -> dict[str, Any]:
         """What `msae info` shows."""
         origin = ("encoder", "encoder_revision", "pixel_backend", "precision", "source", "counts")
         return {
-            "path": str(self.path),
+            "path": self.address,
+            **({"cache": str(self.path)} if self.is_far else {}),
             "kind": self.kind,
             "rows": len(self),
             "d_in": self.d_in,
@@ -333,7 +395,7 @@ class EmbeddingStore:
 
     def _not_finite(self, modality: Modality, row: int) -> StoreError:
         return StoreError(
-            f"row {row} (id {self.ids[row]!r}) of the {modality} embeddings in {self.path} holds NaN or "
+            f"row {row} (id {self.ids[row]!r}) of the {modality} embeddings in {self.address} holds NaN or "
             f"infinity; remove the row or embed again"
         )
 
@@ -384,7 +446,7 @@ class RowIds(Sequence[str]):
         for row, known in enumerate(self):
             if known == id:
                 return row
-        raise StoreError(f"{self._store.path} has no row with the id {id!r}{nearest(id, self[:10_000])}")
+        raise StoreError(f"{self._store.address} has no row with the id {id!r}{nearest(id, self[:10_000])}")
 
 
 def as_store(
@@ -400,6 +462,21 @@ def as_store(
             _ = store.rows[modality]
         return store
     return EmbeddingStore.open(store, modality=modality, unnamed=unnamed)
+
+
+def recorded_store(address: str, modality: Modality | None = None) -> EmbeddingStore:
+    """The store that a run's record names. A far one that was never read on this machine is not contacted.
+
+    Raises:
+        StoreError: It cannot be opened, lacks `modality`, or was never read here.
+    """
+    far = far_address(address)
+    if far is not None:
+        from msae.data.far import is_known
+
+        if not is_known(far):
+            raise StoreError(f"{far} was never read on this machine; to read it, type: msae info {far}")
+    return EmbeddingStore.open(address, modality=modality)
 
 
 def has_unit_rows(store: EmbeddingStore) -> bool:
@@ -429,6 +506,7 @@ def write_store(
     """
     import pyarrow.parquet as pq
 
+    path = path_of(path)
     for number, (arrays, table) in enumerate(_regroup(parts, schema, shard_rows)):
         for modality, array in arrays.items():
             folder = FOLDERS[modality]
@@ -441,7 +519,11 @@ def write_store(
             # combined: the bytes of the file must not depend on how the rows came in
             pq.write_table(table.combine_chunks(), temporary, compression="zstd")
     rows = cast("dict[Modality, ShardedRows]", open_arrays(shards_of(path), StoreError))
-    found = {**summary(rows), "fingerprint": fingerprint(rows)}
+    files = [shard.path for array in rows.values() for shard in array.shards] + tables_of(path)
+    listed = {
+        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "blake2b": file_hash(file)} for file in files
+    }
+    found = {**summary(rows), "fingerprint": fingerprint(rows), "shard_rows": shard_rows, "files": listed}
     write_json(path / "store.json", {**(record or {}), **found}, schema_version=SCHEMA_VERSION)
     return EmbeddingStore.open(path)
 

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,16 +146,39 @@ def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
-def unique_ids(ids: Iterable[str]) -> Iterator[str]:
-    """The ids in order, a repeated one with `#2`, `#3` … after it, so that each names one row."""
-    seen: dict[str, int] = {}
-    for id in ids:
-        unique = id
-        while unique in seen:
-            seen[id] += 1
-            unique = f"{id}#{seen[id]}"
-        seen[unique] = 1
-        yield unique
+class UniqueIds:
+    """Ids in order, a repeated one with `#2`, `#3` … after it, so that each names one row."""
+
+    def __init__(self, hashes: Iterable[NDArray[np.int64]] | None = None) -> None:
+        """Begin.
+
+        Args:
+            hashes: Those of all ids that will come; then an id that comes once is not kept in memory.
+        """
+        self._seen: dict[str, int] = {}
+        self._twice: set[int] | None = None
+        if hashes is not None:
+            ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
+            self._twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+    def of(self, ids: Iterable[str]) -> Iterator[str]:
+        """The next ids."""
+        seen = self._seen
+        for id in ids:
+            if self._twice is not None and hash(id) not in self._twice and "#" not in id:
+                yield id  # it comes once, and is none that is made here
+                continue
+            unique = id
+            while unique in seen:
+                seen[id] += 1
+                unique = f"{id}#{seen[id]}"
+            seen[unique] = 1
+            yield unique
+
+
+def hashes_of(ids: Sequence[str]) -> NDArray[np.int64]:
+    """For `UniqueIds`; they are of this process alone."""
+    return np.fromiter(map(hash, ids), np.int64, len(ids))
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
@@ -320,13 +344,28 @@ def read_footer(path: Path, error: Error) -> pq.FileMetaData:
 class Metadata:
     """A table in several parquet files of which only the asked columns are read, or a table in memory."""
 
-    names: tuple[str, ...]
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
     read: Callable[..., pa.Table]
     """The given columns; of ascending `rows` alone, where these are given, read file by file."""
-    vectors: tuple[str, ...] = ()
-    """Names of the columns of float lists."""
+    schema: Callable[[], pa.Schema]
+    """All columns with their types."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.schema().names)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the columns of float lists."""
+        return tuple(column.name for column in self.schema() if _is_vector(column.type))
+
+    def without(self, names: Collection[str]) -> Metadata:
+        """The other columns."""
+        import pyarrow as pa
+
+        others = pa.schema([column for column in self.schema() if column.name not in names])
+        return replace(self, schema=lambda: others)
 
     @classmethod
     def of(cls, table: pa.Table) -> Metadata:
@@ -335,7 +374,33 @@ class Metadata:
         def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
             return table.select(names) if rows is None else table.select(names).take(rows)
 
-        return cls(tuple(table.column_names), [table.num_rows], read)
+        return cls([table.num_rows], read, lambda: table.schema)
+
+    @classmethod
+    def later(cls, counts: list[int], fetch: Sequence[Callable[[], Path]], error: Error) -> Metadata:
+        """The columns of `.parquet` files that are fetched when one is first asked for; the first says what there is.
+
+        Args:
+            counts: Rows that each file must have.
+
+        Raises:
+            MsaeError: Made by `error`, when it is read: a file does not arrive, is damaged or has other rows.
+        """
+
+        @cache
+        def every() -> Metadata:
+            paths = [one() for one in fetch]
+            found = cls.open(paths, error)
+            for path, n, wanted in zip(paths, found.counts, counts, strict=True):
+                if n != wanted:
+                    raise error(f"{path} holds {n:,} rows of metadata, its embeddings are {wanted:,}; make both again")
+            return found
+
+        @cache
+        def schema() -> pa.Schema:
+            return common_schema([read_footer(fetch[0](), error).schema.to_arrow_schema()])
+
+        return cls(counts, lambda names, rows=None: every().read(names, rows), schema)
 
     @classmethod
     def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
@@ -348,7 +413,7 @@ class Metadata:
         import pyarrow.parquet as pq
 
         if not paths:
-            return cls((), [], lambda *_: pa.table({}))
+            return cls([], lambda *_: pa.table({}), lambda: pa.schema([]))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
         footers = [read_footer(path, error) for path in paths]
@@ -376,8 +441,7 @@ class Metadata:
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 
-        vectors = tuple(column.name for column in schema if _is_vector(column.type))
-        return cls(tuple(schema.names), [footer.num_rows for footer in footers], read, vectors)
+        return cls([footer.num_rows for footer in footers], read, lambda: schema)
 
 
 def _is_vector(kind: pa.DataType) -> bool:

@@ -70,7 +70,8 @@ def figures_html(rows: Sequence[tuple[str, Row]], album: Album) -> str:
     for words, row in rows:
         source = album.uri(row.path)
         picture = f'<img src="{source}" alt="">' if source else ""
-        caption = html.escape(f"{words} {shorten(row.words, 140)}")
+        title = f"<b>{html.escape(words)}</b> " if words else ""
+        caption = title + html.escape(shorten(row.words, 140))
         figures.append(
             f'<figure style="display:inline-block;width:{album.side}px;margin:4px;vertical-align:top">{picture}'
             f"<figcaption>{caption}</figcaption></figure>"

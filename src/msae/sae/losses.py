@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msae.base.errors import ConfigError
+from msae.base.processes import ALONE, Processes
 from msae.sae import activations
 
 Weighting = Literal["uniform", "reverse", "rising", "steep"]
@@ -154,7 +155,7 @@ def nested_loss(
 def rank_masks(h: Float[Tensor, "n d_sae"], levels: Sequence[int]) -> Iterator[Float[Tensor, "n d_sae"]]:
     """For each level the k largest pre-activations of each row, by their signed value."""
     d_sae = h.shape[1]
-    widest = max((k for k in levels if k < d_sae), default=0)
+    widest = max([0, *(k for k in levels if k < d_sae)])
     ranked = h.detach().topk(widest, dim=1).indices
     for k in levels:
         yield torch.zeros_like(h).scatter(1, ranked[:, :k], 1.0) if k < d_sae else torch.ones_like(h)
@@ -176,12 +177,12 @@ def l1_penalty(x: Float[Tensor, "n d_in"], z: Float[Tensor, "n d_sae"]) -> Float
     return (z.sum(1) / norm.clamp_min(torch.finfo(x.dtype).tiny)).mean()
 
 
-def l0_target_penalty(active: Float[Tensor, " n"], target: int) -> Float[Tensor, ""]:
+def l0_target_penalty(active: Float[Tensor, " n"], target: int, processes: Processes = ALONE) -> Float[Tensor, ""]:
     """`(l0 / target - 1)^2` for the batch's mean count of active latents: drives JumpReLU to a chosen sparsity.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435, with the quadratic target of its appendix.
     """
-    excess: Tensor = active.mean() / target - 1
+    excess: Tensor = processes.whole(active.mean(), len(active)) / target - 1
     return excess.square()
 
 
@@ -192,6 +193,7 @@ def auxiliary_loss(
     *,
     k: int,
     cap: float | None = None,
+    processes: Processes = ALONE,
 ) -> Float[Tensor, ""]:
     """Error of reconstructing the residual from the `k` strongest dead latents, relative to the residual's variance.
 
@@ -202,6 +204,7 @@ def auxiliary_loss(
         h_dead: Pre-activations of the dead latents.
         W_dead: Their decoder rows.
         cap: The SAE's soft cap, if it has one.
+        processes: Of several, each gives its rows; the value is that of all, the gradient of the rows here.
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
@@ -211,8 +214,9 @@ def auxiliary_loss(
     z = activations.topk(h_dead, k)
     if cap is not None:
         z = activations.soft_cap(z, cap)
-    error: Tensor = reconstruction_loss(residual, z @ W_dead)
-    variance = (residual - residual.mean(0)).square().mean()
+    n = len(residual)
+    error: Tensor = processes.whole(reconstruction_loss(residual, z @ W_dead), n)
+    variance = processes.mean((residual - processes.mean(residual.mean(0), n)).square().mean(), n)
     return torch.nan_to_num(error / variance)
 
 

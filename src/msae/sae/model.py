@@ -609,7 +609,7 @@ class Embeddings(Protocol):
     """What of a store decides whether an SAE can read it."""
 
     @property
-    def path(self) -> Path: ...
+    def address(self) -> str: ...
     @property
     def d_in(self) -> int: ...
     @property
@@ -633,13 +633,13 @@ def check_fit(sae: SAE, store: Embeddings, *, run: SAE | str | Path | None = Non
     name = "this SAE" if run is None or isinstance(run, SAE) else str(run)
     if store.d_in != sae.d_in:
         raise StoreError(
-            f"{store.path} holds {store.d_in}-dim embeddings, but {name} reads {sae.d_in}-dim ones; "
+            f"{store.address} holds {store.d_in}-dim embeddings, but {name} reads {sae.d_in}-dim ones; "
             f"give a store embedded with --encoder {known.encoder or 'ID of its encoder'}"
         )
     mine, theirs = (known.encoder, known.encoder_revision), (store.encoder, store.encoder_revision)
     if is_other_encoder(mine, theirs):
         raise StoreError(
-            f"{store.path} was embedded by {encoder_text(theirs)}, but {name} reads embeddings of "
+            f"{store.address} was embedded by {encoder_text(theirs)}, but {name} reads embeddings of "
             f"{encoder_text(mine)}; embed it again with --encoder {mine[0] or 'ID'}"
         )
 

@@ -13,7 +13,7 @@ from msae.base.files import cache_folders, read_json, writable_cache
 from msae.base.notices import notice
 from msae.data.arrays import is_sampled_fingerprint
 from msae.data.layout import MODALITIES, Modality
-from msae.data.store import EmbeddingStore, as_store, has_unit_rows
+from msae.data.store import EmbeddingStore, has_unit_rows, recorded_store
 from msae.sae.model import CONFIG_FILE, SAE, check_fit, download, folder_of, looks_like_hub_id, weights_hash
 
 SETTINGS_SCHEMA_VERSION = 1
@@ -179,13 +179,13 @@ class Run:
         check_fit(self.sae, store, run=self.given)
         if self.sae.config.unnormalised and has_unit_rows(store):
             notice(
-                f"{store.path} holds embeddings of norm 1, but {self.name} was trained on unscaled ones: what it finds "
-                "in them means little; give a store of embeddings as the encoder makes them"
+                f"{store.address} holds embeddings of norm 1, but {self.name} was trained on unscaled ones: what it "
+                "finds in them means little; give a store of embeddings as the encoder makes them"
             )
 
     def origin(self, store: EmbeddingStore) -> Origin:
         """What anything is derived from that is made of these weights and that store as they are now."""
-        return Origin(str(store.path), store.fingerprint, store.metadata_fingerprint, self.weights)
+        return Origin(store.address, store.fingerprint, store.metadata_fingerprint, self.weights)
 
     def holds(self, origin: Origin, store: EmbeddingStore | None = None, *, metadata: bool = True) -> bool:
         """Whether what was derived from `origin` is still true of these weights, and of the rows it was made of.
@@ -199,7 +199,7 @@ class Run:
             return False
         if store is None:
             try:
-                store = as_store(origin.store)
+                store = recorded_store(origin.store)
                 found = (store.fingerprint, store.metadata_fingerprint)
             except StoreError:
                 return not Path(origin.store).exists()
@@ -228,7 +228,7 @@ class Run:
             raise NoTrainingStoreError(f"{self.name} does not say what it was trained on")
         try:
             modality = self.settings.get("modality")
-            store = as_store(path, None if modality == "both" else modality)
+            store = recorded_store(path, None if modality == "both" else modality)
             found = store.fingerprint
         except StoreError as err:
             raise NoTrainingStoreError(f"the training store cannot be opened ({err})") from err

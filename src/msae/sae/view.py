@@ -103,7 +103,7 @@ class View:
         return other
 
     def __repr__(self) -> str:
-        rows = f"{len(self):,} {self.modality} rows of {self.store.path}"
+        rows = f"{len(self):,} {self.modality} rows of {self.store.address}"
         return f"View({rows} through {self.run.name}, inference {self.inference})"
 
     def __len__(self) -> int:

@@ -58,7 +58,7 @@ def write_atlas(
     store, metadata = view.store, view.store.metadata
     taken = [name for name in OURS if name in metadata.column_names]
     if taken:
-        raise ConfigError(f"{store.path} has a column {taken[0]!r}, which the atlas needs for itself; rename it")
+        raise ConfigError(f"{store.address} has a column {taken[0]!r}, which the atlas needs for itself; rename it")
     labels = [(known.shown(latent) if known else None) or f"#{latent}" for latent in range(view.sae.d_sae)]
     feature = pa.struct([("feature", pa.string()), ("source", pa.string()), ("index", pa.int32())])
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

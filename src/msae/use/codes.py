@@ -148,7 +148,7 @@ def encode(
         shown = str(file)
     return Encoded(
         run=view.run.name,
-        on=str(view.store.path),
+        on=view.store.address,
         modality=view.modality,
         inference=view.inference,
         to=shown,

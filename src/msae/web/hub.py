@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from msae.base.errors import ConfigError, RunError, first_line, require
 from msae.base.files import MADE_BY, write_json
 from msae.base.results import Result
 from msae.sae.formats import write_folder
+from msae.sae.model import looks_like_hub_id
 from msae.sae.run import SETTINGS_SCHEMA_VERSION, Run, RunLike
 from msae.web.report.card import FILE as CARD
 from msae.web.report.card import card, is_ours
 from msae.web.report.facts import facts_of
 
 Extra = Literal["names", "report"]
-PATH = re.compile(r"""(?<=[\s>"'=])/(?:[^\s/<>"']+/)+([^\s/<>"']*)""")
-"""An absolute path in a page, and its last part."""
+_PART = r"""[^\s\\/<>"'&]+"""
+PATH = re.compile(
+    rf"""(?<=[\s>"'=;(])(?:(?:[A-Za-z]:|~|\.{{1,2}})[\\/]|[\\/]{{1,2}}{_PART}[\\/])(?:{_PART}[\\/])*({_PART})?"""
+)
+"""A path in a page that is absolute, or begins with a dot, a tilde or a drive; and its last part."""
+PLACES = ("store", "on", "vocabulary", "words", "run")
+"""Keys of records whose text is a path."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,18 +142,43 @@ def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequen
             data = json.loads(file.read_text(encoding="utf-8"))
             (stage / file.name).write_text(json.dumps(_without_paths(data), ensure_ascii=False), encoding="utf-8")
         else:
-            page = re.sub(PATH, r"\1", file.read_text(encoding="utf-8"))
-            (stage / file.name).write_text(page, encoding="utf-8")
+            page = file.read_text(encoding="utf-8")
+            records = [*run.folder.glob("*.json"), *run.folder.glob("eval/*.json")]
+            paths = {path for one in records for path in _paths_in(json.loads(one.read_text(encoding="utf-8")))}
+            for path in sorted({*paths, run.name} - {last_part(run.name)}, key=len, reverse=True):
+                page = page.replace(html.escape(path), html.escape(last_part(path)))
+            (stage / file.name).write_text(re.sub(PATH, r"\1", page), encoding="utf-8")
     return notes
 
 
-def _without_paths(value: Any) -> Any:
-    """JSON in which absolute paths are only their last part: others have no use for them, and they tell of a person."""
+def _without_paths(value: Any, key: str = "") -> Any:
+    """JSON in which paths are only their last part: others have no use for them, and they tell of a person."""
     if isinstance(value, dict):
-        return {key: _without_paths(one) for key, one in value.items()}
+        return {name: _without_paths(one, name) for name, one in value.items()}
     if isinstance(value, list):
-        return [_without_paths(one) for one in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_paths(one, key) for one in value]
+    return last_part(value) if isinstance(value, str) and _is_path(value, key) else value
+
+
+def _is_path(text: str, key: str) -> bool:
+    if key == "encoder":
+        return Path(text).exists() or not looks_like_hub_id(text)
+    # Paths of Windows are paths here too: a run may have been made there.
+    return key in PLACES or bool(re.match(r"[\\/]|[A-Za-z]:[\\/]|~[\\/]|\.{1,2}[\\/]", text))
+
+
+def last_part(path: str) -> str:
+    """Of a path of any system."""
+    return PureWindowsPath(path).name
+
+
+def _paths_in(value: Any, key: str = "") -> set[str]:
+    """The paths in JSON that have more than a last part."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else ((key, one) for one in value)
+        return set().union(*(_paths_in(one, name) for name, one in pairs))
+    is_path = isinstance(value, str) and _is_path(value, key) and last_part(value) not in ("", value)
+    return {value} if is_path else set()
 
 
 def _send(stage: Path, repo: str, files: Sequence[str], private: bool) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msae.base.errors import ConfigError, require
-from msae.base.files import atomic_folder, atomic_path
-from msae.base.progress import progress
+from msae.base.files import atomic_path
 from msae.base.results import Result
 from msae.concepts.names import ConceptNames
 from msae.concepts.naming import name
@@ -21,8 +19,8 @@ from msae.measure.evaluate import Evaluations, evaluate, poster_table
 from msae.sae.train import train
 from msae.use.audit import audit
 from msae.web.report import report
-from msae.world.drawing import render
-from msae.world.scenes import UNSEEN_SEEDS, VOCABULARY, Value
+from msae.world.drawing import write_scenes
+from msae.world.scenes import UNSEEN_SEEDS, WORDS
 
 N_SCENES = {"scenes": 6000, "holdout": 1500}
 """Scenes to train on and to evaluate on; the CLIP has seen none of them."""
@@ -173,41 +171,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_words(file: Path) -> Path:
-    """The plainest word for everything that this world can show, one a line."""
-    ways = [ways[0] for values in VOCABULARY.values() for value, ways in values.items() if value is not False]
+    """One a line."""
     with atomic_path(file) as temporary:
-        temporary.write_text("\n".join(ways) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     return file
-
-
-def write_scenes(
-    folder: Path, seeds: Iterable[int], fixed: Callable[[int], Mapping[str, Value]] = lambda _: {}
-) -> None:
-    """Pictures, and `scenes.csv` with their captions and true attributes; left alone where it is there already.
-
-    Args:
-        seeds: One scene each.
-        fixed: The attributes set by hand for a seed, as in `msae.world.scenes.sample_scene`.
-    """
-    if (folder / "scenes.csv").exists():
-        return
-    if folder.exists():
-        raise ConfigError(f"{folder} holds no scenes.csv, so msae did not make it; give another --out")
-    seeds = list(seeds)
-    with (
-        atomic_folder(folder, durable=False) as temporary,
-        progress("rendering", total=len(seeds), unit="scenes") as advance,
-    ):
-        (temporary / "images").mkdir()
-        with (temporary / "scenes.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = None
-            for seed in seeds:
-                scene = render(seed, **fixed(seed))
-                path = f"images/{seed}.png"
-                scene.image.save(temporary / path)
-                row = {"id": str(seed), "image_path": path, "caption": scene.caption, **scene.attributes}
-                if writer is None:
-                    writer = csv.DictWriter(file, list(row))
-                    writer.writeheader()
-                writer.writerow(row)
-                advance(1)

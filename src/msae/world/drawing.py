@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from msae.base.errors import ConfigError
+from msae.base.files import atomic_folder
+from msae.base.progress import progress
 from msae.world.scenes import PLACE_STREAM, Draws, Object, Scene, Value, attributes, caption, sample_scene
 
 if TYPE_CHECKING:
@@ -59,6 +65,47 @@ def render(seed: int, **fixed: Value) -> Rendered:
     """The picture, caption and true attributes of a seed; `fixed` as in `sample_scene`."""
     scene = sample_scene(seed, **fixed)
     return Rendered(draw(scene), caption(scene, wording=seed), attributes(scene), scene)
+
+
+def write_scenes(
+    folder: str | Path, seeds: Iterable[int], fixed: Callable[[int], Mapping[str, Value]] = lambda _: {}
+) -> Path:
+    """Draw pictures, and write `scenes.csv` with their captions and true attributes; gives this file.
+
+    Where the folder has one already, nothing is drawn.
+
+    Args:
+        seeds: One scene each. The demo's CLIP has seen none of `UNSEEN_SEEDS`.
+        fixed: The attributes set by hand for a seed, as in `sample_scene`.
+
+    Raises:
+        ConfigError: The folder holds something else.
+    """
+    folder = Path(folder)
+    table = folder / "scenes.csv"
+    if table.exists():
+        return table
+    if folder.exists():
+        raise ConfigError(f"{folder} holds no scenes.csv, so msae did not make it; give another --out")
+    seeds = list(seeds)
+    with (
+        atomic_folder(folder, durable=False) as temporary,
+        progress("rendering", total=len(seeds), unit="scenes") as advance,
+    ):
+        (temporary / "images").mkdir()
+        with (temporary / "scenes.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = None
+            for seed in seeds:
+                scene = render(seed, **fixed(seed))
+                path = f"images/{seed}.png"
+                scene.image.save(temporary / path)
+                row = {"id": str(seed), "image_path": path, "caption": scene.caption, **scene.attributes}
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+                advance(1)
+    return table
 
 
 def draw(scene: Scene) -> Image.Image:

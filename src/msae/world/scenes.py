@@ -242,6 +242,9 @@ VOCABULARY: Mapping[str, Mapping[Value, tuple[str, ...]]] = MappingProxyType(
 )
 """What each value of each attribute is called, the plainest word first."""
 
+WORDS = tuple(ways[0] for values in VOCABULARY.values() for value, ways in values.items() if value is not False)
+"""The plainest word for everything that this world can show."""
+
 _SIZE_WORDS = {
     "small": ("small", "tiny", "little"),
     "medium": ("medium", "medium-sized"),

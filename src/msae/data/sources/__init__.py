@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from msae.base.errors import MissingDependencyError, SourceError, first_line, nearest, nearest_beside
+from msae.base.files import atomic_path
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.sources import members, tars
 from msae.data.sources.members import SourceItem, described, texts_of
@@ -66,6 +67,8 @@ class Source:
     """What a person should know of how it is read: what is left out, what was taken for what."""
     is_reopenable: bool = False
     """Whether `open_source(name)` gives it again."""
+    shards: tuple[Path, ...] = ()
+    """Files whose samples are not counted yet; see `counted`."""
 
 
 def open_source(source: str | Path) -> Source:
@@ -616,7 +619,41 @@ def _tars(name: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Source
     def items(start: int) -> Iterator[SourceItem]:
         return tars.samples(paths, start)
 
-    return Source(name, has_images, has_captions, _file_signature(paths), items, notes=tuple(notes))
+    return Source(
+        name, has_images, has_captions, _file_signature(paths), items, notes=tuple(notes), shards=tuple(paths)
+    )
+
+
+def counted(source: Source, folder: Path, share: float = 0.0) -> Source:
+    """`source` with its total, for which the headers of all shards are read once, whoever reads them.
+
+    Args:
+        folder: Where the count of each shard is kept.
+        share: How far on in the list of shards to begin: processes that begin in different places share the work.
+
+    Raises:
+        SourceError: The samples cannot be counted beforehand.
+    """
+    if source.total is not None:
+        return source
+    n = len(source.shards)
+    if n == 0:
+        raise SourceError(
+            f"{source.name} does not say how many samples it has, so it cannot be embedded in parts; "
+            f"leave out streaming=1, or embed it without --part and --ray"
+        )
+    counts = [0] * n
+    for number in range(int(share * n), int(share * n) + n):
+        file = folder / f"shard_{number % n:08d}.txt"
+        if not file.exists():
+            with atomic_path(file) as temporary:
+                temporary.write_text(str(tars.count(source.shards[number % n])))
+        counts[number % n] = int(file.read_text())
+
+    def items(start: int) -> Iterator[SourceItem]:
+        return tars.samples(source.shards, start, counts=counts)
+
+    return replace(source, total=sum(counts), items=items)
 
 
 def _is_bytes(schema: pa.Schema, column: str, *, whole: bool = False) -> bool:

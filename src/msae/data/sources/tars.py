@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,16 +28,33 @@ def expand(pattern: str) -> list[Path]:
     return [Path(path) for path in braceexpand(pattern)]
 
 
-def samples(paths: Sequence[Path], start: int = 0) -> Iterator[SourceItem]:
+def count(path: Path) -> int:
+    """How many samples a shard gives: those that it holds, and the lines about what is wrong with it."""
+    shard = _Shard(path)
+    try:
+        with tarfile.open(path) as tar:
+            shard.read_headers(tar)
+    except _DAMAGE as err:
+        shard.add_damage(err)
+    return len(shard.members) + len(shard.lines)
+
+
+def samples(paths: Sequence[Path], start: int = 0, *, counts: Sequence[int] | None = None) -> Iterator[SourceItem]:
     """The samples of the shards from the given position on; what is damaged is a sample that says so.
 
     Members of one key are one sample wherever in their shard they are. A key is the name without the ending,
     where that is known: `IMG_2024.05.01.jpg` and `IMG_2024.05.02.jpg` are two samples.
 
+    Args:
+        counts: Of the samples of each shard; with them no shard before the position is opened.
+
     Raises:
         SourceError: A compressed shard is not sorted: it would be unpacked once for each of its members.
     """
-    for path in paths:
+    for path, n in zip(paths, counts or itertools.repeat(0), strict=counts is not None):
+        if start >= n > 0:
+            start -= n
+            continue
         shard = _Shard(path)
         try:
             with tarfile.open(path) as tar:

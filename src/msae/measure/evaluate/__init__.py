@@ -15,7 +15,7 @@ from msae.data.sampled import notes_on, sample_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
-from msae.measure.evaluate.pairs import Pairs, RowsFigures, codes_of, embedding_recalls, pair_rows
+from msae.measure.evaluate.pairs import Pairs, RowsFigures, embedding_recalls, judge_pairs, pair_rows
 from msae.measure.evaluate.passes import (
     Options,
     Probes,
@@ -195,13 +195,13 @@ def _pairs(view: View, found: Evaluation, null: Untrained, options: Options) -> 
             "untrained_fvu_per_sample": json_number(untrained.fvu_per_sample),
         }
         figures.append(RowsFigures(**{one.name: known[one.name] for one in fields(RowsFigures)}))
-    codes = codes_of(views, rows)
+    codes = judge_pairs(views, rows)
     return Pairs(
         n=len(rows),
         trained_on=view.run.settings.get("modality"),
         rows=tuple(figures),
         codes=codes.codes,
-        untrained=codes_of(nulls, rows).codes,
+        untrained=judge_pairs(nulls, rows).codes,
         standardized=embedding_recalls(views, rows, standardized=True),
         dense=embedding_recalls(views, rows, standardized=False),
         **codes.serves,
@@ -236,7 +236,7 @@ def _evaluate(
         inference=view.inference,
         k=view.k,
         modality=options.modality,
-        on=str(store.path),
+        on=store.address,
         standardized_by="run" if view.standardized_by == "run" else "evaluation store",
         n=len(store),
         d_in=sae.d_in,

@@ -50,7 +50,7 @@ class Recalls:
 
 
 @dataclass(frozen=True)
-class Codes:
+class PairFigures:
     """What the activations of an SAE say of pairs."""
 
     share_both: float | None
@@ -72,8 +72,8 @@ class Pairs:
     trained_on: str | None
     """image, text or both; None where the run does not say so."""
     rows: tuple[RowsFigures, ...]
-    codes: Codes
-    untrained: Codes
+    codes: PairFigures
+    untrained: PairFigures
     """Of untrained weights, with as many active latents in either modality."""
     standardized: Recalls
     """By the cosine of standardised embeddings, which is what the SAE reads."""
@@ -85,8 +85,8 @@ class Pairs:
     both: tuple[int, ...]
 
 
-class CodesOfPairs(NamedTuple):
-    codes: Codes
+class Judged(NamedTuple):
+    codes: PairFigures
     serves: dict[str, tuple[int, ...]]
     """The latents of `image`, `text` and `both`."""
 
@@ -100,14 +100,14 @@ def pair_rows(view: View, *, seed: int) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def codes_of(views: dict[Modality, View], rows: NDArray[np.int64]) -> CodesOfPairs:
+def judge_pairs(views: dict[Modality, View], rows: NDArray[np.int64]) -> Judged:
     """What the activations of the views say of the pairs in `rows`."""
     images, texts = (torch.cat(list(views[modality].activations(rows=rows))) for modality in MODALITIES)
     serves = latents_by_modality((images != 0).double().mean(0), (texts != 0).double().mean(0))
     n_firing = sum(map(len, serves.values()))
     own, others = metrics.jaccard_of_pairs(images, texts)
-    codes = Codes(len(serves["both"]) / n_firing if n_firing else None, own, others, recalls(images, texts))
-    return CodesOfPairs(codes, serves)
+    codes = PairFigures(len(serves["both"]) / n_firing if n_firing else None, own, others, recalls(images, texts))
+    return Judged(codes, serves)
 
 
 def latents_by_modality(

@@ -124,7 +124,7 @@ class Probes:
         targets[torch.from_numpy(held.on)] = probe.encode([self._truth[row] for row in held.on])
         if not bool((targets >= 0).any()):
             raise StoreError(
-                f"no row of {self._on.path} has a {self._column} that occurs where the probe is trained "
+                f"no row of {self._on.address} has a {self._column} that occurs where the probe is trained "
                 f"({', '.join(probe.classes[:3])} …); give --probe-train a store with the same classes"
             )
         notes = [self._without_label(self._on, self._truth)]
@@ -138,7 +138,9 @@ class Probes:
 
     def _without_label(self, store: EmbeddingStore, labels: list[str | None]) -> str | None:
         n = labels.count(None)
-        return f"{n:,} of {len(labels):,} rows of {store.path} have no {self._column} and are left out" if n else None
+        return (
+            f"{n:,} of {len(labels):,} rows of {store.address} have no {self._column} and are left out" if n else None
+        )
 
     def store_of(self, view: View) -> EmbeddingStore:
         """The store that the probe of a run is trained on."""
@@ -152,8 +154,8 @@ class Probes:
             raise ConfigError(f"{wanted}, but {err}; give --probe-train STORE") from err
         if self._column not in store.columns or self._options.modality not in store.modalities:
             raise ConfigError(
-                f"{wanted}, but the training store {store.path} has no such column of {self._options.modality} rows; "
-                f"give --probe-train STORE"
+                f"{wanted}, but the training store {store.address} has no such column of "
+                f"{self._options.modality} rows; give --probe-train STORE"
             )
         return self._options.drawn(store)
 

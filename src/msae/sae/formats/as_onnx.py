@@ -14,6 +14,8 @@ from msae.sae.standardize import Modality
 OPSET = 17
 IR_VERSION = 9
 """Of ONNX 1.14 and newer; runtimes refuse versions that came after them."""
+LARGEST = 2**31 - 2**20
+"""Bytes of weights in one file: protobuf reads none of 2 GiB, and the graph needs room too."""
 
 
 def write_onnx(
@@ -21,7 +23,8 @@ def write_onnx(
 ) -> None:
     """Write a graph from `embeddings (n, d_in)` to `activations (n, d_sae)`, for any n.
 
-    The operations are those of the SAE in their order, so that the numbers differ by rounding alone.
+    The operations are those of the SAE in their order, so that the numbers differ by rounding alone. An encoder too
+    large for one file lies beside it in `FILE.data`.
 
     Raises:
         MissingDependencyError: onnx is not installed.
@@ -71,17 +74,26 @@ def write_onnx(
     weights["factor"] = np.float32(rule.scale)
     last = "z" if sae.config.soft_cap is None else "capped"
     nodes.append(helper.make_node("Mul", [last, "factor"], ["activations"]))
+    arrays = {name: _array(value) for name, value in weights.items()}
+    tensors = []
+    if sum(array.nbytes for array in arrays.values()) > LARGEST:
+        data, array = file.with_name(file.name + ".data"), arrays.pop("W_enc")
+        array.tofile(data)
+        outside = TensorProto(name="W_enc", data_type=TensorProto.FLOAT, dims=array.shape)
+        outside.data_location = TensorProto.EXTERNAL
+        outside.external_data.add(key="location", value=data.name)
+        tensors.append(outside)
     graph = helper.make_graph(
         nodes,
         "msae",
         [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["n", sae.d_in])],
         [helper.make_tensor_value_info("activations", TensorProto.FLOAT, ["n", sae.d_sae])],
-        [numpy_helper.from_array(_array(value), name) for name, value in weights.items()],
+        [*tensors, *(numpy_helper.from_array(array, name) for name, array in arrays.items())],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="msae")
     model.ir_version = IR_VERSION
-    onnx.checker.check_model(model)
     onnx.save(model, file)
+    onnx.checker.check_model(str(file))  # of the file: it knows what lies beside it
 
 
 def _array(value: object) -> np.ndarray:

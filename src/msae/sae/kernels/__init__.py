@@ -1,18 +1,19 @@
 """One training loss for every kind of sparse autoencoder, computed by whichever kernel is fastest here.
 
-`reference` is the formula in plain torch; `cpu` (numba) and `cuda` (Triton) give the same numbers and gradients for
-about the price of a plain SAE's step, whatever the number of levels. `cuda` has never yet run on a GPU, so it is used
-only where it is asked for by name. A kernel that fails on the way is left for the reference, with one warning.
+`reference` is the formula in plain torch, for GPUs too; `cpu` (numba) gives the same numbers and gradients for about
+the price of a plain SAE's step, whatever the number of levels. A kernel that fails on the way is left for the
+reference, with one warning.
 
-All are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser and
-DistributedDataParallel work on them.
+Both are ordinary torch operations: the gradients arrive in the parameters through `backward`, so any optimiser works on
+them. On several processes what is not a mean over rows (BatchTopK's cut, the L0 penalty) is computed over all of them
+inside the loss, which DistributedDataParallel would not do; the gradients are then averaged in place, one exchange for
+each parameter.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.base.errors import ConfigError, MissingDependencyError, MsaeError, TrainingError
+from msae.base.processes import ALONE, Processes
 from msae.sae.kernels import reference
 from msae.sae.kernels.adamw import adamw_step_
 from msae.sae.kernels.loading import give_up, load
@@ -29,8 +31,7 @@ from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 __all__ = ["Kernel", "SAELoss", "Selection", "adamw_step_", "sae_loss"]
 
-Kernel = Literal["auto", "reference", "cpu", "cuda"]
-_PACKAGES = {"cpu": "numba", "cuda": "triton"}
+Kernel = Literal["auto", "reference", "cpu"]
 
 
 def sae_loss(
@@ -49,6 +50,7 @@ def sae_loss(
     threshold: Float[Tensor, " d_sae"] | None = None,
     level_scales: Float[Tensor, " n_levels"] | None = None,
     kernel: Kernel = "auto",
+    processes: Processes = ALONE,
 ) -> SAELoss:
     """The training loss of a sparse autoencoder on a batch: encode, select, decode and compare, at every level at once.
 
@@ -64,11 +66,13 @@ def sae_loss(
         threshold: JumpReLU's thresholds, all positive; differentiable by a straight-through estimate.
         level_scales: What the activations are multiplied by at each level; differentiable.
         kernel: Which implementation; `auto` takes `cpu` on a CPU where that works, else the reference.
+        processes: Of several, each gives its rows of the batch. Figures are then those of the whole batch; gradients
+            are of the rows here, and their mean over all rows, `processes.average_gradients_`, is that of the batch.
 
     Raises:
         ConfigError: The settings or shapes contradict one another, or `kernel` does not do this.
-        MissingDependencyError: The package of a `kernel` that was named is not installed.
-        TrainingError: The loss is not finite.
+        MissingDependencyError: Numba, which `cpu` needs, is not installed.
+        TrainingError: The loss is not finite. On a GPU nothing waits for the loss here: look at it now and then.
 
     Source: Zaigrajew et al. 2025, arXiv:2502.20578 (levels); 2404.16014 (L1), 2406.04093 (TopK), 2407.14435 (JumpReLU),
         2412.06410 (BatchTopK), 2503.17547 (widths).
@@ -76,13 +80,14 @@ def sae_loss(
     objective = Objective(selection, tuple(weights), l1=l1, l0=l0, l0_target=l0_target, soft_cap=soft_cap)
     parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
-    implementation = _choose(kernel, x, parameters, objective)
+    implementation = _choose(kernel, x, objective)
     with torch.autocast(x.device.type, enabled=False):
-        loss = None if implementation is reference else _fused(implementation, x, parameters, objective)
+        loss = None if implementation is reference else _fused(implementation, x, parameters, objective, processes)
         if loss is None:
-            loss = reference.evaluate(x, parameters, objective)
-    value = float(loss.total.detach())
-    if not math.isfinite(value):
+            loss = reference.evaluate(x, parameters, objective, processes=processes)
+    if processes.size > 1:
+        loss = _of_all(loss, len(x), processes)
+    if x.device.type == "cpu" and not math.isfinite(value := float(loss.total.detach())):
         raise TrainingError(
             f"the loss is {value}: the weights or the embeddings hold NaN or infinite values, or training "
             "diverged; check the embeddings, or train with a smaller learning rate"
@@ -90,14 +95,35 @@ def sae_loss(
     return loss
 
 
-def _fused(implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective) -> SAELoss | None:
+def _of_all(loss: SAELoss, n: int, processes: Processes) -> SAELoss:
+    """The loss of the whole batch, of which `n` rows are here: all figures in one exchange."""
+    figures = loss.total.detach()[None], loss.errors, loss.l0[None], loss.l1[None], loss.fired
+    means = torch.cat([one.double() for one in figures]) * (n / processes.batch_size)
+    smallest = means.new_zeros(processes.size)
+    smallest[processes.rank] = loss.smallest_kept
+    found = processes.total(torch.cat([means, smallest]))
+    total, errors, l0, l1, fired, smallest = torch.split(found, [*map(len, figures), processes.size])
+    kept = smallest.masked_fill(smallest == 0, torch.inf).min()
+    return loss._replace(
+        total=loss.total + (total[0].to(loss.total.dtype) - loss.total.detach()),
+        errors=errors.to(loss.errors.dtype),
+        l0=l0[0],
+        l1=l1[0],
+        fired=fired > 0,
+        smallest_kept=kept.masked_fill(kept.isinf(), 0.0),
+    )
+
+
+def _fused(
+    implementation: ModuleType, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes
+) -> SAELoss | None:
     """The loss by an implementation that brings its gradients; None where it fails to compile or to launch."""
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
     constants = parameters._replace(**{k: p.detach() for k, p in parameters._asdict().items() if p is not None})
     loss: SAELoss
     gradients: Parameters | None
     try:
-        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted)
+        loss, gradients = implementation.evaluate(x, constants, objective, with_gradients=wanted, processes=processes)
     except (MsaeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # noqa: BLE001 (a compiler can fail in any way)
@@ -155,31 +181,25 @@ def _check(x: Tensor, parameters: Parameters, objective: Objective) -> Tensor:
     return x.detach().to(W_dec.dtype)
 
 
-def _choose(kernel: Kernel, x: Tensor, parameters: Parameters, objective: Objective) -> ModuleType:
-    if kernel not in ("auto", "reference", "cpu", "cuda"):
-        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference, cpu or cuda")
-    name = "cpu" if kernel == "auto" else kernel
-    obstacle = _obstacle(name, x, parameters, objective)
+def _choose(kernel: Kernel, x: Tensor, objective: Objective) -> ModuleType:
+    if kernel not in ("auto", "reference", "cpu"):
+        raise ConfigError(f"kernel {kernel!r} is not known; give auto, reference or cpu")
+    obstacle = _obstacle(x, objective)
     if kernel == "reference" or (kernel == "auto" and obstacle):
         return reference
     if obstacle:
-        raise ConfigError(f"kernel {kernel} does not do {obstacle}; give kernel auto or reference")
-    if kernel != "auto" and importlib.util.find_spec(_PACKAGES[name]) is None:
-        raise MissingDependencyError(f"kernel {name} needs {_PACKAGES[name]}, which is not installed; give kernel auto")
-    return load(name) or reference
+        raise ConfigError(f"kernel cpu does not do {obstacle}; give kernel auto or reference")
+    if kernel == "cpu" and importlib.util.find_spec("numba") is None:
+        raise MissingDependencyError("kernel cpu needs numba, which is not installed; give kernel auto")
+    return load("cpu") or reference
 
 
-def _obstacle(name: str, x: Tensor, parameters: Parameters, objective: Objective) -> str:
-    """What an implementation leaves to the reference, or the empty string."""
+def _obstacle(x: Tensor, objective: Objective) -> str:
+    """What the compiled loops leave to the reference, or the empty string."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
-    if x.device.type != name and (name != "cuda" or os.environ.get("TRITON_INTERPRET") != "1"):
+    if x.device.type != "cpu":
         return f"tensors on {x.device.type}"
-    if objective.selection.bandwidth is not None:
-        if name == "cuda":  # the straight-through estimate reaches below the threshold, where no band is
-            return "JumpReLU"
-        if objective.soft_cap is not None:  # hides by how much an activation exceeds its threshold
-            return "JumpReLU with a soft cap"
-    if parameters.level_scales is not None and name == "cuda":
-        return "level scales"
+    if objective.selection.bandwidth is not None and objective.soft_cap is not None:
+        return "JumpReLU with a soft cap"  # it hides by how much an activation exceeds its threshold
     return ""

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msae.base.processes import ALONE, Processes
 from msae.sae.kernels import dense, loops
+from msae.sae.kernels.cut import batch_cut
 from msae.sae.kernels.selection import Objective, Parameters, SAELoss, Selection
 
 _CACHE_BYTES = 2 << 20
@@ -33,17 +35,22 @@ _scratch_memory: dict[str, Any] = {}
 
 
 def evaluate(
-    x: Tensor, parameters: Parameters, objective: Objective, *, with_gradients: bool
+    x: Tensor,
+    parameters: Parameters,
+    objective: Objective,
+    *,
+    with_gradients: bool,
+    processes: Processes = ALONE,
 ) -> tuple[SAELoss, Parameters | None]:
     """The loss of one batch of float32 rows and, if asked for, its gradients, in the layout of the parameters."""
     with _lock:
-        batch = _Batch(x, parameters, objective)
+        batch = _Batch(x, parameters, objective, processes)
         if not _has_fast_onednn() and dense.is_worthwhile(batch.values, objective.selection):  # where MKL is fast
             batch = _DenseBatch(batch)
         batch.select()
         batch.decode()
         loss = batch.loss()
-        return loss, batch.gradients(loss.l0) if with_gradients else None
+        return loss, batch.gradients() if with_gradients else None
 
 
 def self_test() -> None:
@@ -62,8 +69,8 @@ def self_test() -> None:
 class _Batch:
     """One evaluation: the arrays that its stages hand on."""
 
-    def __init__(self, x: Tensor, parameters: Parameters, objective: Objective) -> None:
-        self.x, self.parameters, self.objective = x, parameters, objective
+    def __init__(self, x: Tensor, parameters: Parameters, objective: Objective, processes: Processes) -> None:
+        self.x, self.parameters, self.objective, self.processes = x, parameters, objective, processes
         self.n, self.d_in = x.shape
         self.d_sae = len(parameters.W_dec)
         self.width = math.ceil(self.d_in / loops.TILE) * loops.TILE  # rows are padded with zeros to whole tiles
@@ -88,7 +95,11 @@ class _Batch:
         )
         self.is_sound = all(is_sound)
         if selection.batch_k is not None:
-            cut, n_ties = loops.batch_cut(self.values, counts, self.n * selection.batch_k)
+            cut, n_ties = batch_cut(
+                lambda upper: torch.from_numpy(loops.count_bits(self.values, counts, upper)),
+                self.processes.rows(self.n) * selection.batch_k,
+                self.processes,
+            )
             if cut:
                 budgets = loops.tie_budgets(self.values, counts, cut, n_ties)
                 share(loops.filter_rows, self.n, self.values, self.indices, counts, cut, budgets)
@@ -129,6 +140,9 @@ class _Batch:
         errors = self.squared.mean(0, dtype=np.float64) / self.d_in
         total = float(errors @ np.array(objective.weights)) if self.is_sound else math.nan
         l0 = float(self.active.mean())
+        if objective.l0:  # not linear in the rows
+            l0 = float(self.processes.mean(torch.tensor(l0, dtype=torch.float64), self.n))
+        self.l0 = l0
         l1 = 0.0
         self.row_pull = np.zeros(self.n, np.float32)
         if objective.l1:
@@ -142,17 +156,17 @@ class _Batch:
             total=torch.tensor(total, dtype=torch.float32),
             errors=torch.from_numpy(errors).float(),
             residual=torch.from_numpy(self.residual)[:, : self.d_in],
-            l0=l0,
-            l1=l1,
+            l0=torch.tensor(l0),
+            l1=torch.tensor(l1),
             fired=torch.from_numpy(self.fired),
-            smallest_kept=float(self.smallest_kept),
+            smallest_kept=torch.tensor(float(self.smallest_kept)),
         )
 
     def sums(self) -> Any:
         """Sum of the activations of each row."""
         return np.array([row[:end].sum() for row, end in zip(self.values, self.ends[:, -1], strict=True)])
 
-    def gradients(self, l0: float) -> Parameters:
+    def gradients(self) -> Parameters:
         pointers, entries, values = self._sorted_entries()
         shape = (self.d_sae, self.width)
         grad_dec, grad_enc = _empty(shape), _empty(shape)
@@ -172,7 +186,7 @@ class _Batch:
             b_enc=b_enc,
             W_dec=torch.from_numpy(grad_dec)[:, : self.d_in],
             b_dec=b_dec,
-            threshold=self._threshold_gradient(torch.from_numpy(near), l0),
+            threshold=self._threshold_gradient(torch.from_numpy(near)),
             level_scales=torch.from_numpy(self.scale_pull.sum(0, dtype=np.float64)).float() if is_scaled else None,
         )
 
@@ -196,14 +210,14 @@ class _Batch:
         share(sort, n_blocks)
         return pointers, entries, values
 
-    def _threshold_gradient(self, near: Tensor, l0: float) -> Tensor | None:
+    def _threshold_gradient(self, near: Tensor) -> Tensor | None:
         """Straight-through: `-threshold / bandwidth` of what passes within the window, and the L0 penalty's share."""
         objective, threshold = self.objective, self.parameters.threshold
         if threshold is None or objective.selection.bandwidth is None:
             return None
         gradient = -threshold * near[:, 0]
         if objective.l0 and objective.l0_target:
-            slope = 2 * objective.l0 * (l0 / objective.l0_target - 1) / objective.l0_target
+            slope = 2 * objective.l0 * (self.l0 / objective.l0_target - 1) / objective.l0_target
             gradient -= slope / self.n * near[:, 1]
         return gradient / objective.selection.bandwidth
 
@@ -231,7 +245,7 @@ class _DenseBatch(_Batch):
     def sums(self) -> Any:
         return self.row_sums
 
-    def gradients(self, l0: float) -> Parameters:  # noqa: ARG002
+    def gradients(self) -> Parameters:
         W_enc, _, W_dec, *_ = self.parameters
         pull = self.error.mul_(2 / (self.n * self.d_in))
         dh = torch.from_numpy(_scratch("dh", (self.n, self.d_sae)))

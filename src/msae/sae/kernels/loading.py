@@ -1,4 +1,4 @@
-"""Which implementations work here. They are imported late: numba and triton take their time, and may be absent."""
+"""Which implementations work here. They are imported late: numba takes its time, and may be absent."""
 
 from __future__ import annotations
 

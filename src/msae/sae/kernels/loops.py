@@ -88,25 +88,17 @@ def compress_rows(
 
 
 @compiled
-def batch_cut(values: Array, counts: Array, n_kept: int) -> Any:
-    """Bits of the `n_kept`-th largest value of the batch and how many equal to it are kept; (0, 0) where all are."""
-    if counts.sum() <= n_kept:
-        return 0, 0
-    # Two passes of counting: first the upper, then the lower half of the bits.
-    n_above, prefix = 0, 0
-    for shift, n_bins in ((15, 1 << 16), (0, 1 << 15)):
-        bins = np.zeros(n_bins, np.int64)
-        for b in range(counts.size):
-            bits = values[b].view(np.int32)
-            for p in range(counts[b]):
-                if shift or bits[p] >> 15 == prefix:
-                    bins[bits[p] >> 15 if shift else bits[p] & 0x7FFF] += 1
-        i = n_bins - 1
-        while n_above + bins[i] < n_kept:
-            n_above += bins[i]
-            i -= 1
-        prefix = i if shift else (prefix << 15) + i
-    return prefix, n_kept - n_above
+def count_bits(values: Array, counts: Array, upper: int) -> Array:
+    """How many values have each upper half of bits; with `upper`, each lower half beside that upper one."""
+    bins = np.zeros(1 << 16 if upper < 0 else 1 << 15, np.int64)
+    for b in range(counts.size):
+        bits = values[b].view(np.int32)
+        for p in range(counts[b]):
+            if upper < 0:
+                bins[bits[p] >> 15] += 1
+            elif bits[p] >> 15 == upper:
+                bins[bits[p] & 0x7FFF] += 1
+    return bins
 
 
 @compiled

@@ -93,11 +93,11 @@ class SAELoss(NamedTuple):
     """Squared error per element at each level, in the squared units of the embeddings."""
     residual: Float[Tensor, "n d_in"]
     """`x - x_hat` at the last, finest level."""
-    l0: float
+    l0: Float[Tensor, ""]
     """Active latents of a row, mean."""
-    l1: float
+    l1: Float[Tensor, ""]
     """Sum of a row's activations divided by the norm of the embedding, mean; 0 where it is not charged for."""
     fired: Bool[Tensor, " d_sae"]
     """Latents that were active in some row."""
-    smallest_kept: float
+    smallest_kept: Float[Tensor, ""]
     """Smallest pre-activation that took part, 0 where none did: BatchTopK's threshold; no soft cap changes it."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
 from msae.base.config import settings_from
+from msae.base.processes import joined
+from msae.data.layout import path_of
 from msae.sae.model import SAE
 from msae.sae.train.rows import StoreLike, TrainingRows, shuffled_batches
 from msae.sae.train.settings import TrainOptions, TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
-from msae.sae.train.training import Training, describe_run
+from msae.sae.train.training import Training, block_rows_of, describe_run
 
 __all__ = [
     "StepResult",
@@ -52,7 +55,15 @@ def train(
             writes into `out`.
         TrainingError: The loss diverged; the last good checkpoint is kept.
         Interrupted: Ctrl-C; a checkpoint was saved.
+        FailedElsewhere: On several processes, as torchrun starts them: another one raised one of these.
     """
-    settings = settings_from(TrainSettings, settings, options, config=config, where="train")
-    rows = TrainingRows(store, settings.modality)
-    return Training(Path(out), rows, settings.resolve(rows)).train(resume=resume)
+    out = path_of(out)
+    with joined() as processes:
+        settings = settings_from(TrainSettings, settings, options, config=config, where="train")
+        rows = TrainingRows(store, settings.modality)
+        if settings.block_rows is None:  # on a machine with more memory, too, a run goes on as it began
+            settings = dataclasses.replace(settings, block_rows=block_rows_of(out))
+        settings = settings.resolve(rows)
+        assert settings.block_rows is not None
+        first, *_ = processes.each(settings.block_rows)  # machines may differ in their memory
+        return Training(out, rows, dataclasses.replace(settings, block_rows=int(first)), processes).train(resume=resume)

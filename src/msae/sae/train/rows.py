@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from msae.base.errors import StoreError
 from msae.data.embedder import encoder_text, is_other_encoder
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.standardize import MODALITIES, Modality
+from msae.sae.train.blocks import block_batches, whole
 
 TrainedOn = Literal["image", "text", "both"]
 StoreLike: TypeAlias = EmbeddingStore | str | Path
@@ -39,6 +40,19 @@ class Joined:
             here = (rows >= start) & (rows < start + len(store))
             x[here] = store.take(rows[here] - start, modality)
         return x
+
+    @property
+    def d_in(self) -> int:
+        return self.stores[0].d_in
+
+    def between(self, start: int, stop: int, modality: Modality) -> Float32[np.ndarray, "n d_in"]:
+        """The embeddings from row `start` up to `stop`, or up to the last."""
+        pieces = []
+        for store, begin in zip(self.stores, self._starts.tolist(), strict=False):
+            first, last = max(start - begin, 0), min(stop - begin, len(store))
+            if first < last:
+                pieces.append(store.between(first, last, modality))
+        return np.concatenate(pieces)
 
     def batches(self, modality: Modality, batch_size: int) -> Iterator[Float32[np.ndarray, "n d_in"]]:
         """All rows in order, at most `batch_size` at a time."""
@@ -74,7 +88,7 @@ class TrainingRows:
             if having:
                 self.parts[one] = having[0] if len(having) == 1 else Joined(having)
             elif modality == "both":
-                paths = ", ".join(str(store.path) for store in self.stores)
+                paths = ", ".join(store.address for store in self.stores)
                 other = "image" if one == "text" else "text"
                 raise StoreError(
                     f"--modality both needs images and texts, but there are no {one} embeddings in {paths}; give "
@@ -90,9 +104,9 @@ class TrainingRows:
         return len(self.trained) * max(len(self.parts[one]) for one in self.trained)
 
     @property
-    def path(self) -> Path:
+    def address(self) -> str:
         """Of the first store."""
-        return self.stores[0].path
+        return self.stores[0].address
 
     @property
     def d_in(self) -> int:
@@ -125,6 +139,43 @@ class TrainingRows:
             order = np.concatenate([rng.permutation(n) for _ in range(math.ceil(n_drawn / n))])[:n_drawn]
             by_modality.append(_batches_of(order, half))
         return [dict(zip(self.trained, rows, strict=True)) for rows in zip(*by_modality, strict=True)]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all embeddings that are trained on, as they are stored."""
+        arrays = [array for store in self.stores for one, array in store.rows.items() if one in self.trained]
+        return sum(array.n_bytes for array in arrays)
+
+    def in_blocks(
+        self, batch_size: int, *, block_rows: int, seed: int, first_step: int, share: Callable[[int], slice] = whole
+    ) -> Iterator[Mapping[Modality, Float32[np.ndarray, "n d_in"]]]:
+        """The embeddings of each batch from a step on, without end, blocks of rows being shuffled; for a store that is
+        larger than memory.
+
+        Args:
+            share: The rows of a batch, given how many there are, that this process trains on.
+        """
+        n_batches = len(self) // batch_size
+        streams = [
+            block_batches(
+                self.parts[one], (one,), batch_size // len(self.trained), block_rows=block_rows, n_batches=n_batches,
+                seed=[seed, number], first=first_step, share=share,
+            )
+            for number, one in enumerate(self.trained)
+        ]  # fmt: skip
+        for batch in zip(*streams, strict=True):
+            yield {one: rows for one, (rows,) in zip(self.trained, batch, strict=True)}
+
+    def pairs_in_blocks(
+        self, size: int, *, block_rows: int, seed: int, first_step: int, share: Callable[[int], slice] = whole
+    ) -> Iterator[list[Float32[np.ndarray, "n d_in"]]]:
+        """Images and texts of at most `size` pairs for each step from `first_step` on, as `in_blocks` reads rows."""
+        assert self.pairs is not None
+        size = min(size, len(self.pairs))
+        return block_batches(
+            self.pairs, MODALITIES, size, block_rows=block_rows, n_batches=len(self.pairs) // size,
+            seed=[seed, len(MODALITIES)], first=first_step, share=share,
+        )  # fmt: skip
 
     def drawn_pairs(self, size: int, *, seed: int, step: int) -> RowNumbers:
         """Row numbers of at most `size` pairs for a step; a function of seed and step alone."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from msae.base.devices import as_device
+from msae.base.devices import as_device, memory
 from msae.base.errors import ConfigError
 from msae.base.loggers import LoggerName
 from msae.data.store import EmbeddingStore
@@ -14,6 +15,7 @@ from msae.sae import losses
 from msae.sae.kernels import Kernel
 from msae.sae.losses import Weighting
 from msae.sae.model import Kind
+from msae.sae.train.blocks import rows_of_a_block
 from msae.sae.train.recipes import RECIPES, RecipeName
 from msae.sae.train.rows import TrainedOn, TrainingRows
 
@@ -87,11 +89,13 @@ class TrainSettings:
     """Weight of the loss that revives dead latents; 1/32 is usual, 0 is off."""
     dead_after: int = 100_000
     """Rows without firing after which a latent counts as dead for that loss."""
+    block_rows: int | None = None
+    """Rows that are read together and shuffled as one, for stores larger than memory; 1 shuffles single rows. Default:
+    1 where the embeddings fit into memory, else up to 8192 by the size of the memory."""
     precision: Arithmetic = "float32"
     """Arithmetic of products inside a step; weights, sums and the optimizer stay float32. bfloat16 is less exact."""
     kernel: Kernel = "auto"
-    """What computes the loss. auto: compiled loops on a CPU, plain torch elsewhere. cuda: Triton, never yet run on a
-    GPU."""
+    """What computes the loss. auto: compiled loops (cpu) on a CPU, plain torch (reference) elsewhere."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int | None = None
@@ -103,7 +107,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("expansion", "d_sae", "epochs", "batch_size", "lr", "k", "max_grad_norm", "log_every", "dead_after")
-        for name in (*positive, "checkpoint_every", "inference_l0"):
+        for name in (*positive, "checkpoint_every", "inference_l0", "block_rows"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; give a positive number")
@@ -166,6 +170,7 @@ class TrainSettings:
             warmup=recipe.warmup if self.warmup is None else self.warmup,
             inference_l0=min(self.inference_l0 or k or recipe.inference_l0(store.d_in), d_sae),
             device=as_device(self.device),
+            block_rows=self.block_rows or _block_rows(store),
         )
 
     @property
@@ -191,6 +196,14 @@ class TrainSettings:
             )
         if self.l1 is not None and self.kind != "relu":
             raise ConfigError(f"--l1 belongs to relu, but the kind is {self.kind}; leave it out, or give --kind relu")
+
+
+def _block_rows(store: EmbeddingStore | TrainingRows) -> int:
+    if not isinstance(store, TrainingRows):
+        return 1
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    row_bytes = 4 * store.d_in * len(store.trained)
+    return rows_of_a_block(store.n_bytes, row_bytes, memory(), n_processes=n_processes)
 
 
 class TrainOptions(TypedDict, total=False):
@@ -220,6 +233,7 @@ class TrainOptions(TypedDict, total=False):
     soft_cap: float | None
     auxiliary: float
     dead_after: int
+    block_rows: int | None
     precision: Arithmetic
     kernel: Kernel
     log_every: int

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from msae.base.processes import ALONE, Processes
 from msae.sae import activations, losses
 from msae.sae.kernels import SAELoss, Selection, sae_loss
 from msae.sae.kernels.adamw import adamw_step_
@@ -34,7 +35,9 @@ class StepResult(NamedTuple):
     """Before clipping."""
 
 
-def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_in"]], SAELoss]:
+def objective_of(
+    settings: TrainSettings, processes: Processes = ALONE
+) -> Callable[[SAE, Float[Tensor, "n d_in"]], SAELoss]:
     """The loss that `settings` ask for, as a function of an SAE and a batch of standardised embeddings."""
     l1 = l0 = 0.0
     weights: Sequence[float] = (1.0,)
@@ -59,7 +62,7 @@ def objective_of(settings: TrainSettings) -> Callable[[SAE, Float[Tensor, "n d_i
         return sae_loss(
             x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, selection=selection, weights=weights, l1=l1, l0=l0,
             l0_target=settings.k, soft_cap=settings.soft_cap, threshold=threshold, level_scales=scales,
-            kernel=settings.kernel,
+            kernel=settings.kernel, processes=processes,
         )  # fmt: skip
 
     return objective
@@ -73,29 +76,35 @@ def train_step(
     dead: Bool[Tensor, " d_sae"],
     *,
     pairs: tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_in"]] | None = None,
+    processes: Processes = ALONE,
 ) -> StepResult:
     """Update `sae` once. The order of these lines is part of the method.
 
     Args:
         pairs: Images and their texts, for the loss that makes them share latents.
+        processes: Of several, each gives its rows of the batch and of the pairs, and all make the same step.
     """
-    loss = objective_of(settings)(sae, x)
+    loss = objective_of(settings, processes)(sae, x)
     total = loss.total
     if settings.auxiliary:
         h_dead = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]
-        aid = losses.auxiliary_loss(loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2, cap=settings.soft_cap)
+        aid = losses.auxiliary_loss(
+            loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2, cap=settings.soft_cap, processes=processes
+        )
         total = total + settings.auxiliary * aid
     if pairs is not None:
         k = settings.inference_l0 or sae.d_sae
         images, texts = (activations.topk(sae.pre_activations(one), min(k, sae.d_sae)) for one in pairs)
-        total = total + settings.align * losses.alignment_loss(images, texts)
+        aligned = losses.alignment_loss(processes.gathered(images), processes.gathered(texts))
+        total = total + settings.align * processes.alike(aligned, len(x))
     optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
+    processes.average_gradients_(sae.parameters(), len(x))
     # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
     grad_norm = adamw_step_(optimizer, unit_rows=sae.W_dec, max_grad_norm=settings.max_grad_norm)
     if sae.threshold is not None:
-        track_threshold_(sae.threshold, loss.smallest_kept)
-    return StepResult(float(total.detach()), float(loss.errors[-1]), loss.l0, loss.fired, grad_norm)
+        track_threshold_(sae.threshold, float(loss.smallest_kept))
+    return StepResult(float(total.detach()), float(loss.errors[-1]), float(loss.l0), loss.fired, grad_norm)
 
 
 @torch.no_grad()

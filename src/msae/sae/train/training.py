@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 import signal
 import statistics
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msae.base.config import to_mapping
-from msae.base.errors import Interrupted, RunError, TrainingError
+from msae.base.devices import as_device
+from msae.base.errors import ConfigError, Interrupted, RunError, StoreError, TrainingError
 from msae.base.files import atomic_folder, locked, read_json, remove_leftovers, write_json
 from msae.base.loggers import Loggers, check_installed
+from msae.base.processes import ALONE, Processes
 from msae.base.progress import progress
 from msae.data.arrays import is_sampled_fingerprint
-from msae.data.store import EmbeddingStore
 from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.thresholds import fit_on_store
-from msae.sae.train.rows import Joined, RowNumbers, TrainingRows
+from msae.sae.train.rows import TrainingRows
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
 
+Raw: TypeAlias = Float32[np.ndarray, "n d_in"]
 SCHEMA_VERSION = 1
 DIVERGED = 1e4
 """A squared error above this, in units of the variance of standardised embeddings (about 1), is a diverged one."""
@@ -59,9 +67,10 @@ class _State:
 class Training:
     """A run folder while it is being trained."""
 
-    def __init__(self, folder: Path, rows: TrainingRows, settings: TrainSettings) -> None:
+    def __init__(self, folder: Path, rows: TrainingRows, settings: TrainSettings, processes: Processes = ALONE) -> None:
         assert settings.batch_size is not None and settings.epochs is not None and settings.d_sae is not None
         self.folder, self.rows, self.settings = folder, rows, settings
+        self.processes = _sharing(processes, rows, settings)
         encoder, revision = rows.encoder
         self.sae_config = SAEConfig(
             d_in=rows.d_in,
@@ -80,14 +89,34 @@ class Training:
         self._is_unproven = True
         """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
         self._lowest_error = math.inf
+        self._pairs_ahead: Iterator[list[Raw]] | None = None
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
         check_installed(self.settings.loggers)
+        if not self.processes.is_first:
+            return self._train_beside()
+        sae = self._train_first(resume=resume)
+        with self.processes.folder_of_first(self.folder):
+            return sae
+
+    def _train_beside(self) -> SAE:
+        """What the other processes do: the same steps from the same state as the first, but no files."""
+        with self.processes.folder_of_first(None) as begin:
+            state = None if begin is None else self._read_state(begin)
+        if state is not None:
+            with _matmul_precision(self.settings.precision):
+                self._loop(state, None)
+        with self.processes.folder_of_first(None) as end:
+            assert end is not None
+            return SAE.load(end)
+
+    def _train_first(self, *, resume: bool) -> SAE:
         if self._is_finished():  # before the lock: a finished run may lie where nothing can be written
             self._is_begun(resume=resume)
             sae = SAE.load(self.folder)
             if sae.config.inference_l0 is not None and not self._asks_for_another_l0():
+                self._share_state(None)
                 return sae
         with locked(self.folder, error=RunError):
             return self._train(resume=resume)
@@ -95,13 +124,16 @@ class Training:
     def _train(self, *, resume: bool) -> SAE:
         is_begun = self._is_begun(resume=resume)
         if self._is_finished():
+            self._share_state(None)
             return self._with_asked_l0(SAE.load(self.folder))
         if is_begun:
             remove_leftovers(self.folder)
             remove_leftovers(self.folder / "checkpoints")
-        state = self._latest_checkpoint() or self._start()
+        checkpoints = self._checkpoints()
+        state = self._read_state(checkpoints[-1]) if checkpoints else self._start()
         if not is_begun:  # only now: a store that cannot be trained on leaves no folder behind
             write_json(self.folder / "config.json", self._identity(), schema_version=SCHEMA_VERSION)
+        self._share_state(state)
         loggers = Loggers(
             self.settings.loggers, self.folder, settings=to_mapping(self.settings), resume_step=state.step
         )
@@ -115,6 +147,16 @@ class Training:
         for checkpoint in self._checkpoints():
             _remove_folder(checkpoint)
         return sae.cpu().eval()
+
+    def _share_state(self, state: _State | None) -> None:
+        """Give the other processes what training begins with; None where there is nothing to train."""
+        if self.processes.size == 1:
+            return
+        with tempfile.TemporaryDirectory(prefix="msae-") as folder:
+            if state is not None:
+                self._write_state(state, Path(folder))
+            with self.processes.folder_of_first(Path(folder) if state else None):
+                pass
 
     def _with_thresholds(self, sae: SAE) -> SAE:
         """A copy with thresholds for the asked mean number of active latents, fitted on the rows of each modality."""
@@ -141,22 +183,25 @@ class Training:
         write_json(self.folder / "config.json", config, schema_version=SCHEMA_VERSION)
         return sae.cpu().eval()
 
-    def _loop(self, state: _State, loggers: Loggers, *, how: str) -> None:
+    def _loop(self, state: _State, loggers: Loggers | None, *, how: str = "") -> None:
         """Every step that is still to do.
 
         Args:
+            loggers: Of the first process, which alone shows and saves anything; the others have none.
             how: What to type to go on after Ctrl-C.
         """
         settings = self.settings
         recent: list[StepResult] = []
         saved_at = time.monotonic()
-        with progress("training", total=self.n_steps, unit="steps", start=state.step) as advance, _ctrl_c() as pressed:
-            for rows in itertools.islice(self._batches(state.step), self.n_steps - state.step):
-                x = torch.cat([self._read(state.sae, self.rows.parts[one], rows[one], one) for one in rows])
+        bar = progress("training", total=self.n_steps, unit="steps", start=state.step)
+        with bar if loggers else nullcontext(lambda _: None) as advance, _ctrl_c() as pressed:
+            for batch in itertools.islice(self._batches(state.step), self.n_steps - state.step):
+                x = torch.cat([self._standardized(state.sae, raw, one) for one, raw in batch.items()])
                 for group in state.optimizer.param_groups:
                     group["lr"] = group["pace"] * learning_rate(settings, state.step, self.n_steps)
                 recent.append(self._step(state, x))
-                state.rows_since_fired = (state.rows_since_fired + len(x)).masked_fill(recent[-1].fired, 0)
+                n_rows = self.processes.rows(len(x))
+                state.rows_since_fired = (state.rows_since_fired + n_rows).masked_fill(recent[-1].fired, 0)
                 state.step += 1
                 advance(1)
                 is_last = state.step == self.n_steps
@@ -168,8 +213,12 @@ class Training:
                     else time.monotonic() - saved_at > 60
                 )
                 if state.step % settings.log_every == 0 or is_last:
-                    loggers.log(state.step, self._figures(state, recent, x))
+                    figures = self._figures(state, recent, x)
                     recent.clear()
+                    if loggers:
+                        loggers.log(state.step, figures)
+                if loggers is None:  # after Ctrl-C the first process saves and ends, and with it all others
+                    continue
                 if (is_due or pressed()) and not is_last:
                     self._save_checkpoint(state)
                     saved_at = time.monotonic()
@@ -180,6 +229,7 @@ class Training:
 
     def _figures(self, state: _State, recent: list[StepResult], x: Tensor) -> dict[str, float]:
         """One line of metrics.jsonl; the evaluation figures are of the current batch, in the trained mode."""
+        total, mean, n = self.processes.total, self.processes.mean, len(x)
         with torch.no_grad():
             z = state.sae.activate(state.sae.pre_activations(x))
             x_hat = state.sae.reconstruct(z)
@@ -190,8 +240,8 @@ class Training:
             "reconstruction": statistics.fmean(step.reconstruction for step in recent),
             "grad_norm": statistics.fmean(step.grad_norm for step in recent),
             "l0": recent[-1].l0,
-            "sparsity": float((z == 0).float().mean()),
-            "fvu": float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()),
+            "sparsity": float(mean((z == 0).float().mean(), n)),
+            "fvu": float(total((x - x_hat).square().sum()) / total((x - mean(x.mean(0), n)).square().sum())),
             "dead": int((state.rows_since_fired >= len(self.rows)).sum()),
         }
 
@@ -199,12 +249,15 @@ class Training:
         """One step. Its loss says whether the weights before it, which may be in a checkpoint, are sound."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
-            result = train_step(state.sae, x, state.optimizer, self.settings, dead, pairs=self._pairs(state))
+            pairs = self._pairs(state)
+            result = train_step(
+                state.sae, x, state.optimizer, self.settings, dead, pairs=pairs, processes=self.processes
+            )
         except TrainingError as err:
             raise self._diverged(state, str(err)) from err
         if not result.reconstruction < DIVERGED:
             raise self._diverged(state, f"the squared error is {result.reconstruction:.3g}")
-        if self._is_unproven:
+        if self._is_unproven and self.processes.is_first:
             self._is_unproven = False
             older, latest = self._checkpoints()[:-1], self._checkpoints()[-1:]
             is_spoilt = result.reconstruction > max(1, SPOILT * self._lowest_error)
@@ -217,7 +270,7 @@ class Training:
     def _check_sound(self, state: _State, x: Tensor) -> None:
         """Refuse weights whose loss on `x` diverged."""
         try:
-            error = float(objective_of(self.settings)(state.sae, x).errors[-1])
+            error = float(objective_of(self.settings, self.processes)(state.sae, x).errors[-1])
         except TrainingError as err:
             raise self._diverged(state, str(err)) from err
         if not error < DIVERGED:
@@ -225,6 +278,8 @@ class Training:
 
     def _diverged(self, state: _State, what: str) -> TrainingError:
         """The error that says so; a checkpoint of the very weights whose loss diverged goes first."""
+        if not self.processes.is_first:
+            self.processes.wait_for_first_to_end()
         unsound = self._checkpoint_path(state.step)
         if unsound.exists():
             _remove_folder(unsound)
@@ -235,35 +290,57 @@ class Training:
             f"start again in another --out with a lower --lr than {self.settings.lr:g}"
         )
 
-    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, RowNumbers]]:
-        assert self.settings.batch_size is not None
+    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, Raw]]:
+        """The embeddings of each batch from a step on."""
+        settings = self.settings
+        assert settings.batch_size is not None and settings.block_rows is not None
+        if settings.block_rows > 1:
+            yield from self.rows.in_blocks(
+                settings.batch_size,
+                block_rows=settings.block_rows,
+                seed=settings.seed,
+                first_step=first_step,
+                share=self.processes.part,
+            )
         for epoch in itertools.count(first_step // self.steps_per_epoch):
-            batches = self.rows.drawn(self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
-            yield from batches[max(0, first_step - epoch * self.steps_per_epoch) :]
+            batches = self.rows.drawn(settings.batch_size, seed=settings.seed, epoch=epoch)
+            for numbers in batches[max(0, first_step - epoch * self.steps_per_epoch) :]:
+                yield {
+                    one: self.rows.parts[one].take(rows[self.processes.part(len(rows))], one)
+                    for one, rows in numbers.items()
+                }
 
     def _pairs(self, state: _State) -> tuple[Tensor, Tensor] | None:
         """Standardised images and texts of the pairs of a step, where the settings ask for them."""
         if not self.settings.align:
             return None
         assert self.rows.pairs is not None and self.settings.batch_size is not None
-        half = self.settings.batch_size // 2
-        rows = self.rows.drawn_pairs(half, seed=self.settings.seed, step=state.step)
-        images, texts = (self._read(state.sae, self.rows.pairs, rows, one) for one in MODALITIES)
+        half, seed, block_rows = self.settings.batch_size // 2, self.settings.seed, self.settings.block_rows
+        assert block_rows is not None
+        if block_rows > 1:
+            if self._pairs_ahead is None:
+                self._pairs_ahead = self.rows.pairs_in_blocks(
+                    half, block_rows=block_rows, seed=seed, first_step=state.step, share=self.processes.part
+                )
+            both = next(self._pairs_ahead)
+        else:
+            rows = self.rows.drawn_pairs(half, seed=seed, step=state.step)
+            rows = rows[self.processes.part(len(rows))]
+            both = [self.rows.pairs.take(rows, one) for one in MODALITIES]
+        images, texts = (self._standardized(state.sae, *one) for one in zip(both, MODALITIES, strict=True))
         return images, texts
 
-    def _read(self, sae: SAE, part: EmbeddingStore | Joined, rows: RowNumbers, modality: Modality) -> Tensor:
+    def _standardized(self, sae: SAE, raw: Raw, modality: Modality) -> Tensor:
         """Standardised embeddings on the device."""
-        raw = torch.from_numpy(part.take(rows, modality)).to(self.settings.device)
-        return sae.standardizer.apply(raw, modality)
+        return sae.standardizer.apply(torch.from_numpy(raw).to(self.settings.device), modality)
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run: goes into config.json. `stores` is there where there are several."""
-        stores = [
-            {"store": str(store.path.resolve()), "store_fingerprint": store.fingerprint} for store in self.rows.stores
-        ]
+        stores = [{"store": store.full_address, "store_fingerprint": store.fingerprint} for store in self.rows.stores]
         return {
             **stores[0],
             **({"stores": stores} if len(stores) > 1 else {}),
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "n_rows": self.rows.n_rows,
             "d_in": self.rows.d_in,
             "modality": self.settings.modality,
@@ -316,41 +393,71 @@ class Training:
         broken = first_not_finite(state.sae.state_dict())
         if broken:
             raise self._diverged(state, f"{broken} has NaN or infinite values")
-        tensors = {"rows_since_fired": state.rows_since_fired}
-        for name, parameter in state.sae.named_parameters():
-            for key, value in state.optimizer.state[parameter].items():
-                tensors[f"adamw.{name}.{key}"] = value
         path = self._checkpoint_path(state.step)
         if path.exists():
             return
         with atomic_folder(path) as temporary:
-            state.sae.save(temporary)
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors"
-            )
-            progress_made = {"step": state.step, "lowest_error": self._lowest_error}
-            write_json(temporary / "state.json", progress_made, schema_version=SCHEMA_VERSION)
+            self._write_state(state, temporary)
         self._is_unproven = True
 
-    def _latest_checkpoint(self) -> _State | None:
-        found = self._checkpoints()
-        if not found:
-            return None
-        path = found[-1]
+    def _write_state(self, state: _State, folder: Path) -> None:
+        tensors = {"rows_since_fired": state.rows_since_fired}
+        for name, parameter in state.sae.named_parameters():
+            for key, value in state.optimizer.state[parameter].items():
+                tensors[f"adamw.{name}.{key}"] = value
+        state.sae.save(folder)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "state.safetensors")
+        lowest = self._lowest_error if math.isfinite(self._lowest_error) else None
+        write_json(folder / "state.json", {"step": state.step, "lowest_error": lowest}, schema_version=SCHEMA_VERSION)
+
+    def _read_state(self, path: Path) -> _State:
         state = self._state_of(SAE.load(path))
         try:
             tensors = load_file(path / "state.safetensors", device=self.settings.device)
             progress_made = read_json(path / "state.json", schema_version=SCHEMA_VERSION, error=RunError)
-            step, self._lowest_error = progress_made["step"], progress_made.get("lowest_error", math.inf)
-            for name, parameter in state.sae.named_parameters():
+            step, lowest = int(progress_made["step"]), progress_made.get("lowest_error")
+            self._lowest_error = math.inf if lowest is None else lowest
+            for name, parameter in state.sae.named_parameters() if step else ():
                 state.optimizer.state[parameter] = {
                     key: tensors[f"adamw.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
                 }
             state.rows_since_fired = tensors["rows_since_fired"]
         except (SafetensorError, OSError, KeyError) as err:
             raise RunError(f"{path} is damaged ({err}); delete that folder and train again with --resume") from err
-        state.step = int(step)
+        state.step = step
         return state
+
+
+def block_rows_of(folder: Path) -> int | None:
+    """How the run that was begun in a folder shuffles; None where there is none."""
+    try:
+        begun = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(begun["train"].get("block_rows", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a damaged one is refused later
+
+
+def _sharing(processes: Processes, rows: TrainingRows, settings: TrainSettings) -> Processes:
+    """The processes as they share the batches of this training; refuses what cannot be shared."""
+    if processes.size == 1:
+        return processes
+    assert settings.batch_size is not None
+    n_trained = len(rows.trained)
+    of_each = settings.batch_size // n_trained
+    if of_each < processes.size:
+        what = f"{settings.batch_size} rows" if n_trained == 1 else f"{of_each} images and {of_each} texts"
+        raise ConfigError(
+            f"a batch of {what} is too small for {processes.size} processes; give a --batch-size of at least "
+            f"{n_trained * processes.size}, or fewer processes"
+        )
+    if settings.device not in ("cpu", as_device("cuda" if settings.device.startswith("cuda") else "cpu")):
+        raise ConfigError(f"--device {settings.device} would be the device of all processes; give --device cuda or cpu")
+    known = [(len(store), store.d_in, store.record.get("fingerprint")) for store in rows.stores]
+    if len(set(processes.each(zlib.crc32(repr(known).encode())))) > 1:
+        raise StoreError(
+            f"{rows.address} is another store for another process; give stores that all machines have alike"
+        )
+    return dataclasses.replace(processes, batch_size=n_trained * of_each)
 
 
 def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -375,7 +482,7 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
             f"{folder} was trained on other stores beside {theirs.get('store')}; give those, in the same order, or "
             f"another --out"
         )
-    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False}
+    before, defaults = theirs.get("train", {}), {**to_mapping(TrainSettings()), "level_scales": False, "block_rows": 1}
     for name, value in mine["train"].items():
         # How often to log and save, and where to compute, do not change what is trained, nor do the thresholds.
         if name in ("device", "loggers", "log_every", "checkpoint_every", "inference_l0"):

@@ -139,7 +139,7 @@ def audit(
     if isinstance(store, SampledStore):
         sample = dataclasses.replace(sample, rows=store.chosen[sample.rows])
     found = Audit(
-        target, str(view.store.path), subject.classifier.classes, len(subject.rows), subject.n_left_out,
+        target, view.store.address, subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
         settings={
             "modality": view.modality, "inference": inference, "positive": positive, "n_permutations": n_permutations,

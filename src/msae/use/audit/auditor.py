@@ -286,7 +286,7 @@ class Auditor:
         fires = float(part.measured.tallies["remove"].n[column]) / len(self.subject.rows)
         is_target = name.casefold() in {one.casefold() for one in classes}
         if fires == 0:
-            never = f"never fires on {self.view.store.path}"
+            never = f"never fires on {self.view.store.address}"
             shift = associations["train_shift"]  # it may fire in the training rows
             return ConceptAudit(name, group, is_target, 0.0, train_shift=shift, test=self.test, note=never)
         place = _moved_most(part.measured, column)

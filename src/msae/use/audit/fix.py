@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from msae.base.errors import ConfigError
+from msae.base.records import to_record
+from msae.base.results import Result, shorten, text_table
 from msae.concepts.concept import FEWEST
 from msae.measure.probe import C
 from msae.sae.view import View
@@ -43,8 +46,8 @@ class Way:
     """It is a linear classifier again; else it needs the SAE whenever a row is classified."""
 
 
-@dataclass(frozen=True)
-class Fix:
+@dataclass(frozen=True, repr=False)
+class Fix(Result):
     """The ways to take one concept out of a classifier, and the one that is recommended."""
 
     concept: str
@@ -64,6 +67,39 @@ class Fix:
     """Of the ways that cost at most one point overall and raise the worst group, those within a standard error of the
     best: the one with the highest accuracy overall. None where there is none."""
     file: str | None = None
+
+    def to_text(self) -> str:
+        """The ways in a table, how they were judged, and what was written."""
+        rows = [("as it is", f"{self.worst:.3f}", f"{self.overall:.3f}", "")]
+        for way in self.ways:
+            note = "recommended" if way.name == self.recommended else "" if way.is_file else "needs the SAE"
+            rows.append((way.name, f"{way.worst:.3f}", f"{way.overall:.3f}", note))
+        head = ("without " + shorten(self.concept, 20), "worst group", "all rows", "")
+        closing = (
+            f"{self.file} holds the recommended classifier"
+            if self.file
+            else "no way does better at a cost of at most one point overall, so nothing was written"
+        )
+        lines = [
+            *text_table(head, rows, right=(1, 2)),
+            f"accuracy on {self.n_judge:,} rows used for neither fitting nor choosing; groups by {self.groups}; "
+            f"the smallest has {self.n_smallest} rows",
+            closing,
+        ]
+        return "\n".join([*lines, *([self.doubt] if self.doubt else [])])
+
+    @property
+    def headline(self) -> str:
+        way = self.recommended or "as it is"
+        known = {one.name: one.worst for one in self.ways} | {"as it is": self.worst}
+        return f"without {self.concept}: {way}, worst group {self.worst:.3f} -> {known[way]:.3f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(to_record(self))
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record for each way."""
+        return [{**to_record(way), "is_recommended": way.name == self.recommended} for way in self.ways]
 
     @property
     def doubt(self) -> str | None:

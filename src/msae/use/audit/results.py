@@ -404,7 +404,7 @@ class Audit(Result):
             lines += ["", *text_table(head, [_cells(concept, self.n) for concept in ranked[:n]], right=(2, 3, 4))]
             lines += [f"{len(ranked) - n} more; --json FILE writes all"] if len(ranked) > n else []
             lines += ["", *self._legend(ranked)]
-        lines += ["", *self._fix_lines()] if self.fix else []
+        lines += ["", self.fix.to_text()] if self.fix else []
         lines += ["", *_slice_lines(self.slices)] if self.slices is not None else []
         return "\n".join([*lines, "", *(f"note: {note}" for note in self.notes)]).rstrip()
 
@@ -430,27 +430,6 @@ class Audit(Result):
         if not n_others:
             return lines
         return [*lines, f"{n_others:,} concepts do no more than random latents and are not ranked; --json has them"]
-
-    def _fix_lines(self) -> list[str]:
-        fix = self.fix
-        assert fix is not None
-        rows = [("as it is", f"{fix.worst:.3f}", f"{fix.overall:.3f}", "")]
-        for way in fix.ways:
-            note = "recommended" if way.name == fix.recommended else "" if way.is_file else "needs the SAE"
-            rows.append((way.name, f"{way.worst:.3f}", f"{way.overall:.3f}", note))
-        head = ("without " + shorten(fix.concept, 20), "worst group", "all rows", "")
-        closing = (
-            f"{fix.file} holds the recommended classifier"
-            if fix.file
-            else "no way does better at a cost of at most one point overall, so nothing was written"
-        )
-        closing += f"\n{fix.doubt}" if fix.doubt else ""
-        return [
-            *text_table(head, rows, right=(1, 2)),
-            f"accuracy on {fix.n_judge:,} rows used for neither fitting nor choosing; groups by {fix.groups}; "
-            f"the smallest has {fix.n_smallest} rows",
-            closing,
-        ]
 
 
 def _slice_lines(slices: Sequence[Slice]) -> list[str]:

@@ -98,10 +98,10 @@ def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:
     counts = Counter(label for label in labels if label is not None)
     if len(counts) < 2:
         found = f"only {next(iter(counts))!r} in {counts.total():,} labelled rows" if counts else "no labels"
-        raise ConfigError(f"column {column!r} of {store.path} has {found}; an audit needs two classes: name another")
+        raise ConfigError(f"column {column!r} of {store.address} has {found}; an audit needs two classes: name another")
     if len(counts) > MAX_CLASSES:
         raise ConfigError(
-            f"column {column!r} of {store.path} has {len(counts):,} different values, such as "
+            f"column {column!r} of {store.address} has {len(counts):,} different values, such as "
             f"{', '.join(sorted(counts)[:3])}; an audit takes at most {MAX_CLASSES} classes: name a column of classes"
         )
     return labels
@@ -164,7 +164,7 @@ def make_subject(
     given = None
     kept = np.ones(len(store), bool) if where is None else Filter.parse(where).mask(store.metadata)
     if not kept.any():
-        raise ConfigError(f"no row of {store.path} fits {where!r}; give another --where")
+        raise ConfigError(f"no row of {store.address} fits {where!r}; give another --where")
     numbers = None if target is None else numbers_of(store, target)
     labels = None if target is None or numbers is not None else labels_of(store, target)
     if classifier is not None:
@@ -175,7 +175,7 @@ def make_subject(
             else LinearClassifier.load(classifier, d_in=store.d_in, classes=known)
         )
         if given.weight.shape[1] != store.d_in:
-            raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.path} has {store.d_in}")
+            raise ConfigError(f"the classifier reads width {given.weight.shape[1]}, {store.address} has {store.d_in}")
     elif class_texts is not None:
         given = zero_shot(class_texts, sae, store, device)
     if positive is not None and (numbers is not None or (given is not None and given.is_score)):
@@ -204,7 +204,7 @@ def make_subject(
         on_rows=_kept(labelled_rows(labels), kept),
         seed=seed,
     )
-    source = f"half of {store.path}" if train_store is None else str(other.store.path)
+    source = f"half of {store.address}" if train_store is None else other.store.address
     fitted = _fit(other, [theirs[row] for row in held.train], held.train, source, seed)
     n_missing = sum(label is None for label, keep in zip(labels, kept, strict=True) if keep)
     subject = _with_given(view, labels, fitted, positive, rows=held.on, n_train=len(held.train), n_missing=n_missing)
@@ -263,7 +263,9 @@ def _fitted_score(
     other = view if train_store is None else View(view.run, train_store, view.modality, device=str(view.device))
     theirs = numbers if other is view else numbers_of(other.store, column)
     if theirs is None:
-        raise ConfigError(f"column {column!r} of {other.store.path} holds classes, {view.store.path} has numbers there")
+        raise ConfigError(
+            f"column {column!r} of {other.store.address} holds classes, {view.store.address} has numbers there"
+        )
     allowed = kept if other is view else np.ones(len(theirs), bool)
     held = hold_out(
         other.store, view.store, view.modality, seed=seed, train_rows=np.flatnonzero(np.isfinite(theirs) & allowed),
@@ -272,7 +274,7 @@ def _fitted_score(
     known = view.standardizer.statistics[view.modality]
     scale = torch.full_like(known.mean, known.scale)
     nothing = torch.zeros(1, view.store.d_in)
-    source = f"ridge regression on {f'half of {view.store.path}' if other is view else other.store.path}"
+    source = f"ridge regression on {f'half of {view.store.address}' if other is view else other.store.address}"
     blank = LinearClassifier((SCORE,), nothing, torch.zeros(1), known.mean, scale, True, source)
     x = torch.from_numpy(other.store.take(held.train, view.modality))
     u = torch.nn.functional.normalize(blank.features(x), dim=1).double().numpy()

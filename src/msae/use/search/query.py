@@ -149,7 +149,7 @@ def _check(query: Query, store: EmbeddingStore) -> None:
     error: type[MsaeError] = StoreError if query.kind == "like" else ConfigError
     if len(query.x) != store.d_in:
         raise error(
-            f"{query.value!r} is {len(query.x)} wide but {store.path} holds {store.d_in}-dim embeddings; "
+            f"{query.value!r} is {len(query.x)} wide but {store.address} holds {store.d_in}-dim embeddings; "
             f"give one of the same encoder"
         )
     if not np.isfinite(query.x).all() or not query.x.any():

@@ -116,16 +116,18 @@ class SearchResult(Result):
 
     def _repr_html_(self) -> str:
         """Pictures before and after the edits, for a notebook."""
-        head, album = html.escape(self.to_text().splitlines()[0]), Album(self.roots, NOTEBOOK_SIDE)
-        parts = [f"<p>{head}</p>", *(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)]
+        album = Album(self.roots, NOTEBOOK_SIDE)
+        parts = [f"<pre>{html.escape(chr(10).join(self._head()))}</pre>"]
+        picture = album.uri(self.query_path)
+        parts += [f'<img src="{picture}" alt="the query">'] if picture else []
         before = [(f"{hit.rank_before}. {hit.score_before:.3f}", hit) for hit in self.before]
         after = [(f"{hit.rank}. {hit.score:.3f}", hit) for hit in self.hits]
         for title, hits in (("Before", before), ("After", after)) if before else (("Found", after),):
             parts.append(f"<h4>{title}</h4>{figures_html(hits, album)}")
         return "".join(parts)
 
-    def to_text(self) -> str:
-        """What `msae search` prints."""
+    def _head(self) -> list[str]:
+        """What was asked for, and what became of the query."""
         lines = [f"neighbours of {self.kind} {self.value!r} among the {self.modality} rows of {self.store}"]
         for edit in self.edits:
             latents = f"{len(edit.latents)} latents" if len(edit.latents) > 1 else f"latent {edit.latents[0]}"
@@ -138,6 +140,11 @@ class SearchResult(Result):
                 "  approximate: {probes:,} of {cells:,} cells were searched, which finds {recall:.1%} of the "
                 "{recall_at} nearest rows (measured with {measured_with} rows)".format(**self.index)
             )
+        return lines
+
+    def to_text(self) -> str:
+        """What `msae search` prints."""
+        lines = self._head()
         width = max([2, *(len(hit.id) for hit in self.hits)])
         was = "  was    score" if self.edits else ""
         lines.append(f"{'rank':>4}  {'id':<{width}}  {'score':>8}{was}  shares")

@@ -144,7 +144,7 @@ class Searcher:
     def search_for(self, query: Query, how: How) -> SearchResult:
         """The same of a query that was read before."""
         sae, store = self.sae, self.store
-        names_to_show(how.show, store.columns, store.path)  # a wrong one is said before the work
+        names_to_show(how.show, store.columns, store.address)  # a wrong one is said before the work
         keep = _kept(store, how.filter, query)
         concepts = self.concepts(query.modality, strict=how.strict)
         edits = [Edit(concepts[concept], change) for concept, change in how.edits]
@@ -163,7 +163,7 @@ class Searcher:
         sharing = _Sharing(self.concepts(self.searched, strict=True).view, query.modality, self.names, edited.z_edited)
         describe = partial(_hits, store, how.show, sharing)
         return SearchResult(
-            store=str(store.path),
+            store=store.address,
             kind=query.kind,
             value=query.value,
             query_modality=query.modality,

@@ -170,9 +170,10 @@ class Opening:
         self.doing = f"Reading {' and '.join(map(str, self.runs))}"
         world = open_world(self.runs, self.on, self.show, self.device)
         if world.store is not None:
-            self.doing = f"Reading {world.store.path} with {world.first.folder}"
+            self.doing = f"Reading {world.store.address} with {world.first.folder}"
             self.say(
-                f"reading {world.store.path} with {world.first.folder}; the first time takes a while, then it is kept"
+                f"reading {world.store.address} with {world.first.folder}; "
+                f"the first time takes a while, then it is kept"
             )
         world.prepare()
         return Explorer(world)

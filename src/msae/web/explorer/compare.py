@@ -33,7 +33,7 @@ def compared(world: World, run: LoadedRun, address: Address) -> Markup:
     """
     assert world.store is not None
     column, within = address.one("column"), tuple(one for one in address.many("within") if one)
-    parts = [f"{world.store.path}:{column}={address.one(side)}" for side in ("a", "b")]
+    parts = [f"{world.store.address}:{column}={address.one(side)}" for side in ("a", "b")]
     found: Comparison = run.compared(parts[0], parts[1], within)
     command = ["msae", "compare", str(run.folder), *parts, *(["--within", *within] * bool(within))]
     values: dict[str, Any] = {

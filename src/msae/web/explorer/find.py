@@ -82,11 +82,11 @@ def learnt(world: World, run: LoadedRun, address: Address) -> Markup:
     if picked.like:
         like, unlike = ([store.ids.row_of(id) for id in ids] for ids in picked)
         found = from_rows(view, "these rows", np.array(like), np.array(unlike, np.int64), shown=f"{len(like)} rows")
-        command += ["--on", str(store.path), "--like", *picked.like, *(["--unlike", *picked.unlike] * bool(unlike))]
+        command += ["--on", store.address, "--like", *picked.like, *(["--unlike", *picked.unlike] * bool(unlike))]
         concept = "|".join(f"#{latent}" for latent in found.latents)
     else:
         found = from_column(view, column, value)
-        command += ["--from", f"{store.path}:{column}={value}"]
+        command += ["--from", f"{store.address}:{column}={value}"]
         concept = found.name
     known: dict[str, Any] = {"found": found, "concept": concept, "command": shlex.join(command), "picked": picked}
     return draw("learnt", world, run, address, rows=_strongest(world, view, found), **known)

@@ -207,7 +207,7 @@ def _command(world: World, run: LoadedRun, address: Address) -> str:
         what = ["--image", "FILE"]
     sets = [word for concept, change in edits_of(address) for word in ("--set", f"{concept}={change}")]
     side = ["--modality", searched(run, address)] if len(run.modalities) > 1 else []
-    words = ["msae", "search", str(run.folder), "--on", str(world.store.path), *what, *sets, *side, "--n", str(HITS)]
+    words = ["msae", "search", str(run.folder), "--on", world.store.address, *what, *sets, *side, "--n", str(HITS)]
     return shlex.join(words)
 
 

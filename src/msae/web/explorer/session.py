@@ -26,7 +26,7 @@ from msae.concepts.tree import ConceptTree, concept_tree
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.images import read_picture
 from msae.data.rows import PATH_COLUMNS, Row, find_picture, names_to_show
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, recorded_store
 from msae.data.thumbnails import as_jpeg, thumbnail
 from msae.measure.evaluate import Evaluation, current_evaluations, evaluate
 from msae.sae.run import Run
@@ -382,7 +382,7 @@ def open_world(
     short = Counter(folder.resolve().name for folder in folders)
     labels = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
     loaded = [LoadedRun(folder, label, store, device) for folder, label in zip(folders, labels, strict=True)]
-    return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.path))
+    return World(loaded, store, note, () if store is None else names_to_show(show, store.columns, store.address))
 
 
 def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str | None]:
@@ -390,7 +390,7 @@ def _training_store(folders: Sequence[Path]) -> tuple[EmbeddingStore | None, str
     try:
         trained = LoadedRun(folders[0], "", None).config
         modality = trained.get("modality") if Path(trained["store"]).is_file() else None
-        store = as_store(trained["store"], None if modality == "both" else modality)
+        store = recorded_store(trained["store"], None if modality == "both" else modality)
     except KeyError:
         return None, "The run does not say what it was trained on."
     except RunError:

@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from msae.base.errors import MsaeError
 from msae.concepts.regions import Locator, Region
-from msae.data.store import EmbeddingStore
+from msae.data.layout import far_address
+from msae.data.store import EmbeddingStore, recorded_store
 from msae.data.thumbnails import Album
 from msae.sae.run import RunLike
 from msae.sae.view import View
@@ -73,7 +74,7 @@ def write_html(audit: Audit, path: str | Path, run: RunLike | None = None) -> No
     Args:
         run: The SAE that was used, for the regions of the pictures; they need the encoder on this machine.
     """
-    store = EmbeddingStore.open(audit.on) if Path(audit.on).exists() else None
+    store = recorded_store(audit.on) if far_address(audit.on) or Path(audit.on).exists() else None
     locator, why = None, None
     if store is not None and run is not None and "image" in store.modalities:
         try:

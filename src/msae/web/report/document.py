@@ -19,7 +19,7 @@ from msae.concepts.names import names_of
 from msae.concepts.regions import Locator
 from msae.concepts.samples import SAMPLES_FOLDER, TopSamples
 from msae.data.rows import names_to_show
-from msae.data.store import EmbeddingStore, as_store
+from msae.data.store import EmbeddingStore, as_store, recorded_store
 from msae.data.thumbnails import Album
 from msae.measure.evaluate import Cell, Evaluation, Kept, table_rows
 from msae.measure.evaluate.record import headings, judgements_of, legend, mode_of
@@ -137,16 +137,21 @@ def report(
     if len(others) > MAX_BESIDE:
         raise ConfigError(f"{len(others)} runs to set beside this one; give at most {MAX_BESIDE}")
     given = audit if audit is None or isinstance(audit, Audit) else read_audit(Path(audit))
+    looked, hidden = _look(facts, on, device), 0
     if compare is not None and not isinstance(compare, Comparison):
-        compare = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
-    looked = _look(facts, on, device)
+        named = Comparison.from_json(_text(Path(compare), "compare"), where=str(compare))
+        compare = comparison_page.of_file(named, None if looked is None else looked.store)
+        hidden = comparison_page.n_pictures(named) - comparison_page.n_pictures(compare)
     if looked is not None:
-        looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.path))
+        looked = replace(looked, show=names_to_show(show, looked.store.columns, looked.store.address))
         facts = replace(facts, names=names_of(facts.run, looked.store))
     elif show:
         raise ConfigError("--show takes columns of a store, and no store is known here; add --on STORE")
     text, missing = _fitting(partial(_Draft, facts, others, looked, given, compare))
     page.write_page(text, path)
+    if hidden:
+        why = f"{hidden:,} rows are not of the report's own store, and pictures that a file names are not opened"
+        missing.append(Missing("pictures of the comparison", why, None))
     card = None
     try:
         card = write_card(facts)
@@ -193,7 +198,7 @@ def _look(facts: Facts, on: EmbeddingStore | str | Path | None, device: str) -> 
         try:
             samples = TopSamples.load(file)
             origin = samples.origin
-            store = as_store(origin.store, origin.modality)
+            store = recorded_store(origin.store, origin.modality)
             is_true = origin.inference == "trained" and facts.run.holds(origin, store)
         except (RunError, StoreError):
             continue  # a cache may be damaged, and a store may have moved: the report says what is missing
@@ -244,7 +249,7 @@ class _Draft:
         self.n_concepts = n_concepts
         self.album = Album(looked.store.picture_roots if looked else (), SIDE, room=room)
         self.missing: list[Missing] = []
-        self.store_word = str(looked.store.path) if looked else "STORE"
+        self.store_word = looked.store.address if looked else "STORE"
 
     def page(self) -> str:
         facts, tables = self.facts, self._tables()
