@@ -180,7 +180,7 @@ def gallery(
     from msae.concepts.tree import concept_tree
 
     given = call.keywords
-    common = {key: given[key] for key in ("sae", "on", "inference", "device") if key in given}
+    common = {key: given[key] for key in ("sae", "on", "inference", "max_rows", "device") if key in given}
     for option, value in (("--pairs", pairs), ("--k", k)):
         if value is not None and not tree:
             raise ConfigError(f"{option} {value} belongs to a tree; add --tree")

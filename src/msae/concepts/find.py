@@ -24,8 +24,6 @@ MIN_ROWS = 10
 """Rows with a value, and rows with another, that a value needs."""
 MAX_ENTRIES = 1 << 26
 """Activations held at once, 256 MB of them; more latents take another pass."""
-MAX_ROWS = 20_000
-"""Rows that are read; of more, a random sample."""
 MAX_VALUES = 200
 
 
@@ -68,6 +66,8 @@ class Found(Result):
     """The most frequent first."""
     too_few: int
     """Values left out because fewer than ten rows have them; none where one value was asked for."""
+    of_rows: int = 0
+    """Rows with a value; `n_rows` are a random sample of them where they are fewer."""
 
     def to_json(self) -> dict[str, Any]:
         values = [
@@ -76,7 +76,7 @@ class Found(Result):
         ]
         return {
             "store": self.store, "column": self.column, "modality": self.modality, "n_rows": self.n_rows,
-            "values": values, "too_few": self.too_few,
+            "of_rows": self.of_rows, "values": values, "too_few": self.too_few,
         }  # fmt: skip
 
     def records(self) -> list[dict[str, Any]]:
@@ -100,6 +100,8 @@ class Found(Result):
         head = (self.column, "latent", "AUROC (95 % interval)", "fires with", "fires without", "name")
         lines = [f"latents that go with {self.column} in {self.n_rows:,} {self.modality} rows of {self.store}", ""]
         lines += text_table([shorten(head[0], 24), *head[1:]], rows, right=(3, 4))
+        if self.n_rows < self.of_rows:
+            lines.append(f"a random sample of {self.of_rows:,} rows; --max-rows reads more")
         if self.too_few:
             lines.append(f"left out: {self.too_few:,} values that fewer than {MIN_ROWS} rows have")
         if self.values:
@@ -115,6 +117,7 @@ def find(
     value: str | None = None,
     n: int = 3,
     modality: Modality | None = None,
+    max_rows: int = 20_000,
     device: str = "auto",
 ) -> Found:
     """The latents that fire more in rows with a value of a column than in rows with another, by AUROC.
@@ -126,22 +129,26 @@ def find(
         value: One value of it. Without it, every value that at least ten rows have.
         n: How many latents for each value.
         modality: Which embeddings of the store. Without it, images where it has them.
+        max_rows: Read at most so many rows that have a value: of more, a random sample.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
         StoreError: The store does not fit the SAE, or has no such column or value.
         ConfigError: No value has enough rows, n is below 1, or the column has more than 200 values.
     """
+    if max_rows < 1:
+        raise ConfigError(f"max_rows is {max_rows}; give --max-rows at least 1, for example 20000")
     if n < 1:
         raise ConfigError(f"n is {n}; give at least 1, for example --n 3")
     view = View(sae, on, modality, device=device)
     names = names_of(view.run, view.store)
-    labels = np.array(view.store.labels(column, option="--column"), dtype=object)
-    if value is not None:
+    numbers, values = view.store.coded_labels(column, option="--column")
+    if value is not None and value not in values:
         part_of(view.store, column, value)  # says which value is nearest
-    rows = np.flatnonzero([label is not None for label in labels])
-    rows = np.sort(np.random.default_rng(0).permutation(rows)[:MAX_ROWS])
-    counts = Counter(labels[rows].tolist())
+    known = np.flatnonzero(numbers >= 0)
+    rows = np.sort(np.random.default_rng(0).permutation(known)[:max_rows])
+    labels = np.array(values, dtype=object)[numbers[rows]]
+    counts = Counter(labels.tolist())
     enough = [one for one, n_rows in counts.most_common() if MIN_ROWS <= n_rows <= len(rows) - MIN_ROWS]
     chosen = [one for one in enough if value in (None, one)]
     if not chosen:
@@ -149,7 +156,7 @@ def find(
         raise ConfigError(f"{which} has not {MIN_ROWS} rows with it and {MIN_ROWS} with another; give another --column")
     if len(chosen) > MAX_VALUES:
         raise ConfigError(f"{column!r} has {len(chosen):,} values; at most {MAX_VALUES} are shown: give one --value")
-    has = [np.flatnonzero(labels[rows] == one).tolist() for one in chosen]
+    has = [np.flatnonzero(labels == one).tolist() for one in chosen]
     aurocs = np.concatenate([statistics.aurocs(z, has) for z in _tables(view, rows)])
     best = np.argsort(-aurocs, axis=0, kind="stable")[:n].T
     shown = np.unique(best)
@@ -171,7 +178,7 @@ def find(
             for i, latent in enumerate(latents)
         )))  # fmt: skip
     too_few = sum(n_rows < MIN_ROWS for n_rows in counts.values()) if value is None else 0
-    return Found(view.store.address, column, view.modality, len(rows), tuple(found), too_few)
+    return Found(view.store.address, column, view.modality, len(rows), tuple(found), too_few, len(known))
 
 
 def _tables(view: View, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -29,6 +29,7 @@ from msae.concepts.samples import (
     top_samples,
 )
 from msae.data.rows import Row
+from msae.data.sampled import notes_on, sample_rows, whole
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
 from msae.sae.model import Inference
@@ -131,6 +132,7 @@ def gallery(
     regions: bool = False,
     show: str | Sequence[str] = (),
     inference: Inference = "trained",
+    max_rows: int | None = None,
     device: str = "auto",
 ) -> Gallery:
     """The images and texts of a store that activate one latent most.
@@ -149,6 +151,7 @@ def gallery(
         show: Columns of the metadata to print beside the captions, such as title,colour.
         inference: How activations are made: `trained` uses the activation function of the SAE, `threshold` keeps those
             above the thresholds fitted after training, `relu` keeps every positive one.
+        max_rows: Read at most so many rows: of more, a random sample. Memory and time do not grow beyond it.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
     Raises:
@@ -160,7 +163,7 @@ def gallery(
         raise ConfigError("a gallery is of one latent; give either --latent I or --concept NAME")
     check_n(n)
     run = Run.open(sae)
-    store = as_store(on, unnamed=run.modality)
+    store = sample_rows(as_store(on, unnamed=run.modality), max_rows)
     run.check_fit(store)
     d_sae = run.sae.d_sae
     names = names_of(run, store)
@@ -170,13 +173,14 @@ def gallery(
         alike = tuple(others)
     assert latent is not None
     check_latent(latent, d_sae)
-    locator = Locator(View(run, store, "image", inference=inference, device=device)) if regions else None
+    locator = Locator(View(run, whole(store), "image", inference=inference, device=device)) if regions else None
     found = {m: top_samples(run, store, modality=m, n=n, inference=inference, device=device) for m in store.modalities}
     images = _samples(store, found["image"], latent, n, show) if "image" in found else ()
     if locator is not None:
         places = locator.regions([image.row for image in images], OneLatent(latent))
         images = tuple(replace(image, region=region) for image, region in zip(images, places, strict=True))
-    notes = [note for samples in found.values() for note in _notes(samples)]
+    notes = [*notes_on(store)]
+    notes += [note for samples in found.values() for note in _notes(samples)]
     n_unread = sum(image.region is None for image in images) if regions else 0
     if n_unread:
         notes.append(f"{n_unread} of the {len(images)} pictures cannot be read, so they have no regions")
@@ -282,9 +286,11 @@ class AllMagnitudes(Result):
     """The magnitudes of one model on the images and on the texts of a store."""
 
     by_modality: Mapping[Modality, Magnitudes]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {modality: found.to_json() for modality, found in self.by_modality.items()}
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return {**{modality: found.to_json() for modality, found in self.by_modality.items()}, **notes}
 
     @property
     def headline(self) -> str:
@@ -306,14 +312,19 @@ class AllMagnitudes(Result):
             for name, title in (("nonzero", "non-zero"), ("row_maxima", "largest of each row")):
                 values = found.quantiles[name].values()
                 lines.append(f"{f'{modality}: {title}':<28}" + "".join(f"{value:9.3f}" for value in values))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def all_magnitudes(
-    sae: RunLike, on: EmbeddingStore | str | Path, *, inference: Inference = "trained", device: str = "auto"
+    sae: RunLike,
+    on: EmbeddingStore | str | Path,
+    *,
+    inference: Inference = "trained",
+    max_rows: int | None = None,
+    device: str = "auto",
 ) -> AllMagnitudes:
     """The magnitudes of an SAE's activations on every modality of a store; what was mined before is used again."""
     run = Run.open(sae)
-    store = as_store(on, unnamed=run.modality)
+    store = sample_rows(as_store(on, unnamed=run.modality), max_rows)
     found = {m: top_samples(run, store, modality=m, inference=inference, device=device) for m in store.modalities}
-    return AllMagnitudes({modality: magnitudes(samples) for modality, samples in found.items()})
+    return AllMagnitudes({m: magnitudes(samples) for m, samples in found.items()}, notes_on(store))

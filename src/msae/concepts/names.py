@@ -18,6 +18,7 @@ from msae.base.files import read_json, write_json
 from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
 from msae.concepts.examples import ExampleConcept, load_examples
+from msae.data.sampled import whole
 from msae.data.store import EmbeddingStore
 from msae.sae.run import Run, RunLike
 
@@ -432,7 +433,7 @@ def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | N
     """
     run = Run.open(run)
     examples = load_examples(run)
-    if on is not None and (file := run.names_file_on(on.fingerprint)) and file.exists():
+    if on is not None and (file := run.names_file_on(whole(on).fingerprint)) and file.exists():
         names = ConceptNames.load(file)
         if names.record.get("sae") == run.weights:
             return dataclasses.replace(names, examples=examples)

@@ -23,6 +23,7 @@ from msae.concepts import rows as row_evidence
 from msae.concepts.names import Agreement, Candidate, Concept, ConceptNames, RowEvidence, Rule
 from msae.concepts.words import WORD_COLUMNS, embedded_words
 from msae.data.arrays import unit_rows
+from msae.data.sampled import sample_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference, check_fit, weights_hash
 from msae.sae.run import Run, RunLike
@@ -363,8 +364,9 @@ def _on_rows(
     sae = texts.sae
     check_fit(sae, store)
     is_readable = [m for m in store.modalities if m in sae.standardizer]
-    view = View(sae, store, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
-    rows = np.sort(rng.permutation(len(store))[: settings.max_rows])
+    drawn = sample_rows(store, settings.max_rows, seed=settings.seed)
+    view = View(sae, drawn, settings.modality or (is_readable or store.modalities)[0], inference=INFERENCE)
+    rows = np.sort(rng.permutation(len(drawn)))
     counts: dict[str, int] = {}
     record: dict[str, Any] = {
         "on": store.address,

@@ -23,6 +23,7 @@ from msae.base.results import Result
 from msae.base.statistics import wilson
 from msae.concepts.names import ConceptNames, names_of
 from msae.concepts.samples import level_shares, top_samples
+from msae.data.sampled import notes_on, sample_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.data.tables import TABLE_SUFFIXES, read_table
 from msae.sae.model import SAE, Inference
@@ -323,10 +324,12 @@ class ConceptTree(Result):
     """All edges against known pairs of words; None where none were given."""
     shown: Mapping[int, str] = field(default_factory=dict)
     """The names as people are shown them, as `Concept.shown` says."""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         score = None if self.score is None else asdict(self.score)
-        return {"k": self.k, "score": score, **self.hierarchy.to_json(self.names, self.levels)}
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return {"k": self.k, "score": score, **notes, **self.hierarchy.to_json(self.names, self.levels)}
 
     def records(self) -> list[dict[str, Any]]:
         """A record for each latent in the tree, in the order of the text."""
@@ -345,6 +348,7 @@ class ConceptTree(Result):
             f"{len(found.parent):,} latents lie under {len(found.children):,} others, on {found.n_rows:,} rows"
             f"{f', counting the {self.k} strongest of each' if self.k else ''}; {len(found.edges):,} edges in all",
             *([] if self.score is None else [_score_line(self.score)]),
+            *self.notes,
         ]
         for depth, latent in itertools.islice(found.walk(), PRINTED_NODES):
             edge = found.parent.get(latent)
@@ -368,7 +372,7 @@ def concept_tree(
     *,
     modality: Modality | None = None,
     k: int | None = None,
-    max_rows: int = HIERARCHY_ROWS,
+    max_rows: int | None = None,
     min_share: float = MIN_SHARE,
     inference: Inference = "trained",
     pairs: Pairs | str | Path | None = None,
@@ -382,7 +386,7 @@ def concept_tree(
         modality: Which rows; None takes images where there are any.
         k: Count a latent as firing only where it is among the k strongest of its row. None takes the first level of a
             Matryoshka SAE from 16 on, and every non-zero activation of any other.
-        max_rows: Rows to read, spread evenly over the store.
+        max_rows: Read at most so many rows: of more, a random sample. Memory and time do not grow beyond it.
         min_share: A child's rows must be its parent's too in this share, at the lower end of a 95 % interval.
         pairs: Known pairs of a word and a broader one, or a table of them with columns `child` and `parent`, to score
             the edges against.
@@ -393,15 +397,15 @@ def concept_tree(
         StoreError: The store does not fit the SAE.
     """
     run = Run.open(sae)
-    store = as_store(on, modality, unnamed=run.modality)
+    store = sample_rows(as_store(on, modality, unnamed=run.modality), max_rows)
     model, folder = run.sae, run.folder
-    if max_rows < 1 or (k is not None and k < 1):
-        raise ConfigError(f"max rows {max_rows} and k {k}; give numbers of at least 1")
+    if k is not None and k < 1:
+        raise ConfigError(f"k is {k}; give --k at least 1")
     names = names_of(run, store)
     known = None if pairs is None else _known_pairs(pairs, names, folder)
     if k is None:
         k = counted(model)
-    chosen = np.linspace(0, len(store) - 1, min(max_rows, len(store))).round().astype(np.int64)
+    chosen = np.linspace(0, len(store) - 1, min(HIERARCHY_ROWS, len(store))).round().astype(np.int64)
     activity = Activity(model.d_sae)
     view = View(run, store, modality, inference=inference, k=k, device=device)
     for z in view.activations(rows=chosen, title="reading which latents fire"):
@@ -416,6 +420,7 @@ def concept_tree(
         shown={} if names is None else {concept.latent: concept.shown for concept in names},
         levels={latent: level_shares(samples, latent) for latent in nodes},
         score=None if known is None or names is None else score_pairs(found.edges, _words_in(known, names), known),
+        notes=notes_on(store),
     )
 
 

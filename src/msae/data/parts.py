@@ -51,11 +51,11 @@ def part_of(store: EmbeddingStore, column: str, value: str) -> Part:
     Raises:
         StoreError: As `read_part`.
     """
-    labels = store.labels(column)
-    rows = np.array([row for row, label in enumerate(labels) if label == value], dtype=np.int64)
-    others = np.array([row for row, label in enumerate(labels) if label not in (value, None)], dtype=np.int64)
+    numbers, known = store.coded_labels(column)
+    own = known.index(value) if value in known else -2
+    rows, others = np.flatnonzero(numbers == own), np.flatnonzero((numbers >= 0) & (numbers != own))
     if not len(rows):
-        known = sorted({label for label in labels if label is not None})
+        known.sort()
         hint = nearest(value, known) or f"; it has {', '.join(known[:8])}"
         raise StoreError(f"no row of {store.address} has {column} = {value!r}{hint}")
     return Part(store, column, value, rows, others)

@@ -346,8 +346,8 @@ class Metadata:
 
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
-    read: Callable[[list[str]], pa.Table]
-    """The given columns."""
+    read: Callable[..., pa.Table]
+    """The given columns; of ascending `rows` alone, where these are given, read file by file."""
     schema: Callable[[], pa.Schema]
     """All columns with their types."""
 
@@ -370,7 +370,11 @@ class Metadata:
     @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-        return cls([table.num_rows], table.select, lambda: table.schema)
+
+        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
+            return table.select(names) if rows is None else table.select(names).take(rows)
+
+        return cls([table.num_rows], read, lambda: table.schema)
 
     @classmethod
     def later(cls, counts: list[int], fetch: Sequence[Callable[[], Path]], error: Error) -> Metadata:
@@ -396,7 +400,7 @@ class Metadata:
         def schema() -> pa.Schema:
             return common_schema([read_footer(fetch[0](), error).schema.to_arrow_schema()])
 
-        return cls(counts, lambda names: every().read(names), schema)
+        return cls(counts, lambda names, rows=None: every().read(names, rows), schema)
 
     @classmethod
     def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
@@ -409,16 +413,16 @@ class Metadata:
         import pyarrow.parquet as pq
 
         if not paths:
-            return cls([], lambda _: pa.table({}), lambda: pa.schema([]))
+            return cls([], lambda *_: pa.table({}), lambda: pa.schema([]))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
         footers = [read_footer(path, error) for path in paths]
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
 
-        def read(names: list[str]) -> pa.Table:
+        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
             wanted = pa.schema([schema.field(name) for name in names])
-            tables = []
+            tables, first = [], 0
             for path, own, footer in zip(paths, schemas, footers, strict=True):
                 present = [name for name in wanted.names if name in own.names]
                 try:
@@ -431,6 +435,9 @@ class Metadata:
                         f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
                         f"{footer.num_rows:,} rows are promised; copy or make it again"
                     )
+                if rows is not None:
+                    table = table.take(rows[slice(*np.searchsorted(rows, [first, first + footer.num_rows]))] - first)
+                    first += footer.num_rows
                 tables.append(conform(table, wanted))
             return pa.concat_tables(tables)
 

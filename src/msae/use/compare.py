@@ -29,8 +29,8 @@ from msae.sae.view import View
 
 FEWEST = 10
 """Rows of both sides together in which a concept must fire to be compared."""
-MAX_ROWS, MAX_ENTRIES = 20_000, 1 << 27
-"""Rows, and activations of them, that are read of both sides; of more a random sample."""
+MAX_ENTRIES = 1 << 27
+"""Activations that are read of both sides; of more rows, a random sample."""
 DRAWS = 40
 """Permutations for each concept that is compared: so many that one alone can have a q-value of .025."""
 ALPHA = 0.05
@@ -179,6 +179,7 @@ def compare(
     within: Sequence[str] = (),
     modality: Modality | None = None,
     n_permutations: int | None = None,
+    max_rows: int = 20_000,
     seed: int = 0,
     device: str = "auto",
 ) -> Comparison:
@@ -191,6 +192,7 @@ def compare(
         within: Columns of both; only rows with the same values in them are compared with each other.
         modality: Which embeddings of the stores. Without it, images where they have them.
         n_permutations: How often the sides are shuffled. Without it, forty times for each concept.
+        max_rows: Read at most so many rows of both sides together: of more, a random sample.
         seed: Random seed.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
 
@@ -200,13 +202,15 @@ def compare(
     """
     if n_permutations is not None and n_permutations < 1:
         raise ConfigError(f"n_permutations is {n_permutations}; give at least 1, for example --n-permutations 10000")
+    if max_rows < 2:
+        raise ConfigError(f"max_rows is {max_rows}; give --max-rows at least 2, for example 20000")
     run, columns = Run.open(sae), [within] if isinstance(within, str) else list(within)
     parts = (read_part(a), read_part(b))
     _check_apart(*parts)
     inference: Inference = "threshold" if run.sae.thresholds is not None else "trained"
     views = [View(run, part.store, modality, inference=inference, device=device) for part in parts]
     rng = np.random.default_rng(seed)
-    chosen = _choose(views, parts, columns, rng)
+    chosen = _choose(views, parts, columns, max_rows, rng)
     columns_of = _columns(names_of(run, parts[0].store), run.sae.d_sae)
     strengths = _strengths(views, chosen.rows, columns_of)
     fires = strengths > 0
@@ -263,7 +267,9 @@ def _check_apart(a: Part, b: Part) -> None:
         )
 
 
-def _choose(views: Sequence[View], parts: Sequence[Part], within: Sequence[str], rng: np.random.Generator) -> _Chosen:
+def _choose(
+    views: Sequence[View], parts: Sequence[Part], within: Sequence[str], max_rows: int, rng: np.random.Generator
+) -> _Chosen:
     """Rows that have a value in every column of `within`, in strata that have rows of both sides."""
     keys: list[list[tuple[str | None, ...]]] = []
     for part in parts:
@@ -277,7 +283,7 @@ def _choose(views: Sequence[View], parts: Sequence[Part], within: Sequence[str],
         )
     strata = [np.array([number.get(key, -1) for key in own]) for own in keys]
     kept = [np.flatnonzero(own >= 0) for own in strata]
-    most = max(2, min(MAX_ROWS, MAX_ENTRIES // views[0].sae.d_sae) // 2)
+    most = max(2, min(max_rows, MAX_ENTRIES // views[0].sae.d_sae) // 2)
     taken = [np.sort(rng.permutation(own)[:most]) for own in kept]
     left_out = {
         "without a partner of the same values": sum(len(part.rows) for part in parts) - sum(map(len, kept)),

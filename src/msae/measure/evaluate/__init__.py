@@ -11,6 +11,7 @@ import torch
 
 from msae.base.devices import as_device
 from msae.base.errors import ConfigError
+from msae.data.sampled import notes_on, sample_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.kept import Kept, current_evaluations, keep, kept_evaluations
@@ -68,6 +69,7 @@ class EvaluateOptions(TypedDict, total=False):
     recovery: bool
     train_store: StoreLike | None
     batch_size: int | None
+    max_rows: int | None
     device: str
     seed: int
 
@@ -97,6 +99,7 @@ def evaluate(
     untrained: bool = False,
     train_store: StoreLike | None = None,
     batch_size: int | None = None,
+    max_rows: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Evaluation | Evaluations:
@@ -124,8 +127,10 @@ def evaluate(
             many of the strongest latents as the trained one has active. A good SAE is far from it.
         train_store: Where `dead_train` is counted; without it, the run's training store.
         batch_size: Rows at a time; None takes some 64 MB of activations.
+        max_rows: Read at most so many rows of each store: of more, a random sample. Memory does not depend on it, but
+            with `labels` it does.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
-        seed: Random seed of the batches over which CKNNA is averaged, and of the classifier.
+        seed: Random seed of the sample, of the batches over which CKNNA is averaged, and of the classifier.
 
     Raises:
         ConfigError: Options that contradict each other, or a probe that has nothing to learn from.
@@ -135,9 +140,9 @@ def evaluate(
     every = [sae] if isinstance(sae, Run | SAE | str | Path) else list(sae)
     if not every:
         raise ConfigError("there is no run to evaluate; give at least one")
-    store = as_store(on, modality, unnamed=Run.open(every[0]).modality)
+    store = sample_rows(as_store(on, modality, unnamed=Run.open(every[0]).modality), max_rows, seed=seed)
     modality = modality or store.modalities[0]
-    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed)
+    options = Options(modality, inference, k, labels, recovery, batch_size, as_device(device), seed, max_rows)
     views = [open_view(one, store, options) for one in every]
     probes = None
     if labels is not None:
@@ -243,7 +248,7 @@ def _evaluate(
         max_decoder_cosine=metrics.max_decoder_cosine(sae.W_dec),
         dead_train=dead_train,
         recovery=scores.recovery_points(cknna.at),
-        notes=tuple(filter(None, [note, cknna.note, *(test.notes if test is not None else ())])),
+        notes=tuple(filter(None, [*notes_on(store), note, cknna.note, *(test.notes if test is not None else ())])),
         class_f1=None if test is None else json_number(class_f1(view, test, scores)),
         **scores.figures(),
     )

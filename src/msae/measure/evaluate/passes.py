@@ -16,6 +16,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.base.progress import progress
 from msae.data.rows import labelled_rows
+from msae.data.sampled import sample_rows
 from msae.data.store import EmbeddingStore, as_store
 from msae.measure import metrics
 from msae.measure.evaluate.record import RecoveryPoint, json_number
@@ -39,6 +40,11 @@ class Options:
     batch_size: int | None
     device: str
     seed: int
+    max_rows: int | None = None
+
+    def drawn(self, store: EmbeddingStore) -> EmbeddingStore:
+        """The rows of a store that are read."""
+        return sample_rows(store, self.max_rows, seed=self.seed)
 
     def __post_init__(self) -> None:
         if self.inference not in get_args(Inference):
@@ -140,7 +146,7 @@ class Probes:
         """The store that the probe of a run is trained on."""
         if self._store is not None:
             check_fit(view.sae, self._store, run=view.run.given)
-            return self._store
+            return self._options.drawn(self._store)
         wanted = f"--labels {self._column} needs original embeddings to train the probe on"
         try:
             store = view.run.training_store(self._options.modality)
@@ -151,7 +157,7 @@ class Probes:
                 f"{wanted}, but the training store {store.address} has no such column of "
                 f"{self._options.modality} rows; give --probe-train STORE"
             )
-        return store
+        return self._options.drawn(store)
 
 
 CKNNA_ROWS = 10_000
@@ -159,6 +165,8 @@ CKNNA_ROWS = 10_000
 CKNNA_BATCHES = 10
 """At most so many batches: between them the value differs in the third decimal."""
 CKNNA_NEIGHBORS = 10
+MANY_ROWS = 10_000_000
+"""From here on rows are drawn without a permutation of all, which would take 8 bytes a row."""
 
 
 class Scores:
@@ -285,7 +293,9 @@ def cknna_over_batches(view: View, store: EmbeddingStore, options: Options) -> _
         return _Cknna(metrics.Summary(math.nan, math.nan, 0), {}, note)
     size = min(n, CKNNA_ROWS)
     n_batches = max(1, min(n // size, CKNNA_BATCHES))
-    chosen = np.random.default_rng(options.seed).permutation(n)[: size * n_batches].reshape(n_batches, size)
+    rng, n_drawn = np.random.default_rng(options.seed), size * n_batches
+    drawn = rng.permutation(n)[:n_drawn] if n < MANY_ROWS else rng.choice(n, n_drawn, replace=False)
+    chosen = drawn.reshape(n_batches, size)
     mean, at = metrics.RunningMean(), {}
     with progress(f"CKNNA of {view.run.name}", total=n_batches, unit="batches") as advance:
         for number, rows in enumerate(np.sort(chosen, axis=1)):
@@ -326,7 +336,7 @@ def dead_in_training(
         stores = view.run.training_stores() if given is None else [as_store(given, modality)]
     except NoTrainingStoreError as err:
         return None, f"dead latents are not counted on training rows: {err}"
-    stores = [store for store in stores if modality in store.modalities]
+    stores = [options.drawn(store) for store in stores if modality in store.modalities]
     if [(store.fingerprint, modality) for store in stores] == [(on.fingerprint, options.modality)]:
         return dead, None
     use = metrics.LatentUse(view.sae.d_sae)

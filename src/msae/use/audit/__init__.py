@@ -15,7 +15,8 @@ from msae.base.errors import ConfigError, RunError
 from msae.concepts.concept import Names, groups_of, is_numbers
 from msae.concepts.examples import ExampleConcept
 from msae.concepts.names import ConceptNames, as_names, names_of
-from msae.data.store import EmbeddingStore
+from msae.data.sampled import SampledStore, notes_on, sample_rows
+from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE, Inference
 from msae.sae.run import Run
 from msae.sae.standardize import Modality
@@ -65,6 +66,7 @@ def audit(
     inference: Inference = "trained",
     n_permutations: int | None = None,
     sweep_id: str | None = None,
+    max_rows: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Audit:
@@ -101,6 +103,7 @@ def audit(
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
         sweep_id: Id of the row in which each concept is moved from 0 to twice its p99. Without it, an ordinary row for
             each concept.
+        max_rows: Read at most so many rows: of more, a random sample. Memory and time do not grow beyond it.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         seed: Random seed.
 
@@ -113,7 +116,9 @@ def audit(
         raise ConfigError(f"--groups {groups} says which rows a fix is judged by; add --fix FILE")
     if fix is not None and Path(fix).suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"--fix {fix} is no .npz or .safetensors file; give it one of these endings")
-    view = View(sae, on, modality, inference=inference, device=device)
+    run = Run.open(sae)
+    store = sample_rows(as_store(on, modality, unnamed=run.modality), max_rows, seed=seed)
+    view = View(run, store, modality, inference=inference, device=device)
     subject = make_subject(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
         train_store=train_store, seed=seed, positive=positive, where=where, device=device,
@@ -133,6 +138,8 @@ def audit(
         errors=errors,
     )
     concepts, sample = auditor.run()
+    if isinstance(store, SampledStore):
+        sample = dataclasses.replace(sample, rows=store.chosen[sample.rows])
     found = Audit(
         target, view.store.address, subject.classifier.classes, len(subject.rows), subject.n_left_out,
         classifier=auditor.describe_classifier(),
@@ -141,7 +148,7 @@ def audit(
             "n_controls": N_CONTROLS, "where": where, "asked": bool(concept),
             "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*subject.notes, *notes, *auditor.notes),
+        concepts=tuple(concepts), notes=(*notes_on(store), *subject.notes, *notes, *auditor.notes),
         slices=tuple(auditor.slices) if errors else None, sample=sample,
     )  # fmt: skip
     if fix is None:

@@ -14,6 +14,7 @@ from msae.sae.model import SAE
 from msae.sae.standardize import Modality
 from msae.use.edits import Change, parse_change, parse_edit
 from msae.use.filters import Filter
+from msae.use.neighbours import WANTED, IndexKind
 from msae.use.search.query import Ask
 from msae.use.search.results import AppliedEdit, Hit, SearchResult, Shared, Space
 from msae.use.search.searcher import How, Searcher
@@ -42,6 +43,8 @@ def search(
     keep_residual: bool = True,
     exclusive: bool = False,
     strict: bool = False,
+    index: IndexKind = "auto",
+    recall: float = WANTED,
     names: ConceptNames | str | Path | None = None,
     encoder: str | None = None,
     embedder: Embedder | None = None,
@@ -69,6 +72,9 @@ def search(
         keep_residual: Keep the part of the query that the SAE does not reconstruct.
         exclusive: Also remove the concepts of the same kind as one that is raised: raise red, and blue goes.
         strict: Edit only the named latents; leave correlated latents unchanged.
+        index: Compare the query with every row (`exact`), or only with rows in the cells nearest to it (`ivf`), which
+            misses some. `auto` takes ivf from 3 million rows on.
+        recall: The share of the 20 nearest rows that ivf has to find, as measured when its index was built.
         names: The names.json to use. Without it, the run's, if there is one.
         encoder: The model for `image` and `text`. Without it, the one that made the store.
         embedder: That model, loaded.
@@ -82,9 +88,17 @@ def search(
     """
     ask = Ask(like, image, text, embedding, query_modality, encoder, embedder, device)
     how = How(
-        _wanted(set), n, space, keep_residual, exclusive, strict, None if where is None else Filter.parse(where), show
+        _wanted(set),
+        n,
+        space,
+        keep_residual,
+        exclusive,
+        strict,
+        None if where is None else Filter.parse(where),
+        show,
+        recall,
     )
-    return Searcher.open(sae, on, modality=modality, names=names, device=device).search(ask, how)
+    return Searcher.open(sae, on, modality=modality, names=names, device=device, index=index).search(ask, how)
 
 
 def _wanted(edits: Mapping[str, str | float] | Sequence[str]) -> list[tuple[str, Change]]:

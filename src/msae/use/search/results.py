@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +86,8 @@ class SearchResult(Result):
     """Folders that the paths of pictures may be relative to."""
     query_path: str | None = None
     """Of the query's picture, where it is a row that has one."""
+    index: Mapping[str, Any] = field(default_factory=lambda: {"kind": "exact"})
+    """How the rows were searched: `exact`, or `ivf` with its cells, how many were searched, and the recall of that."""
 
     def to_json(self) -> dict[str, Any]:
         """What `msae search --json` writes."""
@@ -99,6 +101,7 @@ class SearchResult(Result):
             "space": self.space,
             "before": [hit.to_json() for hit in self.before],
             "warnings": list(self.warnings),
+            "index": dict(self.index),
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -131,7 +134,13 @@ class SearchResult(Result):
             lines.append(f"  {edit.concept}={edit.value} ({latents}): {edit.before:.3g} -> {edit.after:.3g}")
             if edit.rivals:
                 lines.append(f"    set to 0 as its rivals: {', '.join(edit.rivals)}")
-        return [*lines, *(f"  warning: {warning}" for warning in self.warnings)]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.index.get("probes", 0) < self.index.get("cells", 0):
+            lines.append(
+                "  approximate: {probes:,} of {cells:,} cells were searched, which finds {recall:.1%} of the "
+                "{recall_at} nearest rows (measured with {measured_with} rows)".format(**self.index)
+            )
+        return lines
 
     def to_text(self) -> str:
         """What `msae search` prints."""

@@ -26,7 +26,7 @@ from msae.sae.standardize import Modality
 from msae.sae.view import View, placed
 from msae.use.edits import Change, Edit, parse_change
 from msae.use.filters import Filter
-from msae.use.neighbours import Neighbourhood, Neighbours, open_index
+from msae.use.neighbours import WANTED, IndexKind, Neighbourhood, Neighbours, open_index
 from msae.use.search.query import Ask, EditedQuery, Query, edit_query, read_query
 from msae.use.search.results import Hit, SearchResult, Shared, Space
 
@@ -56,12 +56,16 @@ class How:
     filter: Filter | None
     show: str | Sequence[str] = ()
     """Columns to see beside the captions."""
+    recall: float = WANTED
+    """Share of the nearest rows that an index of cells has to find."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ConfigError(f"n is {self.n}; give --n of at least 1, for example --n 20")
         if self.space not in ("embedding", "latent"):
             raise ConfigError(f"space {self.space!r} is unknown; give embedding or latent")
+        if not 0 < self.recall <= 1:
+            raise ConfigError(f"recall {self.recall} is not a share; give --recall above 0 and at most 1, such as .98")
 
 
 class Searcher:
@@ -79,11 +83,12 @@ class Searcher:
         *,
         remember: bool = False,
         device: str = "cpu",
+        index: IndexKind = "auto",
     ) -> None:
         self.device = device
         """Where the rows of the store pass through the SAE; a query is edited on the CPU."""
         self.sae = placed(run.sae, "cpu")
-        self._folder = run.folder
+        self._folder, self._kind = run.folder, index
         self.store, self.searched, self.names = store, searched, names
         self._remember = remember
         self._concepts: dict[tuple[Modality, bool], ConceptSet] = {}
@@ -98,6 +103,7 @@ class Searcher:
         names: ConceptNames | str | Path | None = None,
         remember: bool = False,
         device: str = "auto",
+        index: IndexKind = "auto",
     ) -> Searcher:
         """For the arguments of `msae.search`.
 
@@ -112,12 +118,12 @@ class Searcher:
         store = as_store(on, modality, unnamed=run.modality)
         known = as_names(names) if names is not None else names_of(run, store)
         run.check_fit(store)
-        return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device)
+        return cls(run, store, modality or store.modalities[0], known, remember=remember, device=device, index=index)
 
     @cached_property
     def index(self) -> Neighbourhood:
         """Of the rows that are searched; built when first asked for."""
-        return open_index(self.store, self.searched, self._folder)
+        return open_index(self.store, self.searched, self._folder, self._kind)
 
     def concepts(self, modality: Modality, *, strict: bool = False) -> ConceptSet:
         """The concepts that can be edited in queries of `modality`.
@@ -149,9 +155,12 @@ class Searcher:
         edited = edit_query(sae, query, edits, concepts, exclusive=how.exclusive, keep_residual=how.keep_residual)
         if how.space == "latent":
             found = search_latents(sae, store, self.searched, edited, how.n, keep, device=self.device)
+            used, little = {"kind": "exact"}, []
         else:
-            found = search_embeddings(self.index, edited, how.n, keep)
-        warnings = [*edited.warnings, *self._changed_little(query, how, edits, edited, found, keep)]
+            index = self.index.for_queries(query.modality, how.recall)
+            found = search_embeddings(index, edited, how.n, keep)
+            used = index.describe(keep)
+            little = self._changed_little(query, how, edits, edited, found, index, keep)
         sharing = _Sharing(self.concepts(self.searched, strict=True).view, query.modality, self.names, edited.z_edited)
         describe = partial(_hits, store, how.show, sharing)
         return SearchResult(
@@ -164,7 +173,8 @@ class Searcher:
             edits=edited.edits,
             hits=describe(found.after, flipped=False),
             before=describe(found.before, flipped=True) if edited.is_changed else (),
-            warnings=tuple(warnings),
+            warnings=(*edited.warnings, *little),
+            index=used,
             roots=store.picture_roots,
             query_path=None if query.row is None else store.describe_rows([query.row])[0].path,
         )
@@ -176,12 +186,13 @@ class Searcher:
         edits: Sequence[Edit],
         edited: EditedQuery,
         found: Both,
+        index: Neighbourhood,
         keep: NDArray[np.bool_] | None,
     ) -> list[str]:
         """A line where an edit brought hardly any new row: how many, and what would bring more."""  # fmt: skip
         n = len(found.after.rows)
         n_new = _n_new(found)
-        if not edits or how.space == "latent" or n_new >= LITTLE * n:
+        if not edits or n_new >= LITTLE * n:
             return []
         said = f"the edit brought {n_new} new of {n} rows"
         raised = {one.concept for one in edited.edits if one.after > one.before}
@@ -200,7 +211,7 @@ class Searcher:
             )  # fmt: skip
             went_up = all(new.after > old.after for new, old in zip(more.edits, edited.edits, strict=True)
                           if old.concept in raised)  # fmt: skip
-            n_more = _n_new(search_embeddings(self.index, more, how.n, keep)) if went_up else 0
+            n_more = _n_new(search_embeddings(index, more, how.n, keep)) if went_up else 0
             if n_more >= LITTLE * n:
                 sets = " ".join(f"--set '{concept}={value}'" for concept in sorted(raised))
                 return [f"{said}; {sets} would bring {n_more}"]
