@@ -1,6 +1,7 @@
 """Training on 2 and 4 processes beside one: loss curves, weights, held-out FVU; and what a kill leaves.
 
-    python benchmarks/processes.py TRAIN.npy TEST.npy [--rows 4096] [--epochs 4] [--seed 50] [--kinds default topk] [--folder FOLDER]
+    python benchmarks/processes.py TRAIN.npy TEST.npy [--rows 4096] [--epochs 4] [--seed 50]
+        [--kinds default topk] [--folder FOLDER]
 
 With a folder a run that was cut off goes on where it was.
 
