@@ -341,41 +341,55 @@ def _keep(folder: Path, name: str, found: dict[str, Any]) -> None:
 
 
 def results(folder: Path) -> None:
-    """Write the section of RESULTS.md."""
-    k, p, o, s = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("kills", "parts", "overhead", "scaling")
-    )
-    lines = [
-        "| | |",
-        "|---|---|",
-        f"| {k['scenes']:,} scenes in {k['chunks']} chunks on a Ray cluster of three nodes, kills that hit | "
-        f"{', '.join(f'{n} {kind}' for kind, n in k['hits'].items())} |",
-        f"| bytes of one process | {'equal' if k['same bytes'] else 'DIFFERENT'} |",
-        f"| chunks committed, of them written a second time | {k['chunks seen']}, {k['chunks written twice']} |",
-        f"| parts {', '.join(f'{i}/4' for i in p['order'])} of {p['scenes']:,} scenes, killed after "
-        f"{', '.join(map(str, p['killed after chunks']))} chunks and repeated | "
-        f"{'equal' if p['same bytes'] else 'DIFFERENT'}, {p['chunks written twice']} written a second time |",
-        "",
-        f"| two cores, {o['scenes']:,} scenes | s in all | scenes a second, first to last chunk |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {o[name]['seconds']:.1f} | {o[name]['scenes a second']:.0f} |"
-            for name in ("one process", "two parts", "ray")
-        ),
-        "",
-        f"The three stores are {'equal' if o['same bytes'] else 'DIFFERENT'} in every byte.",
-        "",
-        "| workers that sleep | chunks | busy while all work | the last ends after the first, s | s until all work |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {n} | {one['chunks']} | {one['efficiency']:.3f} | {one['tail']:.1f} "
-            f"| {one['seconds until all work']:.0f} |"
-            for n, one in s.items()
-        ),
-        "",
-        f"A batch sleeps {COST:g} s, a chunk {4 * COST:g} s. All workers start on two cores here, one after another; "
-        "the nodes of a cluster start theirs beside each other.",
-    ]
+    """Write the section of RESULTS.md, of what was run."""
+    lines: list[str] = []
+
+    def found(name: str) -> Any:
+        path = folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else lines.append(f"\n*{name}* was not run.")
+
+    def bytes_of(run: Any) -> str:
+        written = run["chunks written twice"]
+        return f"bytes {'equal' if run['same bytes'] else 'DIFFERENT'}, {written} chunks written a second time"
+
+    if k := found("kills"):
+        hits = ", ".join(f"{n} of a {kind}" for kind, n in k["hits"].items())
+        lines.append(
+            f"- {k['scenes']:,} scenes, {k['chunks']} chunks, a Ray cluster of three nodes, {len(k['kills'])} kills; "
+            f"that hit: {hits}. Against one process: {bytes_of(k)}; {k['left over']} processes left over. "
+            f"{k['seconds']:.0f} s with all restarts."
+        )
+    if p := found("parts"):
+        lines.append(
+            f"- Parts {', '.join(f'{i}/4' for i in p['order'])} of {p['scenes']:,} scenes, killed after "
+            f"{', '.join(map(str, p['killed after chunks']))} chunks and repeated: {bytes_of(p)}."
+        )
+    if o := found("overhead"):
+        lines += [
+            "",
+            f"| two cores, {o['scenes']:,} scenes | s in all | scenes a second, first to last chunk |",
+            "|---|---:|---:|",
+            *(
+                f"| {name} | {o[name]['seconds']:.1f} | {o[name]['scenes a second']:.0f} |"
+                for name in ("one process", "two parts", "ray")
+            ),
+            "",
+            f"The three stores are {'equal' if o['same bytes'] else 'DIFFERENT'} in every byte.",
+        ]
+    if s := found("scaling"):
+        lines += [
+            "",
+            "| workers that sleep | chunks | busy while all work | the last ends later, s | s until all work |",
+            "|---:|---:|---:|---:|---:|",
+            *(
+                f"| {n} | {one['chunks']} | {one['efficiency']:.3f} | {one['tail']:.1f} "
+                f"| {one['seconds until all work']:.0f} |"
+                for n, one in s.items()
+            ),
+            "",
+            f"A batch sleeps {COST:g} s, a chunk {4 * COST:g} s. Here all workers start on two cores; "
+            "the nodes of a cluster start theirs beside each other.",
+        ]
     write_section("cluster", "Embedding by several processes", "\n".join(lines))
 
 

@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="SAEs that read them")
     parser.add_argument("--articles", nargs="+", default=["Formal Shoes", "Heels", "Sandals"])
     parser.add_argument("--colours", nargs="+", default=["Grey", "Green", "Purple", "Navy Blue", "Pink"])
+    parser.add_argument("--section", default="concepts-from-examples", help="of RESULTS.md")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -181,7 +182,7 @@ def main() -> None:
     )  # fmt: skip
     print(text)
     if arguments.write:
-        write_section("concepts-from-examples", "Concepts from examples, against the best single latent", text)
+        write_section(arguments.section, "Concepts from examples, against the best single latent", text)
 
 
 if __name__ == "__main__":

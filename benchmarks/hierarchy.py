@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, help="a store of the embeddings of words")
     parser.add_argument("--isa", type=Path, help="a table of words (child) and more general ones (ancestor)")
     parser.add_argument("--half", choices=("choose", "judge"), default="choose")
+    parser.add_argument("--section", help="of RESULTS.md, with --isa")
     options = parser.parse_args()
     if options.isa:
         by_isa(options)
@@ -159,7 +160,7 @@ def by_isa(options: argparse.Namespace) -> None:
                 )
                 print(lines[-1], flush=True)
     title = "Hierarchy against WordNet's is-a pairs, real vectors"
-    write_section(f"hierarchy-isa-{options.half}", f"{title}: {options.half}", "\n".join(lines))
+    write_section(options.section or f"hierarchy-isa-{options.half}", f"{title}: {options.half}", "\n".join(lines))
 
 
 class Related(NamedTuple):
@@ -272,7 +273,7 @@ def nearest_more_frequent(sae: SAE, found: Hierarchy) -> list[Edge]:
     edges = []
     for child in found.parent:
         cosine = np.where(found.fired > found.fired[child], decoder @ decoder[child], -np.inf)
-        edges.append(Edge(child, int(cosine.argmax()), 0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        edges.append(Edge(child, int(cosine.argmax()), 0, 0.0, 0.0, 0.0, 0.0))
     return edges
 
 

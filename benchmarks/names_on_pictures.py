@@ -1,6 +1,6 @@
 """Do the names that are shown for a picture fit it?
 
-python benchmarks/names_on_pictures.py RUN --vocabulary STORE --on STORE [STORE ...]
+python benchmarks/names_on_pictures.py RUN [RUN ...] --vocabulary STORE --on STORE [STORE ...]
 
 Names are made and checked on one half of each store, without its captions and labels, and judged on the other: of the
 five concepts shown for a picture (the largest activations for each latent's natural 99th percentile), the share of the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,20 +45,22 @@ class Half(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--vocabulary", required=True)
-    parser.add_argument("--on", required=True, nargs="+", help="stores of images that the run was not trained on")
+    parser.add_argument("--on", required=True, nargs="+", help="stores of images that no run was trained on")
+    parser.add_argument("--section", default="names-on-pictures", help="of RESULTS.md")
     parser.add_argument("--dry", action="store_true", help="print, and leave RESULTS.md alone")
     arguments = parser.parse_args()
-    run, vocabulary = Run.open(arguments.run), as_store(arguments.vocabulary, "text")
-    words = read_words(run.sae, vocabulary, NameSettings())
-    records = [measure(run, vocabulary, words, as_store(on, "image")) for on in arguments.on]
+    vocabulary, records = as_store(arguments.vocabulary, "text"), []
+    for run in map(Run.open, arguments.runs):
+        words = read_words(run.sae, vocabulary, NameSettings())
+        records += [measure(run, vocabulary, words, as_store(on, "image")) for on in arguments.on]
     body = table(records)
     print(body)
     if not arguments.dry:
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / "names-on-pictures.json").write_text(json.dumps(records, indent=1) + "\n")
-        write_section("names-on-pictures", "Do the names that are shown for a picture fit it?", body)
+        (FIGURES / f"{arguments.section}.json").write_text(json.dumps(records, indent=1) + "\n")
+        write_section(arguments.section, "Do the names that are shown for a picture fit it?", body)
 
 
 def measure(run: Run, vocabulary: EmbeddingStore, words: Words, store: EmbeddingStore) -> dict[str, Any]:
@@ -82,6 +85,8 @@ def measure(run: Run, vocabulary: EmbeddingStore, words: Words, store: Embedding
         "rows decide, shuffled": shuffled,
     }
     return {
+        "run": run.name,
+        "most_of_a_word": max(Counter(by_rows.values()).values(), default=0),
         "store": f"{store.path.parent.name}/{store.path.name}",
         "rows": len(second),
         "counts": dict(found.counts),
@@ -138,32 +143,25 @@ class _Shuffled(View):
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    head = (
-        "store, rows that judge",
-        "names from",
-        "named latents",
-        "fit",
-        "named of five",
-        "pictures with none",
-        "null",
-    )
+    head = ("run", "store, rows that judge", "names from", "named latents", "fit", "named of five", "with none", "null")
     lines = [
         "Of the five concepts shown for a picture, the share of the named ones that fit (its name among the best 5 % "
         "of all words by similarity to that picture; by chance .05). Names were made and checked on one half of each "
-        "store, without captions or labels, and judged on the other. *Null*: of the latents tested, the share whose "
-        "word holds when activations are shuffled over the rows. One SAE of the default recipe (10 epochs, batch 256).",
+        "store, without captions or labels, and judged on the other. *With none*: pictures without a named concept. "
+        "*Null*: of the latents tested, the share whose word holds when activations are shuffled over the rows.",
         "",
         f"| {' | '.join(head)} |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for record in records:
         for way, found in record["ways"].items():
             null = f"{record['null_named']:.3f}" if way == "rows decide" else ""
             lines.append(
-                f"| {record['store']}, {record['rows']:,} | {way} | {found['named']:,} | {found['fit']:.3f} | "
-                f"{found['named_of_five']:.2f} | {found['without_any']:.2f} | {null} |"
+                f"| {record['run']} | {record['store']}, {record['rows']:,} | {way} | {found['named']:,} | "
+                f"{found['fit']:.3f} | {found['named_of_five']:.2f} | {found['without_any']:.2f} | {null} |"
             )
-    return "\n".join(lines)
+    most = ", ".join(f"{one['most_of_a_word']} ({one['run']}, {one['store']})" for one in records)
+    return "\n".join([*lines, "", f"Latents with the most frequent name: {most}."])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of run folders; unfinished ones are left out")
     parser.add_argument("--vocabulary", required=True)
     parser.add_argument("--on", required=True, help="store with captions or labels that no run was trained on")
+    parser.add_argument("--section", default="naming-rules", help="of RESULTS.md")
     parser.add_argument("--dry", action="store_true", help="print, and leave RESULTS.md alone")
     arguments = parser.parse_args()
 
@@ -64,10 +65,10 @@ def main() -> None:
     print(body)
     if not arguments.dry:
         FIGURES.mkdir(exist_ok=True)
-        (FIGURES / "naming-rules.json").write_text(
+        (FIGURES / f"{arguments.section}.json").write_text(
             json.dumps({"runs": records, "pictures": pictured, "centring": centring}, indent=1) + "\n"
         )
-        write_section("naming-rules", "Naming: the poster's rule and the evidence", body)
+        write_section(arguments.section, "Naming: the poster's rule and the evidence", body)
 
 
 def measure(run: Path, names_of: Callable[..., ConceptNames], on: str) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def main() -> None:
     hits_.add_argument("--first-scene", type=int, default=FIRST_SCENE, help="7,500 train and name, later ones judge")
     hits_.add_argument("--sae-seed", type=int, default=0)
     hits_.add_argument("--scenes", type=int, default=500)
+    hits_.add_argument("--section", default="regions", help="of RESULTS.md")
     hits_.add_argument("--covering", action="store_true", help="also cover each patch in turn, which takes long")
     time_ = parsers.add_parser("time")
     time_.add_argument("--pictures", type=int, default=BATCH)
@@ -80,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "hits":
         record = hits(arguments)
-        section, title, body = "regions", "Where in the picture", table(record)
+        section, title, body = arguments.section, "Where in the picture", table(record)
     else:
         record = seconds(arguments.pictures, arguments.concepts)
         section, title, body = "regions-time", "What a region costs", time_table(record)

@@ -4,6 +4,7 @@ python processes_worker.py FOLDER    (with what torchrun gives: RANK, WORLD_SIZE
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ KINDS = {
     "relu": {"kind": "relu"},
     "widths": {"widths": (8, 16, 64), "k": 8},
     "both": {"modality": "both", "align": 1.0, "batch_size": 62},
+    "blocks": {"modality": "both", "align": 1.0, "batch_size": 62, "block_rows": 16},
 }
 TIES = torch.arange(60).remainder(7).reshape(10, 6).float() - 2
 
@@ -36,7 +38,7 @@ def train_all(folder: Path) -> None:
             if not processes.is_first:
                 sae.save(out / f"{name} of process {processes.rank}")
         if processes.size > 1:
-            kept = batchtopk(TIES[processes.part(10)], 2, processes)
+            kept = batchtopk(TIES[processes.part(10)], 2, replace(processes, batch_size=10))
             torch.save(kept, out / f"kept {processes.rank}.pt")
 
 

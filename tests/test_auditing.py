@@ -22,6 +22,7 @@ from msae.use.audit.auditor import PermutationTests
 from msae.use.audit.measure import matched_groups, profile_of
 from msae.use.audit.subjects import target_columns
 from msae.use.classifier import LinearClassifier
+from msae.web.report.audit import section
 from tests.oracles import audits as oracle
 from tests.oracles import statistics as statistics_oracle
 
@@ -149,7 +150,7 @@ def test_a_planted_correlation_is_found_and_removing_it_helps_the_worst_group(fo
     assert planted.given_true.q < 0.05 and planted.given_true.effect_size > 0.3
     assert abs(planted.by_true.effect_size) < 0.2  # the audited store does not have the correlation
     assert planted.remove.change < -0.1 < 0.1 < planted.set_p99.change
-    assert planted.control.beaten >= 0.9  # the one random latent that may beat it is the class itself
+    assert planted.control.beaten == 1  # the class itself, latent 0, is no control of it
     assert planted.effect > 2 * planted.control.set_p50
     assert planted.debiasing.worst_levelled > planted.debiasing.worst + 0.1
     assert planted.test == "train_shift" and planted.train_shift.q < 0.05
@@ -235,7 +236,7 @@ def test_the_same_seed_gives_the_same_audit_and_concepts_are_audited_alone_as_am
     assert again.to_json() == found.to_json()
     alone = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["Planted"], n_permutations=400)
     assert [one.name for one in alone.concepts] == ["planted"]
-    assert "; planted does not stand out beyond its controls." in alone.verdict
+    assert "; planted stands out beyond its controls." in alone.verdict  # its class, latent 0, is no control of it
     own = audit(sae, store, "y", train_store=biased, names=NAMES, concept=["rest", "silent"], n_permutations=20)
     assert "0 of the 2 concepts asked for stand out" in own.verdict and "\nrest " in own.to_text()  # asked for: shown
     assert alone["planted"].remove.change == pytest.approx(found["planted"].remove.change, abs=1e-6)
@@ -284,7 +285,14 @@ def test_a_concept_that_fires_in_training_rows_alone_is_in_the_family_of_q_value
     result = audit(sae, without, "y", train_store=biased, names=NAMES, n_permutations=400)
     planted = result["planted"]
     assert planted.note == f"never fires on {without.path}" and planted.remove is None
-    assert planted.main is planted.train_shift and planted.main.q < 0.05
+    assert planted.main is planted.train_shift and planted.main.q < 0.05 and planted in result.reported()
+    assert result.in_training_alone == [planted] and planted not in result.ranked
+    assert f"In the training rows planted (q {planted.main.q:.2g}) goes with the classes" in result.to_text()
+    assert "it fires in none of the audited rows, so the effect cannot be measured here" in result.verdict
+    assert Audit.from_json(json.dumps(result.to_json()), where="x").reported() == result.reported()
+    page = section(result)
+    assert "planted (q " in page.split("</p>")[0]
+    assert page.count(">planted<") == 1 and "In the training rows alone" in page.split(">planted<")[0]
     tested = [one.train_shift for one in result.concepts if one.train_shift]
     wanted = scipy.stats.false_discovery_control([one.p for one in tested])
     assert [one.q for one in tested] == pytest.approx(list(wanted))
@@ -452,6 +460,22 @@ def test_controls_fire_like_the_concept_and_are_others():
     assert len(drawn) == 10 and all(0 < latent < 20 for (latent,) in drawn)
     pairs = matched_groups((0, 20), profile_of(z), n_controls=10, rng=rng)
     assert all(not {0, 20, 39} & set(pair) and len(pair) == 2 and pair[0] < 20 <= pair[1] for pair in pairs)
+
+
+def test_a_latent_that_goes_with_the_class_more_than_the_concept_is_no_control_of_it():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 2000)
+    z = ((rng.random((2000, 12)) < 0.4) * rng.gamma(3, 1, (2000, 12))).astype(np.float32)
+    z[:, 5] *= truth == 1  # the class
+    z[:, 6] *= 0.8 + 0.2 * (truth == 1)  # hardly
+    profile = profile_of(z, truth)
+    correlations = [abs(np.corrcoef(z[:, latent], truth == k)[0, 1]) for latent in (5, 6) for k in range(3)]
+    wanted = [max(correlations[:3]), max(correlations[3:])]
+    assert list(profile.of_class[[5, 6]]) == pytest.approx(wanted, abs=1e-4)  # float32 sums
+    controls = {latent for (latent,) in matched_groups((0,), profile, n_controls=11, rng=rng)}
+    assert controls == set(range(1, 12)) - {5}
+    assert len(matched_groups((5,), profile, n_controls=11, rng=rng)) == 11  # what does go with it is judged by all
+    assert {5} == controls ^ {one for (one,) in matched_groups((0,), profile_of(z), n_controls=11, rng=rng)}
 
 
 CASES = {

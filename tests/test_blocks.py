@@ -12,7 +12,7 @@ import pytest
 from msae.base.devices import memory
 from msae.base.errors import Interrupted, RunError
 from msae.sae.train import train
-from msae.sae.train.blocks import BLOCKS, block_batches, pools, rows_of_a_block
+from msae.sae.train.blocks import BLOCKS_PER_ROW, block_batches, pools, rows_of_a_block
 from msae.sae.train.rows import TrainingRows
 from msae.sae.train.settings import TrainSettings
 from tests.conftest import needs_posix
@@ -64,15 +64,16 @@ def test_an_epoch_draws_each_row_at_most_once_and_epochs_and_seeds_differ(n, blo
 
 
 def test_rows_of_a_block_are_drawn_within_one_pool_and_mixed_with_those_of_other_blocks():
-    n, block_rows = 4 * BLOCKS * 3, 3
+    at_once, block_rows = 16 * BLOCKS_PER_ROW, 3
+    n = 4 * at_once * block_rows
     order = np.array(drawn(n, n // 16, size=16, block_rows=block_rows)).ravel()
     pool = np.empty(n, int)
-    pool[order] = np.arange(n) // (BLOCKS * block_rows)  # which pool each row was drawn in
+    pool[order] = np.arange(n) // (at_once * block_rows)  # which pool each row was drawn in
     blocks = pool.reshape(-1, block_rows)
     assert (blocks == blocks[:, :1]).all()
-    assert not np.array_equal(np.unique(blocks[:, 0], return_index=True)[1], np.arange(4) * BLOCKS)
+    assert not np.array_equal(np.unique(blocks[:, 0], return_index=True)[1], np.arange(4) * at_once)
     of_a_batch = order[:16] // block_rows
-    assert len(set(of_a_batch.tolist())) > 10  # of 256 blocks
+    assert len(set(of_a_batch.tolist())) > 10  # of 64 blocks
 
 
 @pytest.mark.parametrize("first", [0, 1, 52, 102, 103, 300, 301, 617])
@@ -83,11 +84,8 @@ def test_what_is_drawn_after_an_interruption_is_what_would_have_been_drawn(first
 
 def test_a_pool_is_skipped_without_being_read():
     part = Numbers(10_000)
-    todo = pools(10_000, block_rows=4, n_drawn=10_000, seed=(0,), first=9_999)
-    assert (
-        next(todo).drawn.stop - next(pools(10_000, block_rows=4, n_drawn=10_000, seed=(0,), first=9_999)).drawn.start
-        == 1
-    )
+    last = next(pools(10_000, block_rows=4, at_once=40, n_drawn=10_000, seed=(0,), first=9_999))
+    assert last.drawn == slice(last.n_rows - 1, last.n_rows)
     next(block_batches(part, ("image",), 10, block_rows=4, n_batches=1000, seed=(0,), first=0))
     assert part.threads and threading.main_thread() not in part.threads  # never in the step
 
@@ -177,12 +175,12 @@ def test_several_stores_are_cut_into_blocks_like_one(store, tmp_path):
 
 def test_blocks_are_chosen_where_the_store_does_not_fit():
     gib = 1 << 30
-    assert rows_of_a_block(11 * gib, 2048, 16 * gib) == 1
-    assert rows_of_a_block(13 * gib, 2048, 16 * gib) == 2048  # 256 blocks of 2048 rows of 2 KiB: a 16th of the memory
-    assert rows_of_a_block(100 * gib, 2 * 2048, 16 * gib) == 1024
-    assert rows_of_a_block(10**15, 2048, 10 * 1024 * gib) == 8192
-    assert rows_of_a_block(10**9, 4096, 1 << 20) == 16
-    assert rows_of_a_block(13 * gib, 2048, 16 * gib, n_processes=8) == 256
+    assert rows_of_a_block(11 * gib, 2048, 4096, 16 * gib) == 1
+    assert rows_of_a_block(13 * gib, 2048, 4096, 16 * gib) == 32  # 16,384 blocks of 64 KiB: a 16th of the memory
+    assert rows_of_a_block(100 * gib, 2048, 256, 16 * gib) == 512
+    assert rows_of_a_block(10**15, 2048, 64, 10 * 1024 * gib) == 4096
+    assert rows_of_a_block(10**9, 4096, 4096, 1 << 20) == 4
+    assert rows_of_a_block(13 * gib, 2048, 4096, 16 * gib, n_processes=4) == 8
 
 
 LIMITED = """
@@ -206,4 +204,4 @@ def test_a_store_beyond_the_memory_is_trained_on_in_blocks_without_being_asked(s
     rows = TrainingRows(store / "x-image.npy", "image")
     assert rows.n_bytes == 2000 * 16 * 2
     assert TrainSettings(block_rows=32).resolve(rows).block_rows == 32
-    assert TrainSettings().resolve(rows).block_rows == rows_of_a_block(rows.n_bytes, 64, memory()) == 1
+    assert TrainSettings().resolve(rows).block_rows == rows_of_a_block(rows.n_bytes, 64, 64, memory()) == 1

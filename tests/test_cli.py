@@ -1,6 +1,7 @@
 """The command line is the Python functions with exit codes; its text and its JSON say the same."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,12 @@ def test_every_verb_explains_itself(verb, capsys):
     assert run(verb, "--help") == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: msae {verb} ") and "--json" in out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "demo"])
+def test_a_verb_without_arguments_says_what_it_lacks(verb, capsys):
+    assert run(verb) == 2
+    assert re.fullmatch(rf"msae {verb}: .*(missing|required).*\n", capsys.readouterr().err, re.I)
 
 
 def test_version(capsys):

@@ -11,7 +11,7 @@ import torch
 from msae import find, learn_concept, search
 from msae.base.errors import ConfigError, RunError, StoreError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet
-from msae.concepts.examples import FEWEST, best_thresholds, f1, from_rows, learn, load_examples
+from msae.concepts.examples import MIN_EXAMPLES, best_thresholds, f1, from_rows, learn, load_examples
 from msae.concepts.names import Concept, names_of
 from msae.data.parts import read_part
 from msae.data.store import StorePart, write_store
@@ -152,7 +152,7 @@ def test_what_cannot_be_learnt_is_refused(world):
     run, store = world
     with pytest.raises(StoreError, match="kind = 'yess'; did you mean 'yes'"):
         learn_concept(run, "x", f"{store.path}:kind=yess")
-    with pytest.raises(ConfigError, match=f"3 rows with it; give at least {FEWEST}"):
+    with pytest.raises(ConfigError, match=f"3 rows with it; give at least {MIN_EXAMPLES}"):
         learn_concept(run, "x", store, like=["r1", "r2", "r3"])
     with pytest.raises(ConfigError, match="'r1' is given both as like and as unlike"):
         learn_concept(run, "x", store, like=["r1"], unlike=["r1"])

@@ -363,6 +363,20 @@ def test_every_column_can_be_audited_or_the_page_says_why_not(explorer, world):
     assert world.left_out["caption"] == "names or describes single rows"
 
 
+def test_an_audit_takes_only_the_rows_that_fit(explorer, world):
+    sizes = world.store.column("size")
+    kept = next(size for size in set(sizes) if sizes.count(size) > 60)
+    asked = {"page": "audit", "target": "background", "rows": f" size == '{kept}' "}
+    page = show(explorer, "result", **asked)
+    found = world.first.audit("background", asked["rows"].strip())
+    assert found.settings["where"] == f"size == '{kept}'" and found.n + found.classifier["n_train"] == sizes.count(kept)
+    assert html.escape(found.verdict) in page
+    assert f"only rows with size == &#39;{kept}&#39;" in page
+    assert world.first.audit("background").n > found.n
+    assert f'name="rows" value=" size == &#39;{kept}&#39; "' in show(explorer, **asked)
+    assert "no column &#39;sizes&#39;" in show(explorer, "result", **(asked | {"rows": "sizes == 1"}))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"concepts": [1]}', "[" * 5000, HOSTILE, '{"target": {}}'])
 def test_what_is_no_audit_is_said_to_be_none(text):
     with pytest.raises(ConfigError, match=r"x\.json is not what msae audit writes"):

@@ -217,6 +217,28 @@ def test_an_audit_runs_and_a_sample_is_swept(person):
     assert HOSTILE in page.locator("#part-sweep figcaption").first.inner_text()
 
 
+def test_what_stands_out_is_drawn_with_its_sweep(person, folder):
+    import msae
+
+    on, run = folder / "scenes.store", folder / "runs/named"
+    target = next(one for one in ("shadow", "frame", "relation") if msae.audit(run, on, one).ranked)
+    page = person.open(f"?page=audit&run=named&target={target}")
+    page.wait_for_selector("section.audit .verdict")
+    drawn = page.locator("section.audit .figures").first.locator("figure > svg")
+    labels = [one.get_attribute("aria-label") for one in drawn.all()]
+    assert len(labels) == 4 and any("One row, the concept at several strengths" in one for one in labels)
+
+
+def test_only_the_rows_that_fit_are_audited(person):
+    page = person.open("?page=audit&run=named")
+    page.get_by_label("column").select_option("background")
+    page.get_by_label("only rows with").fill("count == 1")
+    page.get_by_role("button", name="Audit", exact=True).click()
+    page.wait_for_selector("section.audit .verdict")
+    assert "only rows with count == 1" in page.locator("section.audit").inner_text()
+    assert page.get_by_label("only rows with").input_value() == "count == 1"
+
+
 def test_a_written_audit_is_loaded_and_a_wrong_file_is_refused(person, folder, tmp_path):
     import json
 

@@ -19,6 +19,7 @@ from msae.data.layout import far_address
 from msae.data.parts import read_part
 from msae.data.store import EmbeddingStore, StorePart, recorded_store, write_store
 from msae.sae.train import train
+from msae.web.explorer.session import open_world
 
 N, D = 700, 8
 SMALL = {"d_sae": 32, "batch_size": 64, "epochs": 2, "lr": 1e-3, "log_every": 5, "device": "cpu", "levels": (4, 32)}
@@ -398,3 +399,5 @@ def test_commands_take_addresses(local, memory, tmp_path, capsys):
     ):
         assert cli(*command) == 0, (command, capsys.readouterr().err)
     assert memory in capsys.readouterr().out
+    for world in (open_world([run], on=memory), open_world([run])):
+        assert world.store.address == memory and len(world.store) == N

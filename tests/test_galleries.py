@@ -388,7 +388,7 @@ def test_command_line_says_in_one_line_what_is_wrong(store, run, capsys):
         ({"latent": 1, "n": 0}, ConfigError, "n is 0"),
         ({}, ConfigError, "either --latent I or --concept NAME"),
         ({"latent": 1, "concept": "dog"}, ConfigError, "either --latent I or --concept NAME"),
-        ({"concept": "dog"}, ConfigError, "msae name .* --vocabulary STORE first"),
+        ({"concept": "dog"}, ConfigError, "msae name .* first"),
     ],
 )
 def test_wrong_question_is_one_line(store, run, options, error, words):

@@ -96,7 +96,7 @@ def test_tree_as_json_has_names_levels_and_edges():
 
 
 def edge(child, parent):
-    return Edge(child, parent, 20, 1.0, 0.9, 1.0, 3.0, 2.7)
+    return Edge(child, parent, 20, 1.0, 0.9, 3.0, 2.7)
 
 
 def test_edges_are_scored_against_known_pairs_and_what_follows_from_them():

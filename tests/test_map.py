@@ -110,7 +110,7 @@ def test_what_pca_placed_is_placed_again_once_umap_is_there_and_not_the_other_wa
 
 
 def test_few_latents_are_placed_by_pca():
-    assert method_for(places.FEWEST - 1) == "pca" and method_for(5000) == ("umap" if HAS_UMAP else "pca")
+    assert method_for(places.MIN_FOR_UMAP - 1) == "pca" and method_for(5000) == ("umap" if HAS_UMAP else "pca")
 
 
 # --- The page

@@ -172,6 +172,9 @@ IRREGULAR = [
         ("แมวดำนั่งบนหญ้า", "แมว", True),
         ("แมวดำนั่งบนหญ้า", "หญ้า", True),
         ("แมวดำนั่งบนหญ้า", "หมา", False),
+        ("一只熊猫", "猫", True),  # a panda; a limit that docs/naming.md states
+        ("コーヒーカップ", "カップ", True),
+        ("コーヒーカップ", "カッ", True),
         ("a 猫photo", "photo", True),
         ("\uff43\uff41\uff54", "cat", True),  # wide letters
         ("बिल्ली घास पर", "बिल्ली", True),  # vowel signs are no letters, and part no words
@@ -255,11 +258,7 @@ def test_planted_concepts_get_their_names(world, has_captions):
     planted = [c for c in names if c.latent < N_PLANTED]
     right = [c for c in planted if c.name == WORDS[c.latent]]
     assert len(right) >= 0.9 * len(planted) and len(right) >= 0.8 * N_PLANTED
-    others = [c for c in names if c.latent >= N_PLANTED]  # random directions: in 48 dimensions some go with a word
-    if has_captions:
-        assert all(c.agreement.auroc > 0.65 for c in others) and len(others) <= 0.2 * (D_SAE - N_PLANTED)
-    else:
-        assert len(others) <= 0.05 * D_SAE
+    assert len(names) - len(planted) <= 0.05 * D_SAE  # random directions
     for concept in right:
         assert concept.p <= concept.q <= 0.05 and concept.margin > 0 and concept.text_fires
         assert concept.is_multimodal is (True if has_captions else None)
@@ -391,8 +390,8 @@ def test_the_rows_that_judge_a_name_are_the_oracles(world, pictures):
     z, likeness = view.table(np.arange(1500)), x @ words.directions.T
     assert len(found.latents) > N_PLANTED and found.is_held.sum() > 0.8 * N_PLANTED
     for latent, word, one in list(zip(found.latents, found.words, found.evidence, strict=True))[::9]:
-        chosen_by = [np.corrcoef(z[first, latent], likeness[first, i])[0, 1] for i in range(N_WORDS)]
-        assert word == np.argmax(chosen_by)
+        near = np.argsort(-(z[first, latent] @ likeness[first]))[:10]
+        assert word == max(near, key=lambda i: np.corrcoef(z[first, latent], likeness[first, i])[0, 1])
         judged_by = [np.corrcoef(z[second, latent], likeness[second, i])[0, 1] for i in range(N_WORDS)]
         assert one.correlation == pytest.approx(judged_by[word], abs=1e-4)
         assert one.rank == 1 + sum(value > judged_by[word] for value in judged_by)
@@ -409,7 +408,7 @@ def test_the_rows_that_judge_a_name_are_the_oracles(world, pictures):
         contrast = (likeness[clear, word].mean() - own.mean()) / own.std() if clear else 0
         assert one.contrast == pytest.approx(contrast, abs=0.05)
     for is_held, one in zip(found.is_held, found.evidence, strict=True):
-        wanted = one.fits > 0.4 and (one.correlation > 0.3 or one.contrast > 1.75)
+        wanted = one.fits > 0.5 and (one.correlation > 0.3 or one.contrast > 1.75)
         assert is_held == (wanted and one.rank <= 3 and one.q <= 0.05 and one.correlation > 0)
 
 
@@ -438,6 +437,38 @@ def test_words_that_have_nothing_to_do_with_the_activations_do_not_hold(tmp_path
         assert len(found.latents) == 100
         shares.append(found.is_held.mean())
     assert np.mean(shares) <= 0.05
+
+
+def test_a_word_that_the_rows_do_not_look_like_is_no_name(tmp_path, monkeypatch):
+    """Beige shirts vary as *labrador* does, but sixteen words of clothes are nearer to them."""
+    from msae.concepts import rows
+    from msae.sae.view import View
+
+    rng = np.random.default_rng(0)
+    x = 0.05 * rng.standard_normal((2000, 32))
+    x[:1000, 0] += 1  # shirts
+    x[:1000, 1] += rng.exponential(0.1, 1000)  # more or less beige
+    words = rng.standard_normal((400, 32))
+    words[:, :2] = 0
+    words[:16, 0] += 20  # of clothes
+    words[16] = np.eye(32)[1]  # labrador
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    standardizer = Standardizer().with_statistics(
+        "image", fit_statistics(lambda: [torch.from_numpy(x.astype(np.float32))])
+    )
+    sae = SAE(SAEConfig(32, 1, kind="relu"), standardizer)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(32)[1:2])
+        sae.W_enc.copy_(sae.W_dec.T)
+    view = View(sae.eval(), tmp_path / "x.npy", "image")
+
+    def chosen():
+        ask = {"by_decoder": {}, "false_names": 0.05, "rng": np.random.default_rng(1)}
+        return rows.choose(view, np.arange(2000), unit(words), np.arange(400), **ask)
+
+    assert chosen().words[0] < 16
+    monkeypatch.setattr(rows, "N_NEAREST", 400)  # the rule without it
+    assert chosen().words[0] == 16 and chosen().is_held[0]
 
 
 def test_pictures_are_judged_alike_in_any_blocks(world, pictures, monkeypatch):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from msae.base.errors import ConfigError
 from msae.base.processes import Processes
+from msae.cli import main
 from msae.sae import activations
 from msae.sae.kernels.cut import batch_cut, batchtopk
 from msae.sae.train import TrainSettings, train
@@ -50,7 +51,7 @@ def ended(processes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Nine kinds trained by one process and by two, on 500 rows of images and texts; 61 rows do not part evenly."""
+    """Every kind trained by one process and by two, on 500 rows of images and texts; 61 rows do not part evenly."""
     folder = tmp_path_factory.mktemp("processes")
     rng = np.random.default_rng(0)
     mixture = rng.exponential(size=(500, 32)) * (rng.random((500, 32)) < 0.1)
@@ -175,3 +176,12 @@ def test_parts_are_all_rows_once_and_differ_by_at_most_one():
         parts = [np.arange(n)[Processes(rank, 4).part(n)] for rank in range(4)]
         assert np.array_equal(np.concatenate(parts), np.arange(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_other_verbs_run_in_one_process(monkeypatch, capsys):
+    for rank, said in (("0", "msae info: runs in one process, but 2 were started"), ("1", "")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            main(["info", "nowhere"])
+        assert left.value.code == 2 and capsys.readouterr().err[: len(said) or None] == said

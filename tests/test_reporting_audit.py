@@ -106,6 +106,7 @@ def test_the_command_writes_table_json_and_page(folder, capsys):
         )
     assert left.value.code == 0
     assert "The classifier is right in" in capsys.readouterr().out
+    assert (folder / "a.json").stat().st_mtime_ns < (folder / "a.html").stat().st_mtime_ns  # no page without its data
     assert (folder / "a.html").stat().st_size > 10_000 and '"flip_rate"' in (folder / "a.json").read_text()
 
 
@@ -123,7 +124,7 @@ def test_the_command_says_what_is_missing_in_one_line(folder, capsys):
 
 def test_the_recipes_use_options_that_exist():
     recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
+    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.strip().startswith("msae audit ")]
     assert len(commands) >= 5
     known = set(verb_options("audit"))
     for command in commands:

@@ -262,7 +262,7 @@ def test_a_tree_that_is_deep_wide_and_large_is_cut_and_says_so():
     deep, pairs = ({i: i - 1 for i in numbers} for numbers in (range(1, 40), range(91, 400, 2)))
     parents = deep | dict.fromkeys(range(41, 90), 40) | pairs
     fired = np.arange(1000, 600, -1)
-    edges = tuple(Edge(child, parent, 9, 0.9, 0.8, 0.95, 2.0, 1.9) for child, parent in parents.items())
+    edges = tuple(Edge(child, parent, 9, 0.9, 0.8, 2.0, 1.9) for child, parent in parents.items())
     tree = ConceptTree(Hierarchy(2000, fired, edges), 8, {398: "named"}, {})
     roots = nodes_of(tree)
     assert roots[0].latent == 398 and sum(root.n_shown for root in roots) <= 120

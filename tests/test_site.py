@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -211,6 +212,12 @@ def test_commands_in_prose_have_the_options_that_they_name():
             assert set(re.findall(r"--[a-z][\w-]*", rest)) <= known, f"{file.name}: msae {verb}{rest}"
             n += 1
     assert n > 60
+
+
+def test_every_extra_is_on_the_page_about_installing():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = re.findall(r"^\| `(\w+)` \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(extras)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Laws of the statistics: every formula against scipy, every pair counted, every relabelling tried."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -53,26 +55,63 @@ def test_a_class_that_is_focused_on_is_that_class_against_the_rest():
     assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("n_classes", [2, 3])
-@pytest.mark.parametrize("n_strata", [1, 3])
-def test_products_of_matrices_give_the_p_values_of_one_permutation_after_another(n_classes, n_strata):
-    values, labels, strata = rows(60, 25, n_classes=n_classes, n_strata=n_strata, seed=4)
-    values[labels == 1, 1:9] += 0.7
-    values[:, -1] = 1.0  # nothing to rank
+def shuffled_labels(kind, labels, strata, n_permutations):
+    """The labels under the permutations that a generator of seed 7 draws, one after another."""
     order = np.argsort(strata, kind="stable")
     edges = np.flatnonzero(np.r_[True, np.diff(strata[order]) > 0, True])
-    classes = [1] if n_classes == 2 else [0, 1, 2]
-    shuffled = []
-    for block in statistics.relabelled(labels[order], classes, edges, 1500, np.random.default_rng(7)):
-        codes = block[0] if n_classes == 2 else block[1] + 2 * block[2]
-        shuffled += [some.astype(int)[np.argsort(order)] for some in codes]
+    rng = np.random.default_rng(7)
+    given = np.empty((0, len(labels)), np.float32), np.zeros((1, len(labels))), order, edges, rng
+    shuffles = kind(*given) if kind is statistics._Shifts else None
+    for n in (statistics.FIRST, n_permutations - statistics.FIRST):
+        if shuffles is None:
+            drawn = np.tile(np.arange(len(labels)), (n, 1))
+            for start, stop in itertools.pairwise(edges.tolist()):
+                drawn[:, start:stop] = rng.permuted(drawn[:, start:stop], axis=1)
+            for own in drawn:
+                some = np.empty_like(labels)
+                some[order] = labels[order][own]
+                yield some
+            continue
+        for shifts in rng.integers(shuffles.sizes, size=(n, len(shuffles.sizes))):
+            some = np.empty_like(labels)
+            for start, size, shift in zip(shuffles.starts, shuffles.sizes, shifts, strict=True):
+                own = shuffles.order[start : start + size]
+                some[np.roll(own, -shift)] = labels[own]
+            yield some
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("n_strata", [1, 3])
+@pytest.mark.parametrize(("n", "kind"), [(60, statistics._Products), (1030, statistics._Shifts)])
+def test_all_permutations_at_once_give_the_p_values_of_one_after_another(n, kind, n_strata, n_classes):
+    values, labels, strata = rows(n, 25, n_classes=n_classes, n_strata=n_strata, seed=4)
+    values[labels == 1, 1:9] += 0.7 * (60 / n) ** 0.5
+    values[:, -1] = 1.0  # nothing to rank
+    shuffled = list(shuffled_labels(kind, labels, strata, 1500))
+    assert all(np.array_equal(np.bincount(4 * strata + some), np.bincount(4 * strata + labels)) for some in shuffled)
     wanted = oracle.permutation_p(values, labels, strata, shuffled)
-    found = statistics.permutation_p(
-        statistics.net_wins(values, strata), labels, strata, n_permutations=1500, rng=np.random.default_rng(7)
-    )
-    np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=1e-12)
+    for wins in (statistics.net_wins(values, strata), statistics.NetWins(statistics.Ranked(values), strata)):
+        found = statistics.permutation_p(wins, labels, strata, n_permutations=1500, rng=np.random.default_rng(7))
+        np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=1e-12)
     assert found[-1] == 1
     assert {bool(one) for one in found > 100 / 1500} == {True, False}  # some stopped early, some did not
+
+
+def test_blocks_of_shifts_hold_each_row_once_and_are_many():
+    for size in (1, 2, 127, 128, 1024, 100_003):
+        sizes = statistics._block_sizes(size)
+        assert sum(sizes) == size and (len(sizes) == 1 or np.prod(np.array(sizes, float)) > size**3 / 1000)
+
+
+@pytest.mark.parametrize("n", [400, 1500])
+def test_correlations_are_scipys_and_so_are_their_p_values(n):
+    values, _, _ = rows(n, 12, seed=6)
+    scores = np.random.default_rng(0).normal(size=n) + 0.06 * values[:, 1]
+    wins = statistics.NetWins(statistics.Ranked(values), np.zeros(n, int))
+    rho, p = statistics.correlation_p(wins, scores, n_permutations=20_000, rng=np.random.default_rng(0))
+    wanted = [scipy.stats.spearmanr(column, scores) for column in values.T]
+    np.testing.assert_allclose(rho, [one.statistic for one in wanted], atol=1e-12)
+    np.testing.assert_allclose(p, [one.pvalue for one in wanted], rtol=0.4, atol=0.005)  # four standard errors
 
 
 def test_ranks_in_any_strata_are_scipys():
@@ -87,26 +126,14 @@ def test_ranks_in_any_strata_are_scipys():
             np.testing.assert_array_equal(wins[own], 2 * scipy.stats.rankdata(values[own], axis=0) - (own.sum() + 1))
 
 
-@pytest.mark.parametrize(("size", "wanted"), [(1000, 3), (1000, 500), (7, 6), (300, 299), (5, 0), (5, 5)])
-def test_every_subset_has_the_size_that_is_wanted(size, wanted):
-    drawn = statistics._subsets(size, wanted, 50, np.random.default_rng(0))
-    assert drawn.shape == (50, size) and (drawn.sum(1) == wanted).all()
-
-
 @pytest.mark.parametrize("n_classes", [2, 3])
-def test_p_values_of_shuffled_labels_are_uniform(n_classes):
-    values, labels, strata = rows(400, 500, seed=5, n_classes=n_classes)
+@pytest.mark.parametrize("n", [400, 1200])
+def test_p_values_of_shuffled_labels_are_uniform(n, n_classes):
+    values, labels, strata = rows(n, 500, seed=5, n_classes=n_classes)
     wins = statistics.net_wins(values, strata)
     p = statistics.permutation_p(wins, labels, strata, n_permutations=1000, rng=np.random.default_rng(1))
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01  # fails for one seed in a hundred; this one passes
     assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.03)
-
-
-def test_subsets_are_uniform():
-    drawn = statistics._subsets(5, 2, 20_000, np.random.default_rng(0))
-    assert (drawn.sum(1) == 2).all()
-    _, counts = np.unique(drawn @ (1 << np.arange(5)), return_counts=True)
-    assert len(counts) == 10 and scipy.stats.chisquare(counts).pvalue > 0.01
 
 
 def test_separated_classes_of_few_rows_have_an_interval_and_not_a_point():

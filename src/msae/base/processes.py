@@ -19,6 +19,8 @@ from msae.base.errors import FailedElsewhere, RunError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+_GATHERING = timedelta(minutes=10)
+"""For all processes to be started."""
 _LONGEST_WAIT = timedelta(days=1)
 """For the first process, which alone reads a store for its statistics and fits thresholds."""
 _MOMENT = 1.0
@@ -185,7 +187,14 @@ def joined() -> Iterator[Processes]:
     if rank:
         logging.getLogger("msae").setLevel(logging.ERROR)  # the first process gives the warnings
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, *_ = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+    try:
+        store, *_ = next(iter(dist.rendezvous("env://", timeout=_GATHERING)))  # type: ignore[attr-defined]
+    except (RuntimeError, OSError) as err:
+        raise RunError(
+            f"this is process {rank} of {size} (RANK, WORLD_SIZE), and the others cannot be reached "
+            f"({first_line(err)[:120]}); start all of them, as torchrun does, or unset WORLD_SIZE"
+        ) from err
+    store.set_timeout(_LONGEST_WAIT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
     _joined.append(Processes(rank, size))
     try:

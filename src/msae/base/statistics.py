@@ -8,7 +8,7 @@ number of pairs, so that a permutation of hundreds of columns is one matrix prod
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -18,14 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 
 Z_95 = NormalDist().inv_cdf(0.975)
 """Half-width of a two-sided 95 % interval, in standard errors."""
-CHUNK_ENTRIES = 1 << 24
-"""Relabelled rows held at once, 64 MB of them."""
+FEW_ROWS = 1024
+"""With fewer, permutations are drawn from all that there are; with more, from a group that is quick to go through."""
+N_BLOCKS, SMALLEST_BLOCK = 4, 32
+"""Blocks of a stratum that are shifted by themselves, and the fewest rows of one."""
+COPIED = 32
+"""Columns that are copied at once."""
+FIRST, MOST = 1024, 8192
+"""Permutations that are drawn first, and at most at once: each time as many as before."""
+ENTRIES = 1 << 22
+"""Sums held at once, 32 MB of them."""
 STOP_AFTER = 100
 """A column that relabelled data have beaten so often is done: its p-value is known to a tenth of itself."""
 
-KEPT = 0.5
-"""Columns that are done are taken out of the table once fewer than this share of it are open: until then a copy costs
-more than their sums."""
 SUMMED_ROWS = 4096
 """Rows summed at once."""
 
@@ -144,14 +149,18 @@ class Ranked:
     Only rows above a column's smallest value are sorted: an activation is 0 in most rows.
     """
 
-    def __init__(self, values: Float[np.ndarray, "n c"]) -> None:
-        self.shape = values.shape
+    def __init__(self, *parts: Float[np.ndarray, "_ c"]) -> None:
+        """`parts` are rows below one another."""
+        n_columns = parts[0].shape[1]
+        self.shape = (sum(map(len, parts)), n_columns)
         self._rows, self._is_larger = [], []
-        for column in values.T:
-            rows = np.flatnonzero(column > column.min(initial=np.inf)).astype(np.int32)
-            rows = rows[np.argsort(column[rows])]
-            self._rows.append(rows)
-            self._is_larger.append(np.diff(column[rows], prepend=-np.inf) > 0)
+        for first in range(0, n_columns, COPIED):  # rows lie together in memory, and columns are read
+            for column in np.concatenate([part[:, first : first + COPIED].T for part in parts], axis=1):
+                rows = np.flatnonzero(column > column.min(initial=np.inf)).astype(np.int32)
+                above = column[rows]
+                order = np.argsort(above)
+                self._rows.append(rows[order])
+                self._is_larger.append(np.diff(above[order], prepend=-np.inf) > 0)
 
     @property
     def varying(self) -> Int64[np.ndarray, " v"]:
@@ -187,6 +196,10 @@ class Ranked:
     ) -> tuple[Int[np.ndarray, " m"], Int64[np.ndarray, " m"], Int64[np.ndarray, " s"]]:
         """The rows above the smallest value, their net wins, and those of all other rows of each stratum."""
         rows, is_larger = self._rows[column], self._is_larger[column]
+        if len(sizes) == 1:
+            ends = np.append(np.flatnonzero(is_larger), len(rows))
+            ties = np.repeat(ends[:-1] + ends[1:], np.diff(ends))
+            return rows, ties + (sizes[0] - 2 * len(rows)), np.array([-len(rows)])
         own = strata[rows]
         n_above = np.bincount(own, minlength=len(sizes))
         by_stratum = np.argsort(own, kind="stable")  # of 16 bits: a radix sort
@@ -199,6 +212,38 @@ class Ranked:
         net = np.empty(len(rows), np.int64)
         net[by_stratum] = ties + (sizes - n_above - edges[:-1] - edges[1:])[sorted_]
         return rows, net, -n_above
+
+
+class NetWins:
+    """The net wins of some columns within strata, a column at a time."""
+
+    def __init__(
+        self,
+        ranked: Ranked,
+        strata: Int[np.ndarray, " n"],
+        columns: Int64[np.ndarray, " k"] | None = None,
+        weight: Float[np.ndarray, " n"] | None = None,
+    ) -> None:
+        """`weight` multiplies the rows; `columns` are all where none are given."""
+        self._ranked, self._weight = ranked, weight
+        self._strata, self._sizes = _numbered(strata)
+        self._columns = np.arange(ranked.shape[1]) if columns is None else columns
+        self._known: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __getitem__(self, i: int) -> Float[np.ndarray, " n"]:
+        if i not in self._known:
+            rows, net, lowest = self._ranked.wins_of(int(self._columns[i]), self._strata, self._sizes)
+            self._known[i] = rows, net.astype(np.int32), lowest
+        rows, net, lowest = self._known[i]
+        own: Float[np.ndarray, " n"] = lowest.astype(np.float64)[self._strata]
+        own[rows] = net
+        return own if self._weight is None else own * self._weight
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, " n"]]:
+        return (self[i] for i in range(len(self)))
 
 
 def _numbered(strata: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int64[np.ndarray, " s"]]:
@@ -347,8 +392,16 @@ def q_values(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return np.asarray(false_discovery_control(p)) if len(p) else p
 
 
+class Permuted(NamedTuple):
+    """What `permutation_test` finds."""
+
+    sums: Float[np.ndarray, "k c"]
+    """Of the columns over the rows of each class that is tested."""
+    p: Float[np.ndarray, " c"]
+
+
 def permutation_p(
-    wins: Float32[np.ndarray, "n c"],
+    wins: Float[np.ndarray, "n c"] | NetWins,
     labels: Int[np.ndarray, " n"],
     strata: Int[np.ndarray, " n"],
     *,
@@ -363,19 +416,44 @@ def permutation_p(
 
     Source: Besag & Clifford 1991, Biometrika 78(2), for the stopping; Phipson & Smyth 2010 for the +1.
     """
-    if (np.diff(strata) < 0).any():
-        order = np.argsort(strata, kind="stable")
-        wins, labels, strata = wins[order], labels[order], strata[order]
     classes = [int(k) for k in np.unique(labels)] if focus is None else [focus]
     classes = classes[1:] if focus is None and len(classes) == 2 else classes  # the two are mirror images
-    edges = np.flatnonzero(np.r_[True, strata[1:] != strata[:-1], True])
-    spread = np.stack([_permutation_sd(wins, labels == k, edges) for k in classes])
-    observed = _largest_z([sum_over(wins, labels == k) for k in classes], spread)
-    return _sequential_p(wins, observed, spread, relabelled(labels, classes, edges, n_permutations, rng))
+    weights = np.stack([labels == k for k in classes]).astype(np.float64)
+    return permutation_test(wins, weights, strata, n_permutations=n_permutations, rng=rng).p
+
+
+def permutation_test(
+    wins: Float[np.ndarray, "n c"] | NetWins,
+    weights: Float[np.ndarray, "k n"],
+    strata: Int[np.ndarray, " n"],
+    *,
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> Permuted:
+    """The sums of each column, weighed by each of `weights`, and how often weights shuffled within strata do as well.
+
+    The statistic is the largest |z| of the `k` sums; the mean of a column over a stratum must be 0.
+    """
+    columns = wins.T if isinstance(wins, np.ndarray) else wins
+    order = np.argsort(strata, kind="stable")
+    ordered = strata[order]
+    edges = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True])
+    weights = weights[:, order]
+    size = np.diff(edges)
+    spare = np.add.reduceat(np.square(weights), edges[:-1], axis=1)
+    spare -= np.square(np.add.reduceat(weights, edges[:-1], axis=1)) / size  # squares about the mean of the stratum
+    sums, spread = np.empty((2, len(weights), len(columns)))
+    for i, column in enumerate(columns):
+        own = column[order].astype(np.float64)
+        sums[:, i] = weights @ own
+        squares = np.add.reduceat(np.square(own), edges[:-1])
+        spread[:, i] = np.sqrt(spare @ (squares / np.maximum(size - 1, 1)))
+    make = _Products if len(order) < FEW_ROWS else _Shifts
+    return Permuted(sums, _sequential_p(sums, spread, make(columns, weights, order, edges, rng), n_permutations))
 
 
 def correlation_p(
-    wins: Float32[np.ndarray, "n c"],
+    wins: Float[np.ndarray, "n c"] | NetWins,
     scores: Float[np.ndarray, " n"],
     *,
     n_permutations: int,
@@ -388,61 +466,131 @@ def correlation_p(
 
     Source: Besag & Clifford 1991, Biometrika 78(2), for the stopping.
     """
-    own = net_wins(scores[:, None], np.zeros(len(scores), np.int64))[:, 0]
-    squares = np.einsum("nc,nc->c", wins, wins, dtype=np.float64) * np.square(own, dtype=np.float64).sum()
-    products = own.astype(np.float64) @ wins
-    rho = np.divide(products, np.sqrt(squares), out=np.zeros(wins.shape[1]), where=squares > 0)
-    spread = np.sqrt(squares / (len(scores) - 1))[None]
-    step = max(1, min(1024, CHUNK_ENTRIES // len(scores)))
-    shuffled = (
-        [rng.permuted(np.tile(own, (min(step, n_permutations - first), 1)), axis=1)]
-        for first in range(0, n_permutations, step)
-    )
-    return rho, _sequential_p(wins, _largest_z([products], spread), spread, shuffled)
+    one = np.zeros(len(scores), np.int64)
+    own = net_wins(scores[:, None], one).T.astype(np.float64)
+    found = permutation_test(wins, own, one, n_permutations=n_permutations, rng=rng)
+    columns = wins.T if isinstance(wins, np.ndarray) else wins
+    squares = np.array([float(np.square(column, dtype=np.float64).sum()) for column in columns])
+    length = np.sqrt(squares * np.square(own).sum())
+    return np.divide(found.sums[0], length, out=np.zeros(len(length)), where=length > 0), found.p
 
 
 def _sequential_p(
-    wins: Float32[np.ndarray, "n c"],
-    observed: Float[np.ndarray, " c"],
-    spread: Float[np.ndarray, "k c"],
-    blocks: Iterable[list[Float32[np.ndarray, "p n"]]],
+    sums: Float[np.ndarray, "k c"], spread: Float[np.ndarray, "k c"], shuffled: _Products | _Shifts, n_permutations: int
 ) -> Float[np.ndarray, " c"]:
-    """p-values of `observed`, the largest |z| over some sums of rows: products with `wins` of shuffled weights."""
-    p = np.ones(wins.shape[1])
-    table, columns = wins, np.arange(wins.shape[1])
-    is_open = spread.max(0, initial=0.0) > 0
-    defeats = np.zeros(len(columns), np.int64)
+    """p-values of the largest |z| of the sums over the k classes."""
+    observed = _largest_z(sums, spread) * (1 - 1e-9)  # rounding: ties are ties
+    n_classes, n_columns = sums.shape
+    p, defeats = np.ones(n_columns), np.zeros(n_columns, np.int64)
+    is_open = np.flatnonzero(spread.max(0, initial=0.0) > 0)
     n_drawn = 0
-    for shuffled in blocks:
-        if is_open.sum() < KEPT * len(columns) or not is_open.any():
-            table, columns, defeats = table.T[is_open].T, columns[is_open], defeats[is_open]
-            is_open = is_open[is_open]
-        if not len(columns):
-            break
-        reached = _largest_z([one @ table for one in shuffled], spread[:, None, columns])
-        running = defeats + np.cumsum(reached >= observed[columns] * (1 - 1e-5), axis=0)  # float32 sums: ties are ties
-        is_done = running[-1] >= STOP_AFTER
-        draws = n_drawn + 1 + (running >= STOP_AFTER).argmax(0)
-        n_drawn += len(running)
-        found = np.where(is_done, STOP_AFTER / draws, (running[-1] + 1) / (n_drawn + 1))
-        p[columns[is_open]] = found[is_open]
-        is_open &= ~is_done & ~_is_clear(running[-1], n_drawn, wins.shape[1])
-        defeats = running[-1]
+    while len(is_open) and n_drawn < n_permutations:
+        n = min(min(max(n_drawn, FIRST), MOST), n_permutations - n_drawn)
+        shuffled.draw(n)
+        for some in np.array_split(is_open, -(-len(is_open) * n_classes * n // ENTRIES)):
+            reached = _largest_z(shuffled.sums(some), spread[:, some, None])
+            running = defeats[some, None] + np.cumsum(reached >= observed[some, None], axis=1)
+            draws = n_drawn + 1 + (running >= STOP_AFTER).argmax(1)
+            defeats[some] = running[:, -1]
+            p[some] = np.where(defeats[some] >= STOP_AFTER, STOP_AFTER / draws, (defeats[some] + 1) / (n_drawn + n + 1))
+        n_drawn += n
+        known = defeats[is_open]
+        is_open = is_open[(known < STOP_AFTER) & ~_is_clear(known, n_drawn, n_columns)]
     return p
 
 
-def _permutation_sd(
-    wins: np.ndarray, is_positive: np.ndarray, edges: Int64[np.ndarray, " s"]
-) -> Float[np.ndarray, " c"]:
-    """Standard deviation of the rank sum over all relabellings within strata; exact, ties included."""
-    variance = np.zeros(wins.shape[1])
-    for start, stop in itertools.pairwise(edges.tolist()):
-        size, positive = stop - start, int(is_positive[start:stop].sum())
-        if 0 < positive < size:
-            own = wins[start:stop]
-            squares = np.einsum("nc,nc->c", own, own, dtype=np.float64)
-            variance += squares * positive * (size - positive) / (size * (size - 1))
-    return np.sqrt(variance)
+class _Products:
+    """Sums of few rows under permutations: products of matrices, many permutations and all columns at once."""
+
+    def __init__(
+        self,
+        columns: Sequence[np.ndarray] | NetWins | np.ndarray,
+        weights: Float[np.ndarray, "k n"],
+        order: Int64[np.ndarray, " n"],
+        edges: Int64[np.ndarray, " s"],
+        rng: np.random.Generator,
+    ) -> None:
+        self.table = np.stack([column[order] for column in columns]).astype(np.float64)
+        self.weights, self.edges, self.rng = weights, edges, rng
+
+    def draw(self, n: int) -> None:
+        """Shuffle the weights of each stratum `n` times."""
+        order = np.tile(np.arange(self.weights.shape[1]), (n, 1))
+        for start, stop in itertools.pairwise(self.edges.tolist()):
+            order[:, start:stop] = self.rng.permuted(order[:, start:stop], axis=1)
+        self.shuffled = [own[order].T for own in self.weights]
+
+    def sums(self, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
+        """Of some columns, with the weights as they were drawn."""
+        return np.stack([self.table[columns] @ own for own in self.shuffled])
+
+
+class _Shifts:
+    """Sums of many rows under permutations that a Fourier transform gives all at once.
+
+    The rows of each stratum are put into one random order and divided into blocks; a permutation shifts each block in a
+    circle. These are a group of so many elements that hardly any is drawn twice, and a permutation test is exact for
+    any group of permutations. A column's sums at every shift of a block are its circular correlation with the weights;
+    the sum at a permutation is one of these for each block.
+
+    Source: Hemerik & Goeman 2018, doi:10.1007/s11749-017-0571-1.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[np.ndarray] | NetWins | np.ndarray,
+        weights: Float[np.ndarray, "k n"],
+        order: Int64[np.ndarray, " n"],
+        edges: Int64[np.ndarray, " s"],
+        rng: np.random.Generator,
+    ) -> None:
+        from scipy.fft import rfft
+
+        self.columns, self.rng = columns, rng
+        shuffled = np.concatenate([
+            start + rng.permutation(stop - start) for start, stop in itertools.pairwise(edges.tolist())
+        ])  # fmt: skip
+        self.order = order[shuffled]
+        self.sizes = np.concatenate([_block_sizes(int(size)) for size in np.diff(edges)])
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        n_runs = np.flatnonzero(np.r_[True, np.diff(self.sizes) != 0, True])
+        self.runs = [  # blocks of one size beside each other are transformed together
+            (slice(int(self.starts[first]), int(self.starts[last - 1] + self.sizes[last - 1])), int(self.sizes[first]))
+            for first, last in itertools.pairwise(n_runs.tolist())
+        ]
+        own = weights[:, shuffled]
+        self.weights = [np.conj(rfft(own[:, rows].reshape(len(own), -1, size))) for rows, size in self.runs]
+
+    def draw(self, n: int) -> None:
+        """Shift every block of the weights `n` times at random."""
+        self.places = (self.starts + self.rng.integers(self.sizes, size=(n, len(self.sizes)))).T
+
+    def sums(self, columns: Int64[np.ndarray, " o"]) -> Float[np.ndarray, "k o p"]:
+        """Of some columns, with the weights as they were drawn."""
+        from scipy.fft import irfft, rfft
+
+        n_classes = len(self.weights[0])
+        found = np.empty((n_classes, len(columns), self.places.shape[1]))
+        at = np.empty((n_classes, len(self.order)))
+        for number, i in enumerate(columns.tolist()):
+            own = self.columns[i][self.order].astype(np.float64)
+            for (rows, size), theirs in zip(self.runs, self.weights, strict=True):
+                product = rfft(own[rows].reshape(-1, size)) * theirs
+                at[:, rows] = irfft(product, size).reshape(n_classes, -1)
+            for sums, of_class in zip(found, at, strict=True):
+                np.sum(of_class[self.places], axis=0, out=sums[number])
+        return found
+
+
+def _block_sizes(size: int) -> list[int]:
+    """Of the blocks that a stratum is divided into: `N_BLOCKS` alike and what is left, or one if it is small."""
+    from scipy.fft import prev_fast_len
+
+    if size < N_BLOCKS * SMALLEST_BLOCK:
+        return [size]
+    own = int(prev_fast_len(size // N_BLOCKS, real=True))
+    left = size - N_BLOCKS * own
+    return [own] * N_BLOCKS + ([left] if left else [])
 
 
 def _is_clear(defeats: Int64[np.ndarray, " o"], n_drawn: int, n_columns: int) -> np.ndarray:
@@ -456,59 +604,6 @@ def _is_clear(defeats: Int64[np.ndarray, " o"], n_drawn: int, n_columns: int) ->
     return clear
 
 
-def _largest_z(sums: list[np.ndarray], spread: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.abs(np.stack(sums)) / spread
-    largest: np.ndarray = np.nan_to_num(z, nan=0.0, posinf=0.0).max(0)
+def _largest_z(sums: Float[np.ndarray, "k ..."], spread: Float[np.ndarray, "k ..."]) -> np.ndarray:
+    largest: np.ndarray = np.divide(np.abs(sums), spread, out=np.zeros(sums.shape), where=spread > 0).max(0)
     return largest
-
-
-def relabelled(
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[int],
-    edges: Int64[np.ndarray, " s"],
-    n_permutations: int,
-    rng: np.random.Generator,
-) -> Iterator[list[Float32[np.ndarray, "p n"]]]:
-    """Shuffled labels, many permutations at a time: for each class, rows of ones where they are of that class.
-
-    Args:
-        edges: Where the strata begin and end; labels are shuffled between each two.
-    """
-    step = max(1, min(1024, CHUNK_ENTRIES // len(labels)))
-    for first in range(0, n_permutations, step):
-        n = min(step, n_permutations - first)
-        if len(classes) == 1:
-            drawn = np.empty((n, len(labels)), np.float32)
-            for start, stop in itertools.pairwise(edges.tolist()):
-                wanted = int((labels[start:stop] == classes[0]).sum())
-                drawn[:, start:stop] = _subsets(stop - start, wanted, n, rng)
-            yield [drawn]
-        else:
-            codes = np.tile(labels, (n, 1))
-            for start, stop in itertools.pairwise(edges.tolist()):
-                codes[:, start:stop] = rng.permuted(codes[:, start:stop], axis=1)
-            yield [(codes == k).astype(np.float32) for k in classes]
-
-
-def _subsets(size: int, wanted: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """`n` uniform subsets of `wanted` among `size`, as truth values.
-
-    Independent coins of a byte each, then the few too many or too few are set right at random places: no row is
-    preferred, so each subset is as likely as any other; and it is many times faster than shuffling.
-    """
-    if wanted in (0, size):
-        return np.full((n, size), wanted > 0)
-    share = min(max(round(256 * wanted / size), 1), 255)
-    has = np.frombuffer(rng.bytes(n * size), np.uint8).reshape(n, size) < share
-    while (missing := wanted - np.count_nonzero(has, axis=1)).any():
-        rows = np.flatnonzero(missing)
-        n_flips, is_surplus = np.abs(missing[rows])[:, None], missing[rows, None] < 0
-        rows = rows[:, None]
-        places = rng.integers(size, size=(len(rows), 2 * int(n_flips.max()) + 8))
-        is_new = np.zeros(places.shape, bool)
-        is_new.flat[np.unique(rows * size + places, return_index=True)[1]] = True
-        fits = is_new & (has[rows, places] == is_surplus)
-        fits &= np.cumsum(fits, axis=1) <= n_flips
-        has[np.broadcast_to(rows, places.shape)[fits], places[fits]] ^= True
-    return has

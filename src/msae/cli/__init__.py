@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msae import __version__
-from msae.base.errors import ConfigError, FailedElsewhere, Interrupted, MsaeError, missing_dependency, nearest
-from msae.base.processes import joined
+from msae.base.errors import FailedElsewhere, Interrupted, MsaeError, missing_dependency, nearest
+from msae.base.processes import joined, started
 from msae.cli.output import check_target, report, say
 from msae.cli.verbs import VERBS, Verb, load
 
@@ -56,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
+    rank, size = started()
+    if size > 1 and verb != "train":
+        if rank == 0:
+            say(f"msae {verb}: runs in one process, but {size} were started (WORLD_SIZE); leave torchrun out")
+        return 2
     try:
-        with joined() as processes:
-            if processes.size > 1 and verb != "train":
-                raise ConfigError("only train runs on several processes; leave torchrun out")
+        with joined():
             command = _parse(verb, arguments)
             command()
         sys.stdout.flush()
@@ -152,7 +155,10 @@ def _show(verb: Verb, given: dict[str, Any]) -> None:
         of_finish["json"] = json
     shown = verb.finish(functools.partial(load(verb.function), **given), **of_finish)
     if shown is not None:
-        report(*shown, json)
+        text, data, *pages = shown
+        report(text, data, json)
+        for write in pages:
+            write()
 
 
 def _usage_line(complaint: str) -> str:

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 JSON_HELP = "Also write the result as JSON to this file; - writes it to stdout instead of the text."
 METAVARS = {
     "as_": "NAME", "audit": "FILE", "beside": "RUN", "class_texts": "CLASS=TEXT", "classifier": "FILE",
-    "column": "COLUMN", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy", "encoder": "MODEL",
-    "fix": "FILE", "from_": "STORE:COLUMN=VALUE", "groups": "COLUMN", "html": "FILE.html", "image": "FILE",
-    "json": "FILE", "labels": "COLUMN", "like": "ID", "names": "FILE.json", "on": "STORE", "out": "PATH",
-    "pairs": "FILE", "part": "I/N", "probe_train": "STORE", "ray": "ADDRESS",
-    "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN", "sweep_id": "ID",
-    "target": "COLUMN", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
-    "vocabulary": "STORE", "words": "FILE",
+    "column": "COLUMN", "concept": "CONCEPT", "config": "FILE.toml", "device": "DEVICE", "embedding": "FILE.npy",
+    "encoder": "MODEL", "fix": "FILE", "from_": "STORE:COLUMN=VALUE", "groups": "COLUMN", "html": "FILE.html",
+    "image": "FILE", "json": "FILE", "labels": "COLUMN", "language": "CODE", "like": "ID", "names": "FILE.json",
+    "on": "STORE", "out": "PATH", "pairs": "FILE", "part": "I/N", "positive": "CLASS", "probe_train": "STORE",
+    "ray": "ADDRESS", "revision": "COMMIT", "set": "CONCEPT=VALUE", "sheet": "FILE", "show": "COLUMN", "sweep_id": "ID",
+    "target": "COLUMN", "text": "WORDS", "train_store": "STORE", "unlike": "ID", "value": "VALUE",
+    "vocabulary": "STORE", "where": "CONDITION", "within": "COLUMN", "words": "FILE",
 }  # fmt: skip
 """What help shows for a value whose name says more than its type."""
 APPENDED = ("concept", "set")

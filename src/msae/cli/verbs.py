@@ -17,7 +17,8 @@ from msae.cli.output import report, say
 
 Call = functools.partial[Any]
 """The verb's function with the options that were given; `call.keywords` are these options."""
-Shown = tuple[str, Any] | None
+Shown = tuple[str, Any] | tuple[str, Any, Callable[[], object]] | None
+"""What is printed, what --json writes, and what is written after that."""
 """The text and the data of a result; None where the verb has shown it itself."""
 
 
@@ -211,10 +212,7 @@ def audit(call: Call, *, html: Path | None = None) -> Shown:
     Args:
         html: Also write a page with plots to this file; it opens offline.
     """
-    found = call()
-    if html is not None:
-        load("msae.web.report.audit:write_html")(found, html, call.keywords["sae"])
-    return found.to_text(), found.to_json()
+    return _with_page(call(), html, "msae.web.report.audit:write_html", call.keywords["sae"])
 
 
 def compare(call: Call, *, html: Path | None = None) -> Shown:
@@ -233,10 +231,10 @@ def search(call: Call, *, html: Path | None = None) -> Shown:
     return _with_page(call(), html, "msae.web.report.search:write_page")
 
 
-def _with_page(result: Any, html: Path | None, write: str) -> Shown:
-    if html is not None:
-        load(write)(result, html)
-    return result.to_text(), result.to_json()
+def _with_page(result: Any, html: Path | None, write: str, *more: Any) -> Shown:
+    """A page is written after the JSON, so that there is none of a result that could not be kept."""
+    shown = result.to_text(), result.to_json()
+    return shown if html is None else (*shown, lambda: load(write)(result, html, *more))
 
 
 def explore(call: Call, *, json: str | None) -> Shown:

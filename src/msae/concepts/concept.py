@@ -21,6 +21,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError, nearest
 from msae.concepts.examples import ExampleConcept, from_column
 from msae.concepts.names import ConceptNames
+from msae.concepts.strength import readers
 from msae.sae.view import View
 
 GRID = 1001
@@ -99,7 +100,7 @@ def _latents_named(name: str, names: Names | None) -> Sequence[int]:
     if names is None:
         raise ConfigError(
             f"there is no concept {name!r}: this run has no names; "
-            f"type msae name RUN --vocabulary STORE first, or give a latent's number such as '#12'"
+            f"type msae name RUN first, or give a latent's number such as '#12'"
         )
     if isinstance(names, ConceptNames):
         return names[name]
@@ -208,15 +209,13 @@ def make_group(
     Raises:
         ConfigError: None of the latents ever fires, or their sum cancels.
     """
+    rows = W_dec[list(latents)].detach().to(z.device)
     mean = z.double().mean(0)
-    rows = W_dec[list(latents)].detach().double().to(z.device)
-    common = mean @ rows
-    length = common.norm()
-    if not float(length) > 0:
+    if not float((mean @ rows.double()).norm()) > 0:
         numbers = ", ".join(f"#{latent}" for latent in latents[:4])
         raise ConfigError(f"the concept {name!r} (latents {numbers}) never fires on these rows; it cannot be edited")
-    reader = (rows @ (common / length)).float()
-    return LatentGroup(name, tuple(latents), (mean / length).float(), reader, natural_of(z @ reader))
+    read = readers([latents], mean, rows)
+    return LatentGroup(name, tuple(latents), read.pattern, read.weight, natural_of(read(z)[:, 0]))
 
 
 def make_example_group(example: ExampleConcept, z: Float[Tensor, "n d_sae"]) -> LatentGroup:
@@ -227,13 +226,12 @@ def make_example_group(example: ExampleConcept, z: Float[Tensor, "n d_sae"]) -> 
     Raises:
         ConfigError: None of the latents ever fires.
     """
-    reader = torch.tensor(example.weights)
-    mean = z[:, list(example.latents)].double().mean(0).float()
-    at_mean = float(mean @ reader)
-    if not at_mean > 0:
+    own = z[:, list(example.latents)].double().mean(0)
+    read = readers([example.latents], own, torch.zeros(len(own), 1, device=z.device), [example])
+    if not float(own @ read.weight.double()) > 0:
         raise ConfigError(f"the concept {example.name!r} never fires on these rows; it cannot be edited")
     group = LatentGroup(
-        example.name, example.latents, mean / at_mean, reader, natural_of(torch.zeros(0)),
+        example.name, example.latents, read.pattern, read.weight, natural_of(torch.zeros(0)),
         against=example.against, against_reader=torch.tensor(example.against_weights),
         offset=max(0.0, -example.threshold), threshold=max(0.0, example.threshold),
     )  # fmt: skip
@@ -349,8 +347,7 @@ class ConceptSet:
         """Every name that fires."""
         if self.names is None:
             raise ConfigError(
-                "--exclusive needs the names of the rival concepts, and this run has none; "
-                "type msae name RUN --vocabulary STORE first"
+                "--exclusive needs the names of the rival concepts, and this run has none; type msae name RUN first"
             )
         found = []
         for name in dict.fromkeys(concept.name for concept in self.names):

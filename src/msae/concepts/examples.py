@@ -25,7 +25,7 @@ from msae.sae.view import View
 SCHEMA_VERSION = 1
 FILE = "examples.json"
 """Beside names.json in the run folder."""
-FEWEST = 6
+MIN_EXAMPLES = 6
 """Positive rows, and negative ones, that a concept needs: three find it and three judge it."""
 MOST_LATENTS = 8
 SCREENED = 200
@@ -91,6 +91,15 @@ class ExampleConcept(Result):
     def strength(self, z: Float[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
         """Of the concept in rows of activations of all latents."""
         return np.asarray(z[:, list(self.signed)] @ np.array(list(self.signed.values())))
+
+    def above(self, z: Float[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
+        """How far the strength is above the threshold, in rows of activations of all latents; 0 where it is absent."""
+        return np.asarray(np.maximum(self.strength(z) - self.threshold, 0))
+
+    def above_in(self, view: View, rows: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, " m"]:
+        """The same in some rows of a store."""
+        strength = view.table(rows, list(self.signed)) @ np.array(list(self.signed.values()))
+        return np.asarray(np.maximum(strength - self.threshold, 0), np.float32)
 
     def fires(self, z: Float[np.ndarray, "n d_sae"]) -> Bool[np.ndarray, " n"]:
         """In which rows of activations of all latents it is present."""
@@ -204,11 +213,11 @@ def from_rows(
         raise ConfigError(f"row {view.store.ids[int(both[0])]!r} is given both as like and as unlike; leave out one")
     others = np.setdiff1d(np.arange(len(view)), np.concatenate([positive, negative]))
     if not len(negative):
-        negative = np.sort(rng.permutation(others)[: OTHERS * max(FEWEST, len(positive))])
+        negative = np.sort(rng.permutation(others)[: OTHERS * max(MIN_EXAMPLES, len(positive))])
         others, shown = others[:0], f"{shown} against {len(negative):,} random others"
     for rows, kind in ((positive, "with it"), (negative, "without it")):
-        if len(rows) < FEWEST:
-            raise ConfigError(f"{name!r} has {len(rows)} rows {kind}; give at least {FEWEST}, better 50")
+        if len(rows) < MIN_EXAMPLES:
+            raise ConfigError(f"{name!r} has {len(rows)} rows {kind}; give at least {MIN_EXAMPLES}, better 50")
     most = min(MAX_ROWS, MAX_ENTRIES // view.sae.d_sae) // 2
     sides = [rng.permutation(rows)[:most] for rows in (positive, negative)]
     left_out = {

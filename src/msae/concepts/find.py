@@ -20,7 +20,7 @@ from msae.sae.run import RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 
-FEWEST = 10
+MIN_ROWS = 10
 """Rows with a value, and rows with another, that a value needs."""
 MAX_ENTRIES = 1 << 26
 """Activations held at once, 256 MB of them; more latents take another pass."""
@@ -103,7 +103,7 @@ class Found(Result):
         if self.n_rows < self.of_rows:
             lines.append(f"a random sample of {self.of_rows:,} rows; --max-rows reads more")
         if self.too_few:
-            lines.append(f"left out: {self.too_few:,} values that fewer than {FEWEST} rows have")
+            lines.append(f"left out: {self.too_few:,} values that fewer than {MIN_ROWS} rows have")
         if self.values:
             lines += ["", f"to use one at once: msae search ... --set '{self.column}:{self.values[0].value}=p99'"]
         return "\n".join(lines)
@@ -149,11 +149,11 @@ def find(
     rows = np.sort(np.random.default_rng(0).permutation(known)[:max_rows])
     labels = np.array(values, dtype=object)[numbers[rows]]
     counts = Counter(labels.tolist())
-    enough = [one for one, n_rows in counts.most_common() if FEWEST <= n_rows <= len(rows) - FEWEST]
+    enough = [one for one, n_rows in counts.most_common() if MIN_ROWS <= n_rows <= len(rows) - MIN_ROWS]
     chosen = [one for one in enough if value in (None, one)]
     if not chosen:
         which = f"the value {value!r} of {column!r}" if value is not None else f"no value of {column!r}"
-        raise ConfigError(f"{which} has not {FEWEST} rows with it and {FEWEST} with another; give another --column")
+        raise ConfigError(f"{which} has not {MIN_ROWS} rows with it and {MIN_ROWS} with another; give another --column")
     if len(chosen) > MAX_VALUES:
         raise ConfigError(f"{column!r} has {len(chosen):,} values; at most {MAX_VALUES} are shown: give one --value")
     has = [np.flatnonzero(labels == one).tolist() for one in chosen]
@@ -177,7 +177,7 @@ def find(
             )
             for i, latent in enumerate(latents)
         )))  # fmt: skip
-    too_few = sum(n_rows < FEWEST for n_rows in counts.values()) if value is None else 0
+    too_few = sum(n_rows < MIN_ROWS for n_rows in counts.values()) if value is None else 0
     return Found(view.store.address, column, view.modality, len(rows), tuple(found), too_few, len(known))
 
 

@@ -35,7 +35,7 @@ AGREEMENT_SHARE = 1 / MIN_WORDS
 fewer than 20 words not even the first is, so that such rows cannot confirm a name."""
 
 
-HELD_AUROC = 0.6
+HELD_AUROC = 0.65
 """A name must separate the rows that mention it at least so well: less is a latent of a small part of what it says."""
 
 

@@ -209,7 +209,7 @@ def read_words(sae: SAE, vocabulary: EmbeddingStore, settings: NameSettings) -> 
     b_dec = sae.b_dec.detach().cpu().numpy() if settings.subtract_b_dec else np.float32(0)
     groups = evidence.synonym_groups(unit_rows(mean - mean.mean(0)), threshold=settings.synonyms)
     record = {
-        "vocabulary": vocabulary.record.get("words", str(vocabulary.path)),
+        "vocabulary": vocabulary.record.get("words", vocabulary.address),
         "n_unknown_words": int(vocabulary.record.get("n_unknown_words", 0)),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "vocabulary_metadata": vocabulary.metadata_fingerprint,

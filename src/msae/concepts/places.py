@@ -23,7 +23,7 @@ FILE = "places.safetensors"
 SCHEMA_VERSION = "1"
 NEIGHBOURS, NEAREST = 6, 0.05
 """UMAP's `n_neighbors` and `min_dist`, which of four settings kept most of the nearest real decoder rows near."""
-FEWEST = 60
+MIN_FOR_UMAP = 60
 """Latents below which UMAP has nothing to arrange."""
 
 Method = Literal["umap", "pca"]
@@ -66,7 +66,7 @@ def places_of(sae: RunLike) -> Places:
 
 def method_for(n: int) -> Method:
     """How `n` latents are placed here."""
-    return "umap" if n >= FEWEST and importlib.util.find_spec("umap") is not None else "pca"
+    return "umap" if n >= MIN_FOR_UMAP and importlib.util.find_spec("umap") is not None else "pca"
 
 
 def place(rows: Float[np.ndarray, "n d_in"], method: Method) -> Places:

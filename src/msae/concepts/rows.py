@@ -21,7 +21,10 @@ from msae.sae.view import View
 
 NEAR_SHARE = 0.05
 """A word fits a row when it is among this share of all words by its similarity to the row."""
-HELD_SHARE = 0.4
+N_NEAREST = 10
+"""A latent's word is one of so many that are nearest to its rows: what correlates best may be something that the rows
+do not look like, as *labrador retriever* does among beige shirts."""
+HELD_SHARE = 0.5
 """A name holds where it fits more than this share of the rows in which the latent is clearly active,"""
 HELD_CORRELATION = 0.3
 """and activation and similarity correlate more than this, which a latent of few rows cannot reach,"""
@@ -169,12 +172,14 @@ def _sums(view: View, rows: Int64[np.ndarray, " n"], latents: Int64[np.ndarray, 
 
 
 def _best_words(sums: _Sums, directions: Tensor, latents: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, " c"]:
-    """The word of the largest correlation with each latent."""
+    """Of the words nearest to the rows of each latent, weighted by its activation, the one that correlates most."""
     best = np.empty(len(latents), np.int64)
     size = max(1, ENTRIES // len(directions))
     for first in range(0, len(latents), size):
         part = torch.from_numpy(latents[first : first + size]).to(directions.device)
-        best[first : first + size] = sums.correlations(directions, part).argmax(1).cpu().numpy()
+        near = (sums.zx[part] @ directions.double().T).topk(min(N_NEAREST, len(directions)), dim=1).indices
+        among = sums.correlations(directions, part).gather(1, near).argmax(1, keepdim=True)
+        best[first : first + size] = near.gather(1, among)[:, 0].cpu().numpy()
     return best
 
 

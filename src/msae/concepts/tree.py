@@ -106,7 +106,6 @@ class Edge:
     """Of the rows in which the child fires, the share in which the parent fires."""
     share_low: float
     """Lower end of its 95 % interval."""
-    share_high: float
     lift: float
     """`share` over the parent's firing rate: 1 is what two unrelated latents have."""
     lift_low: float
@@ -237,10 +236,10 @@ def _edges(activity: Activity, pairs: _Pairs, min_share: float, min_lift: float)
     fired = activity.fired
     hopeful = (fired[pairs.child] < fired[pairs.parent]) & (pairs.together >= min_share * fired[pairs.child])
     child, parent, both = (column[hopeful] for column in pairs)
-    share, (low, high) = both / fired[child], wilson(both, fired[child])
+    share, low = both / fired[child], wilson(both, fired[child]).low
     rate = fired[parent] / activity.n_rows
     kept = (low >= min_share) & (low / rate >= min_lift)
-    columns = (child, parent, both, share, low, high, share / rate, low / rate)
+    columns = (child, parent, both, share, low, share / rate, low / rate)
     return [Edge(*values) for values in zip(*(column[kept].tolist() for column in columns), strict=True)]
 
 
@@ -456,7 +455,7 @@ def _known_pairs(pairs: Pairs | str | Path, names: ConceptNames | None, folder: 
     if names is None:
         raise ConfigError(
             f"{folder or 'this SAE'} has no names.json, so no edge can be compared with the pairs; "
-            f"type msae name {folder or 'RUN'} --vocabulary STORE first"
+            f"type msae name {folder or 'RUN'} first"
         )
     given = read_pairs(pairs) if isinstance(pairs, str | Path) else pairs
     return {(_plain(child), _plain(parent)) for child, parent in given}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, overload, runtime_checkable
@@ -174,6 +174,7 @@ class SAE(nn.Module):
         inference: Inference = "trained",
         k: int | None = None,
         modality: Modality | None = None,
+        latents: Sequence[int] | None = None,
     ) -> Float[Tensor, "n d_sae"]:
         """`z` of pre-activations.
 
@@ -186,15 +187,20 @@ class SAE(nn.Module):
             k: For `topk`.
             modality: Whose stored thresholds; None takes those of what the SAE was trained on. Where there are none of
                 this modality the others serve, and one line on stderr says so.
+            latents: Those that `h` is of, where they do not compete; None is all.
 
         Raises:
             ConfigError: `inference` is `topk` without `k`, or `threshold` where none are stored.
         """
         rule = self.rule(inference, k, modality)
+        threshold = rule.threshold
         if rule.k is not None:
             z = activations.topk(h, rule.k)
+        elif threshold is None:
+            z = h.relu()
         else:
-            z = h.relu() if rule.threshold is None else activations.threshold_relu(h, rule.threshold)
+            is_some = latents is not None and threshold.ndim > 0
+            z = activations.threshold_relu(h, threshold[latents] if is_some else threshold)
         if self.config.soft_cap is not None:
             z = activations.soft_cap(z, self.config.soft_cap)
         return z if self.log_level_scales is None else z * rule.scale

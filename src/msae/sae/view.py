@@ -177,9 +177,8 @@ class View:
         chosen = list(latents)
         if self.inference == "topk" or (self.inference == "trained" and sae.config.kind == "topk"):
             return self.activate(x)[:, chosen]  # what fires depends on every other latent
-        h = x.new_full((len(x), sae.d_sae), -torch.inf)
-        h[:, chosen] = torch.addmm(sae.b_enc[chosen], x - sae.b_dec, sae.W_enc[:, chosen])
-        return sae.activate(h, inference=self.inference, modality=self.modality)[:, chosen]
+        h = torch.addmm(sae.b_enc[chosen], x - sae.b_dec, sae.W_enc[:, chosen])
+        return sae.activate(h, inference=self.inference, modality=self.modality, latents=chosen)
 
     def _standardizer(self) -> Standardizer:
         """The SAE's own, with statistics of the modality fitted on the store where it has none."""

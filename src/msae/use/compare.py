@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float32, Int64
 
 from msae.base import statistics
@@ -17,6 +18,7 @@ from msae.base.records import of_record, to_record
 from msae.base.results import Result, shorten, text_table
 from msae.concepts.examples import ExampleConcept
 from msae.concepts.names import ConceptNames, names_of
+from msae.concepts.strength import readers
 from msae.data.parts import Part, read_part
 from msae.data.rows import Row
 from msae.data.store import EmbeddingStore
@@ -210,9 +212,7 @@ def compare(
     rng = np.random.default_rng(seed)
     chosen = _choose(views, parts, columns, max_rows, rng)
     columns_of = _columns(names_of(run, parts[0].store), run.sae.d_sae)
-    strengths = np.concatenate(
-        [_strengths(view, rows, columns_of) for view, rows in zip(views, chosen.rows, strict=True)]
-    )
+    strengths = _strengths(views, chosen.rows, columns_of)
     fires = strengths > 0
     often = np.flatnonzero(fires.sum(0) >= FEWEST)
     if not len(often):
@@ -221,7 +221,7 @@ def compare(
     is_a = np.arange(len(strengths)) < len(chosen.rows[0])
     ranked = statistics.Ranked(strengths)
     p = statistics.permutation_p(
-        ranked.net_wins(chosen.strata), is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
+        statistics.NetWins(ranked, chosen.strata), is_a.astype(np.int64), chosen.strata, focus=1, rng=rng,
         n_permutations=n_permutations or max(10_000, DRAWS * len(often)),
     )  # fmt: skip
     q = statistics.q_values(p)
@@ -314,22 +314,28 @@ def _columns(names: ConceptNames | None, d_sae: int) -> list[_Column]:
     return found + [_Column((latent,), None) for latent in range(d_sae) if latent not in taken]
 
 
-def _strengths(view: View, rows: Int64[np.ndarray, " n"], columns: Sequence[_Column]) -> Float32[np.ndarray, "n c"]:
-    """How much of each concept is in each row; above zero where it fires."""
-    found = np.empty((len(rows), len(columns)), np.float32)
+def _strengths(
+    views: Sequence[View], rows: Sequence[Int64[np.ndarray, " n"]], columns: Sequence[_Column]
+) -> Float32[np.ndarray, "n c"]:
+    """How much of each concept is in each row, those of A and then those of B; above zero where it fires."""
+    found = np.empty((sum(map(len, rows)), len(columns)), np.float32)
     first_of = np.array([column.latents[0] for column in columns])
-    others = [(i, column) for i, column in enumerate(columns) if len(column.latents) > 1 or column.example is not None]
+    examples = [(i, column.example) for i, column in enumerate(columns) if column.example is not None]
+    several = [i for i, column in enumerate(columns) if len(column.latents) > 1 and column.example is None]
+    members = [latent for i in several for latent in columns[i].latents]
+    theirs = np.empty((len(found), len(members)), np.float32)
     start = 0
-    for block in view.activations(rows=rows, title="comparing"):
-        z = block.cpu().numpy()
-        own = found[start : start + len(z)]
-        own[:] = z[:, first_of]
-        for i, column in others:
-            if column.example is None:
-                own[:, i] = z[:, list(column.latents)].sum(1)
-            else:
-                own[:, i] = np.maximum(column.example.strength(z) - column.example.threshold, 0)
-        start += len(z)
+    for view, own_rows in zip(views, rows, strict=True):
+        for block in view.activations(rows=own_rows, title="comparing"):
+            z = block.cpu().numpy()
+            own = slice(start, start + len(z))
+            found[own], theirs[own] = z[:, first_of], z[:, members]
+            for i, example in examples:
+                found[own, i] = example.above(z)
+            start += len(z)
+    if several:
+        own_z, W_dec = torch.from_numpy(theirs), views[0].sae.W_dec.detach().cpu()[members]
+        found[:, several] = readers([columns[i].latents for i in several], own_z.mean(0), W_dec)(own_z).numpy()
     return found
 
 

@@ -17,6 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from msae.concepts.examples import ExampleConcept
+from msae.concepts.strength import Readers, readers
+
 
 class Push(NamedTuple):
     """Moves `r` of `n` embeddings for `c` edits, as a linear classifier sees them."""
@@ -33,20 +36,20 @@ class Push(NamedTuple):
 class Concepts:
     """Concepts, each one or several latents, in the feature space of a linear classifier.
 
-    The strength of a group is the length of what its latents add, measured along the direction that they have in
-    common, and it is raised in the proportions that they have on average; with one latent it is the activation.
+    A concept is raised in the proportions that its latents have on average.
     """
 
-    owner: Int[Tensor, " l"]
-    """The concept of each latent, ascending."""
+    readers: Readers
+    """How their strengths are read; `pattern` is how they are raised."""
     rows: Float[Tensor, "l d"]
     """What one unit of each latent adds to the classifier's features."""
-    pattern: Float[Tensor, " l"]
-    """Activations at strength one."""
-    reader: Float[Tensor, " l"]
-    """What each activation adds to the strength."""
     weight: Float[Tensor, "k d"]
     """The classifier's readout."""
+
+    @property
+    def owner(self) -> Int[Tensor, " l"]:
+        """The concept of each latent, ascending."""
+        return self.readers.owner
 
     @cached_property
     def n(self) -> int:
@@ -61,18 +64,21 @@ class Concepts:
         """Sums over the latents of each concept."""
         return per_latent if self.n == len(self.owner) else per_latent @ self._members
 
-    def strengths(self, z: Float[Tensor, "n l"]) -> Float[Tensor, "n c"]:
-        """How much of each concept there is."""
-        if self.n == len(self.owner):
-            return z
-        return z.new_zeros(len(z), self.n).index_add_(1, self.owner, z * self.reader)
+    def along(self, u: Float[Tensor, "n d"]) -> Float[Tensor, "n l"]:
+        """Products of embeddings with what one unit of each latent adds: what every edit of them needs."""
+        return u @ self.rows.T
 
-    def removal(self, u: Float[Tensor, "n d"], z: Float[Tensor, "n l"]) -> Push:
+    def removal(self, along: Float[Tensor, "n l"], z: Float[Tensor, "n l"]) -> Push:
         """The push that takes `z` away from the latents of each concept; its own `z` removes it."""
-        logit = torch.stack([self.sum(z * column) for column in self._to_classes.T])
-        is_single = self.n == len(self.owner)
-        length2 = z.square() * self._gram.diagonal() if is_single else self.sum(z * (z @ self._gram))
-        return Push(-logit, -self.sum(z * (u @ self.rows.T)), length2)
+        if self.n == len(self.owner):
+            return Push(z * -self._to_classes.T[:, None], -z * along, z.square() * self._gram.diagonal())
+        logit = (z @ self._to_logits).reshape(len(z), -1, self.n).transpose(0, 1)
+        return Push(-logit, -self.sum(z * along), self.sum(z * (z @ self._gram)))
+
+    @cached_property
+    def _to_logits(self) -> Float[Tensor, "l kc"]:
+        """What one unit of each latent adds to each logit of its concept."""
+        return (self._to_classes[:, :, None] * self._members[:, None]).flatten(1)
 
     @cached_property
     def _to_classes(self) -> Float[Tensor, "l k"]:
@@ -86,12 +92,20 @@ class Concepts:
     @cached_property
     def direction(self) -> Float[Tensor, "c d"]:
         """What one unit of strength adds to the classifier's features."""
-        return self._members.T @ (self.pattern[:, None] * self.rows)
+        return self._members.T @ (self.readers.pattern[:, None] * self.rows)
 
-    def raising(self, u: Float[Tensor, "n d"], strength: Float[Tensor, " c"]) -> Push:
+    def raising(self, along: Float[Tensor, "n l"], strength: Float[Tensor, " c"]) -> Push:
         """The push that gives each concept this strength where it has none."""
-        r = strength[:, None] * self.direction
-        return Push((self.weight @ r.T)[:, None], u @ r.T, r.square().sum(1)[None])
+        logit, length2 = self._of_direction
+        return Push(
+            (logit * strength)[:, None], self.sum(along * self.readers.pattern) * strength,
+            (length2 * strength.square())[None],
+        )  # fmt: skip
+
+    @cached_property
+    def _of_direction(self) -> tuple[Float[Tensor, "k c"], Float[Tensor, " c"]]:
+        """What one unit of strength adds to the logits, and its squared length."""
+        return self.weight @ self.direction.T, self.direction.square().sum(1)
 
 
 def make_concepts(
@@ -100,24 +114,19 @@ def make_concepts(
     mean_activation: Float[Tensor, " d_sae"],
     to_features: Float[Tensor, " d_in"],
     weight: Float[Tensor, "k d_in"],
+    examples: Sequence[ExampleConcept | None] = (),
 ) -> Concepts:
     """The concepts whose latents are `groups`.
 
     Args:
         mean_activation: Of every latent on real rows: the proportions in which a group is raised.
         to_features: What the classifier multiplies a change of the standardised embedding with.
+        examples: For each group the concept from examples that it is, or None; without them none is one.
     """
     latents = torch.tensor([latent for group in groups for latent in group])
-    owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    unscaled, mean = W_dec[latents].double(), mean_activation[latents].double()
-    n = len(groups)
-    common = torch.zeros(n, W_dec.shape[1], dtype=torch.float64).index_add_(0, owner, mean[:, None] * unscaled)
-    length = common.norm(dim=1).clamp_min(1e-30)
-    reader = (unscaled * (common / length[:, None])[owner]).sum(1)
-    pattern = mean / length[owner]
-    single = torch.bincount(owner, minlength=n)[owner] == 1
-    reader[single], pattern[single] = 1.0, 1.0  # decoder rows have unit norm; exactly so, whatever the rounding
-    return Concepts(owner, (unscaled * to_features).float(), pattern.float(), reader.float(), weight)
+    rows = W_dec[latents]
+    read = readers(groups, mean_activation[latents], rows, examples)
+    return Concepts(read, rows * to_features, weight)
 
 
 def edited_logits(

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from msae.base.files import atomic_path
+from msae.concepts.names import nearest_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -70,6 +71,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "short": shorten, "number": number, "share": share, "count": lambda n: f"{n:,}",
-        "line": one_line, "md": markdown, "json": lambda value: json.dumps(value, ensure_ascii=False),
+        "line": one_line, "nearest_word": nearest_word, "md": markdown,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
     }  # fmt: skip
     return environment

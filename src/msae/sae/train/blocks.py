@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from msae.data.layout import Modality
 
-BLOCKS = 256
-"""Blocks that are in memory at once, whose rows are mixed."""
+BLOCKS_PER_ROW = 4
+"""Blocks that are in memory at once, whose rows are mixed, for each row of a batch: neighbours in a store are alike,
+and so a batch has few rows of any one block."""
 FITS = 0.75
 """Of the memory: a store up to so much of it stays in the system's cache of files, and single rows are shuffled."""
 _MEMORY_SHARE = 1 / 16
 """Of the memory for the rows of these blocks; they are there twice, being used and being read."""
-_ROWS = (16, 8192)
+_ROWS = (4, 4096)
 """Fewest and most rows of a block that is chosen by the memory."""
 
 
@@ -53,10 +54,13 @@ class Pool(NamedTuple):
         return np.random.default_rng(self.seed).permutation(self.n_rows)[self.drawn]
 
 
-def pools(n_rows: int, *, block_rows: int, n_drawn: int, seed: Sequence[int], first: int = 0) -> Iterator[Pool]:
+def pools(
+    n_rows: int, *, block_rows: int, at_once: int, n_drawn: int, seed: Sequence[int], first: int = 0
+) -> Iterator[Pool]:
     """The pools of all epochs, without end; a function of these numbers alone.
 
     Args:
+        at_once: Blocks of a pool.
         n_drawn: Rows that an epoch draws: each once, then each again in a new order, as often as it takes.
         first: Rows that were drawn before, by an interrupted run.
     """
@@ -66,8 +70,8 @@ def pools(n_rows: int, *, block_rows: int, n_drawn: int, seed: Sequence[int], fi
         left = n_drawn
         for turn in itertools.count():
             blocks = np.random.default_rng([*seed, epoch, turn]).permutation(n_blocks)
-            for number in range(0, n_blocks, BLOCKS):
-                starts = np.sort(blocks[number : number + BLOCKS]) * block_rows
+            for number in range(0, n_blocks, at_once):
+                starts = np.sort(blocks[number : number + at_once]) * block_rows
                 size = int(np.minimum(starts + block_rows, n_rows).sum() - starts.sum())
                 drawn = min(size, left)
                 left -= drawn
@@ -99,7 +103,8 @@ def block_batches(
         first: Batches that were drawn before, by an interrupted run.
         share: The rows of a batch, given how many there are, that this process trains on.
     """
-    todo = pools(len(part), block_rows=block_rows, n_drawn=n_batches * size, seed=seed, first=first * size)
+    at_once, n_drawn = BLOCKS_PER_ROW * size, n_batches * size
+    todo = pools(len(part), block_rows=block_rows, at_once=at_once, n_drawn=n_drawn, seed=seed, first=first * size)
 
     def load(pool: Pool) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
         return [_read(part, pool, block_rows, one) for one in modalities], pool.order
@@ -136,16 +141,16 @@ def _with(
     return more if rest is None else [np.concatenate(both) for both in zip(rest, more, strict=True)]
 
 
-def rows_of_a_block(n_bytes: int, row_bytes: int, memory: int, *, n_processes: int = 1) -> int:
+def rows_of_a_block(n_bytes: int, row_bytes: int, batch_size: int, memory: int, *, n_processes: int = 1) -> int:
     """Rows of a block for a store of `n_bytes`: 1, which is to shuffle single rows, where it fits into memory.
 
     Args:
         n_bytes: All embeddings that are trained on, as they lie on disk.
-        row_bytes: A row in memory, of all modalities that are trained on.
+        row_bytes: A row in memory.
         memory: Bytes of this machine.
         n_processes: How many train on this machine, each with blocks of its own.
     """
     if n_bytes <= FITS * memory:
         return 1
-    most = _MEMORY_SHARE * memory / n_processes / BLOCKS / row_bytes
+    most = _MEMORY_SHARE * memory / n_processes / (BLOCKS_PER_ROW * batch_size) / row_bytes
     return int(min(max(2 ** int(np.log2(max(most, 1))), _ROWS[0]), _ROWS[1]))

@@ -91,7 +91,7 @@ class TrainSettings:
     """Rows without firing after which a latent counts as dead for that loss."""
     block_rows: int | None = None
     """Rows that are read together and shuffled as one, for stores larger than memory; 1 shuffles single rows. Default:
-    1 where the embeddings fit into memory, else up to 8192 by the size of the memory."""
+    1 where the embeddings fit into memory, else 4 to 4096 by the sizes of memory and batch."""
     precision: Arithmetic = "float32"
     """Arithmetic of products inside a step; weights, sums and the optimizer stay float32. bfloat16 is less exact."""
     kernel: Kernel = "auto"
@@ -155,6 +155,7 @@ class TrainSettings:
             raise ConfigError(f"the last of --widths is {self.widths[-1]}; give all latents, {d_sae}, as the last one")
         if self.inference_l0 and self.inference_l0 > d_sae:
             raise ConfigError(f"--inference-l0 {self.inference_l0} is above the {d_sae} latents; give at most {d_sae}")
+        batch_size = min(self.batch_size or recipe.batch_size(len(store)), len(store))
         return dataclasses.replace(
             self,
             d_sae=d_sae,
@@ -165,12 +166,12 @@ class TrainSettings:
             k=k,
             l1=(DEFAULT_L1 if self.l1 is None else self.l1) if self.kind == "relu" else None,
             epochs=self.epochs or recipe.epochs(self.expansion),
-            batch_size=min(self.batch_size or recipe.batch_size(len(store)), len(store)),
+            batch_size=batch_size,
             lr=self.lr or recipe.lr[self.kind],
             warmup=recipe.warmup if self.warmup is None else self.warmup,
             inference_l0=min(self.inference_l0 or k or recipe.inference_l0(store.d_in), d_sae),
             device=as_device(self.device),
-            block_rows=self.block_rows or _block_rows(store),
+            block_rows=self.block_rows or _block_rows(store, batch_size),
         )
 
     @property
@@ -198,12 +199,11 @@ class TrainSettings:
             raise ConfigError(f"--l1 belongs to relu, but the kind is {self.kind}; leave it out, or give --kind relu")
 
 
-def _block_rows(store: EmbeddingStore | TrainingRows) -> int:
+def _block_rows(store: EmbeddingStore | TrainingRows, batch_size: int) -> int:
     if not isinstance(store, TrainingRows):
         return 1
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
-    row_bytes = 4 * store.d_in * len(store.trained)
-    return rows_of_a_block(store.n_bytes, row_bytes, memory(), n_processes=n_processes)
+    return rows_of_a_block(store.n_bytes, 4 * store.d_in, batch_size, memory(), n_processes=n_processes)
 
 
 class TrainOptions(TypedDict, total=False):

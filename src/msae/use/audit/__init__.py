@@ -13,6 +13,7 @@ import numpy as np
 
 from msae.base.errors import ConfigError, RunError
 from msae.concepts.concept import Names, groups_of, is_numbers
+from msae.concepts.examples import ExampleConcept
 from msae.concepts.names import ConceptNames, as_names, names_of
 from msae.data.sampled import SampledStore, notes_on, sample_rows
 from msae.data.store import EmbeddingStore, as_store
@@ -124,7 +125,7 @@ def audit(
     )  # fmt: skip
     if errors and subject.truth is None:
         raise ConfigError("errors need true classes; give --target COLUMN with classes")
-    known, notes = _groups(view.run, concept, names, all_latents=all_latents)
+    known, examples, notes = _groups(view.run, concept, names, all_latents=all_latents)
     n_permutations = n_permutations or max(2000, 40 * len(known))
     auditor = Auditor(
         subject,
@@ -132,6 +133,7 @@ def audit(
         n_permutations,
         sweep_id,
         np.random.default_rng(seed),
+        examples=examples,
         keep_rare=bool(concept),
         errors=errors,
     )
@@ -154,7 +156,10 @@ def audit(
     refused: dict[str, TooFewRows] = {}
     for this in _to_fix(found, bool(concept)):
         try:
-            fixed, _ = fix_classifier(subject, this.name, this.latents, groups=groups, file=Path(fix), seed=seed)
+            fixed, _ = fix_classifier(
+                subject, this.name, this.latents,
+                groups=groups, file=Path(fix), seed=seed, example=examples.get(this.name),
+            )  # fmt: skip
         except TooFewRows as error:
             refused[this.name] = error
             continue
@@ -182,19 +187,21 @@ def _groups(
     names: Names | str | Path | None,
     *,
     all_latents: bool,
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """The latents of each concept, and what to say about the choice."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, ExampleConcept], list[str]]:
+    """The latents of each concept, which are concepts from examples, and what to say about the choice."""
     d_sae = run.sae.d_sae
     if all_latents:
-        return {f"#{latent}": (latent,) for latent in range(d_sae)}, []
+        return {f"#{latent}": (latent,) for latent in range(d_sae)}, {}, []
     only_numbers = bool(asked) and all(is_numbers(one) for one in asked)
     if names is None and not only_numbers:
         if run.folder is None:
             if asked:
                 raise ConfigError(f"nothing here says which latent is {asked[0]!r}; give names=, or latents as '#123'")
-            return _groups(run, asked, names, all_latents=True)[0], [
-                "the SAE has no names here, so every latent was audited; names= takes what msae.name gave"
-            ]
+            return (
+                _groups(run, asked, names, all_latents=True)[0],
+                {},
+                ["the SAE has no names here, so every latent was audited; names= takes what msae.name gave"],
+            )
         names = names_of(run)
         names = run.folder if names is None else names
     if isinstance(names, str | Path):
@@ -205,9 +212,12 @@ def _groups(
     groups = groups_of(asked, names, d_sae)
     if not groups:
         raise ConfigError("no latent of this SAE has a name; audit every latent with --all-latents")
-    guessed = [name for name in groups if isinstance(names, ConceptNames) and names.shown_name(name) != name]
+    examples, guessed = {}, []
+    if isinstance(names, ConceptNames):
+        examples = {name: example for name in groups if (example := names.example(name)) is not None}
+        guessed = [name for name in groups if names.shown_name(name) != name]
     note = (
         f"{len(guessed)} of the {len(groups)} names are only the nearest words: no rows have confirmed them; to test "
         f"them, type: msae name RUN --on STORE"
     )
-    return groups, [note] if guessed else []
+    return groups, examples, [note] if guessed else []

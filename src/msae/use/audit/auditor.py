@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,12 @@ from msae.base import statistics
 from msae.base.errors import ConfigError
 from msae.base.progress import progress
 from msae.base.statistics import mean_interval
+from msae.concepts.examples import ExampleConcept
+from msae.concepts.names import names_of
+from msae.concepts.strength import readers
 from msae.data.store import EmbeddingStore
-from msae.sae.model import SAE, Inference
+from msae.sae.model import Inference
+from msae.sae.run import RunLike
 from msae.sae.standardize import Modality
 from msae.sae.view import View
 from msae.use.audit.measure import Measured, Sizes, Tally, control_sizes, measure_edits, quantiles
@@ -57,6 +62,7 @@ class Auditor:
     """Audits the concepts `groups` of a subject. Random numbers are drawn from `rng` in a fixed order.
 
     Args:
+        examples: Those of the concepts that were learnt from examples, which have weights and a threshold.
         keep_rare: Audit concepts that hardly ever fire too.
         errors: Look for slices of errors.
     """
@@ -69,11 +75,12 @@ class Auditor:
         sweep_id: str | None,
         rng: np.random.Generator,
         *,
+        examples: Mapping[str, ExampleConcept] = MappingProxyType({}),
         keep_rare: bool = False,
         errors: bool = False,
     ) -> None:
         self.subject, self.view = subject, subject.view
-        self.groups = groups
+        self.groups, self.examples = groups, examples
         self.tests = PermutationTests(subject.classifier.classes, subject.positive, n_permutations, rng)
         self.rng = rng
         self.fewest = 0 if keep_rare else min(FEWEST_ROWS, max(1, len(subject.rows) // 100))
@@ -105,9 +112,11 @@ class Auditor:
                 f"none of the {len(self.groups)} concepts fires in {self.fewest} of the {len(self.subject.rows):,} "
                 f"audited rows; give more rows, or other concepts with --concept"
             )
+        truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         controls = control_sizes(
-            self.subject, self._sample_rows, groups, self._sample_activations, n_controls=N_CONTROLS, rng=self.rng
-        )
+            self.subject, self._sample_rows, groups, self._sample_activations, truth,
+            n_controls=N_CONTROLS, rng=self.rng,
+        )  # fmt: skip
         associations = {name: with_q([one for part in parts for one in part.associations[name]])
                         for name in ASSOCIATIONS}  # fmt: skip
         self.slices = chosen_slices([one for part in parts for one in part.slices])
@@ -119,7 +128,6 @@ class Auditor:
                 audits.append(self._concept(part, column, controls[len(audits)], theirs))
         audits = self._beside_stronger(audits)
         order = sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect))
-        truth = None if self.subject.truth is None else self.subject.truth[self.sample_places]
         strengths = np.concatenate([part.sample for part in parts], axis=1)[:, order]
         sample = Sample(self._sample_rows, self.predicted[self.sample_places], truth, strengths)
         return [audits[i] for i in order], sample
@@ -138,7 +146,7 @@ class Auditor:
         for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect)):
             if not audits[i].stands_out or subject.classifier.is_score:
                 continue
-            strength = self._strength(audits[i].latents)
+            strength = self._strength(audits[i])
             if not is_first:
                 again = self._test_again(strength, truth, strata) or _association(0.0, -1.0, 1.0, 1.0, "")
                 found[i] = dataclasses.replace(audits[i], beside_stronger=again)
@@ -148,14 +156,17 @@ class Auditor:
                 is_first = False
         return found
 
-    def _strength(self, group: tuple[int, ...]) -> Float32[np.ndarray, " n"]:
+    def _strength(self, concept: ConceptAudit) -> Float32[np.ndarray, " n"]:
         """Of one concept in the audited rows, then in the training rows."""
         parts = [(self.view, self.subject.rows)]
         parts += [] if self.subject.training is None else [(self.subject.training.view, self.subject.training.rows)]
-        z = [view.table(rows, group) for view, rows in parts]
-        mean = torch.zeros(self.view.sae.d_sae)
-        mean[list(group)] = torch.from_numpy(z[0].mean(0))
-        return self.subject.concepts([group], mean).strengths(torch.from_numpy(np.concatenate(z))).numpy()[:, 0]
+        example = self.examples.get(concept.name)
+        if example is not None:
+            return np.concatenate([example.above_in(*part) for part in parts])
+        group = list(concept.latents)
+        z = [torch.from_numpy(view.table(rows, group)) for view, rows in parts]
+        read = readers([group], z[0].mean(0), self.view.sae.W_dec.detach().cpu()[group])
+        return read(torch.cat(z)).numpy()[:, 0]
 
     def _test_again(
         self, strength: Float32[np.ndarray, " n"], truth: Int64[np.ndarray, " n"], strata: Int64[np.ndarray, " n"]
@@ -201,7 +212,11 @@ class Auditor:
         every = [latent for group in asked.values() for latent in group]
         z = self.view.table(rows, every)
         theirs = None if training is None else training.view.table(training.rows, every)
-        counts = [_rows_with(z, asked.values())] + ([] if theirs is None else [_rows_with(theirs, asked.values())])
+        above = [self._examples_in(self.view, rows, asked)]
+        counts = [_rows_with(z, asked, above[0])]
+        if training is not None and theirs is not None:
+            above.append(self._examples_in(training.view, training.rows, asked))
+            counts.append(_rows_with(theirs, asked, above[1]))
         is_rare = np.max(counts, axis=0) < self.fewest
         self.rare += [name for name, rare in zip(asked, is_rare, strict=True) if rare]
         if is_rare.any():
@@ -217,10 +232,16 @@ class Auditor:
         latents = [latent for group in groups for latent in group]
         mean = torch.zeros(self.view.sae.d_sae)
         mean[latents] = torch.from_numpy(z.mean(0))
-        concepts = self.subject.concepts(groups, mean)
-        strengths = concepts.strengths(torch.from_numpy(z)).numpy()
+        concepts = self.subject.concepts(groups, mean, [self.examples.get(name) for name in names])
+        strengths = _strengths(concepts, z, names, above[0])
         amounts = quantiles(strengths)
-        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts)
+        present = {}
+        for column, name in enumerate(names):
+            if name in above[0]:
+                present[column] = above[0][name] > 0
+                for amount in amounts.values():  # they are above the threshold
+                    amount[column] += max(self.examples[name].threshold, 0) * (amount[column] > 0)
+        measured = measure_edits(self.subject, rows, truth, concepts, z, amounts, present)
         self.predicted = measured.predicted
         sample = strengths[self.sample_places].astype(np.float32)
         sweeps = [
@@ -229,13 +250,21 @@ class Auditor:
         del z
         associations = self._associations(strengths)
         if theirs is not None and truth is not None and training is not None:
-            their_strengths = concepts.strengths(torch.from_numpy(theirs)).numpy()
+            their_strengths = _strengths(concepts, theirs, names, above[1])
             is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
-            associations["train_shift"] = self.tests.train_shift(
-                np.concatenate([their_strengths, strengths]), is_training, np.concatenate([training.truth, truth])
-            )
+            ranked = statistics.Ranked(their_strengths, strengths)
+            del their_strengths
+            is_training = np.arange(ranked.shape[0]) < len(theirs)
+            both = np.concatenate([training.truth, truth])
+            associations["train_shift"] = self.tests.train_shift(ranked, is_training, both)
         slices = self._candidates(strengths, names, groups) if self.errors else []
         return _Part(names, groups, measured, amounts, associations, sweeps, sample, slices)
+
+    def _examples_in(
+        self, view: View, rows: Int64[np.ndarray, " m"], names: Collection[str]
+    ) -> dict[str, Float32[np.ndarray, " m"]]:
+        """The strengths of those concepts that were learnt from examples."""
+        return {name: self.examples[name].above_in(view, rows) for name in names if name in self.examples}
 
     def _candidates(
         self, strengths: Float32[np.ndarray, "n c"], names: Sequence[str], groups: Sequence[tuple[int, ...]]
@@ -325,14 +354,14 @@ class Auditor:
         if p99 <= 0:
             return None
         this = self.subject.watched[_moved_most(measured, column)]
-        if self.sweep_row is None:
-            without = np.flatnonzero(sample[:, column] <= 0)
-            candidates = without if len(without) else np.arange(len(sample))
-            ordered = candidates[np.argsort(self._sample_probabilities[candidates, this], kind="stable")]
-            row = int(self._sample_rows[ordered[len(ordered) // 2]])
-        else:
-            row = self.sweep_row
-        return sweep_row(self.subject, concepts, column, group, row, this, p99)
+        if self.sweep_row is not None:
+            return sweep_row(self.subject, concepts, column, group, self.sweep_row, this, p99)
+        order = self._sample_order[:, this]  # by the probability, so that the one in the middle is ordinary
+        without = order[sample[order, column] <= 0]
+        candidates = without if len(without) else order
+        place = int(candidates[len(candidates) // 2])
+        z = self._sample_activations[place, list(group)]
+        return sweep_row(self.subject, concepts, column, group, int(self._sample_rows[place]), this, p99, z)
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -352,6 +381,10 @@ class Auditor:
         logits = self.subject.classifier.logits(self.subject.raw(self._sample_rows))
         return (logits if self.subject.classifier.is_score else logits.softmax(1)).numpy()
 
+    @cached_property
+    def _sample_order(self) -> Int64[np.ndarray, "m k"]:
+        return np.argsort(self._sample_probabilities, axis=0, kind="stable")
+
     def _note_predictions(self) -> None:
         seen = np.unique(self.predicted)
         if self.rare:
@@ -364,10 +397,28 @@ class Auditor:
             self.notes.append(f"the classifier predicts {only!r} for every row, so there is no association to test")
 
 
-def _rows_with(z: Float32[np.ndarray, "n l"], groups: Collection[tuple[int, ...]]) -> Int64[np.ndarray, " c"]:
-    """In how many rows any latent of each group fires; the columns of `z` are the groups' latents."""
-    ends = np.cumsum([0, *map(len, groups)])
-    return np.array([(z[:, first:last] > 0).any(1).sum() for first, last in itertools.pairwise(ends.tolist())])
+def _rows_with(
+    z: Float32[np.ndarray, "n l"], groups: Mapping[str, tuple[int, ...]], above: Mapping[str, np.ndarray]
+) -> Int64[np.ndarray, " c"]:
+    """In how many rows each concept fires; the columns of `z` are the groups' latents."""
+    ends = np.cumsum([0, *map(len, groups.values())]).tolist()
+    known = zip(groups, itertools.pairwise(ends), strict=True)
+    return np.array([
+        np.count_nonzero(above[name] if name in above else (z[:, first:last] > 0).any(1))
+        for name, (first, last) in known
+    ])  # fmt: skip
+
+
+def _strengths(
+    concepts: Concepts, z: Float32[np.ndarray, "n l"], names: Sequence[str], above: Mapping[str, np.ndarray]
+) -> Float32[np.ndarray, "n c"]:
+    """The strength of every concept in rows of activations; of those in `above` it is known already."""
+    found: Float32[np.ndarray, "n c"] = concepts.readers(torch.from_numpy(z)).numpy()
+    if above:
+        found = found.copy()  # of single latents it is z
+        for column, name in enumerate(names):
+            found[:, column] = above.get(name, found[:, column])
+    return found
 
 
 def _moved_most(measured: Measured, column: int) -> int:
@@ -446,24 +497,20 @@ class PermutationTests:
         ranked = strengths if isinstance(strengths, statistics.Ranked) else statistics.Ranked(strengths)
         found: list[Association | None] = [None] * ranked.shape[1]
         columns = ranked.varying
-        order = np.argsort(strata, kind="stable")
-        pairs = [statistics.n_pairs(labels == k, strata) for k in self.watched]
-        if not len(columns) or not any(pairs):
+        pairs = {k: n for k in self.watched if (n := statistics.n_pairs(labels == k, strata))}
+        if not len(columns) or not pairs:
             return found
-        wins = ranked.net_wins(strata, columns, order)
-        known = (labels[order], strata[order])
-        sizes = [statistics.cliffs_delta(wins, known[0] == k, known[1]) for k in self.watched]
-        usable = [(k, size) for k, size in zip(self.watched, sizes, strict=True) if size is not None]
-        best = np.abs(np.stack([size for _, size in usable])).argmax(0)
-        p = statistics.permutation_p(
-            wins, *known, n_permutations=self.n_permutations, rng=self.rng, focus=self.positive
-        )
-        del wins
-        for place, (k, size) in enumerate(usable):
+        tested = statistics.permutation_test(
+            statistics.NetWins(ranked, strata, columns), np.stack([labels == k for k in pairs]).astype(np.float64),
+            strata, n_permutations=self.n_permutations, rng=self.rng,
+        )  # fmt: skip
+        sizes = tested.sums / np.array(list(pairs.values()))[:, None]
+        best = np.abs(sizes).argmax(0)
+        for place, k in enumerate(pairs):
             own = np.flatnonzero(best == place)
             ends = statistics.cliffs_delta_interval(ranked, labels == k, strata, columns[own])
             for i, low, high in zip(own, *ends, strict=True):
-                found[columns[i]] = _association(size[i], low, high, p[i], self.classes[k])
+                found[columns[i]] = _association(sizes[place, i], low, high, tested.p[i], self.classes[k])
         return found
 
     def correlate(self, ranked: statistics.Ranked, numbers: Float[np.ndarray, " n"]) -> list[Association | None]:
@@ -472,7 +519,7 @@ class PermutationTests:
         columns = ranked.varying
         if not len(columns) or np.ptp(numbers) == 0:
             return found
-        wins = ranked.net_wins(np.zeros(len(numbers), np.int64), columns)
+        wins = statistics.NetWins(ranked, np.zeros(len(numbers), np.int64), columns)
         rho, p = statistics.correlation_p(wins, numbers, n_permutations=self.n_permutations, rng=self.rng)
         half = statistics.Z_95 * np.sqrt((1 + rho**2 / 2) / max(len(numbers) - 3, 1))  # Bonett & Wright 2000
         ends = np.tanh(np.arctanh(rho.clip(-0.999999, 0.999999)) + half * np.array([[-1.0], [1.0]]))
@@ -482,7 +529,7 @@ class PermutationTests:
 
     def train_shift(
         self,
-        strengths: Float32[np.ndarray, "n c"],
+        strengths: Float32[np.ndarray, "n c"] | statistics.Ranked,
         is_training: Bool[np.ndarray, " n"],
         truth: Int64[np.ndarray, " n"],
         strata: Int64[np.ndarray, " n"] | None = None,
@@ -497,27 +544,21 @@ class PermutationTests:
             strata: Parts of the classes within which rows are compared and shuffled; None takes the classes.
         """
         strata = truth if strata is None else strata
-        ranked = statistics.Ranked(strengths)
-        del strengths
+        ranked = strengths if isinstance(strengths, statistics.Ranked) else statistics.Ranked(strengths)
         found: list[Association | None] = [None] * ranked.shape[1]
         columns = ranked.varying
-        order = np.argsort(strata, kind="stable")
         best: dict[int, tuple[float, float, int]] = {}
         for k in self.watched:
             sides = [truth == k, truth != k]
             pairs = [statistics.n_pairs(is_training[side], strata[side]) for side in sides]
             if not len(columns) or not all(pairs):
                 continue
-            weighted = ranked.net_wins(strata, columns, order)
-            weighted *= np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1]).astype(np.float32)[order, None]
-            member = is_training[order]
-            sizes = statistics.sum_over(weighted, member)
-            p = statistics.permutation_p(
-                weighted, member.astype(np.int64), strata[order],
-                n_permutations=self.n_permutations, rng=self.rng, focus=1,
+            weight = np.where(sides[0], 0.5 / pairs[0], -0.5 / pairs[1])
+            tested = statistics.permutation_test(
+                statistics.NetWins(ranked, strata, columns, weight), is_training[None].astype(np.float64),
+                strata, n_permutations=self.n_permutations, rng=self.rng,
             )  # fmt: skip
-            del weighted
-            for i, (size, value) in enumerate(zip(sizes, p, strict=True)):
+            for i, (size, value) in enumerate(zip(tested.sums[0], tested.p, strict=True)):
                 if i not in best or abs(size) > abs(best[i][0]):
                     best[i] = (float(size), min(1.0, float(value) * len(self.watched)), k)
         for k in self.watched:
@@ -557,27 +598,35 @@ SWEEP_POINTS = 33
 
 
 def sweep_row(
-    subject: Subject, concepts: Concepts, column: int, group: Sequence[int], row: int, class_: int, p99: float
+    subject: Subject,
+    concepts: Concepts,
+    column: int,
+    group: Sequence[int],
+    row: int,
+    class_: int,
+    p99: float,
+    activations: Float32[np.ndarray, " g"] | None = None,
 ) -> Sweep:
     """The sweep of the concept `column` of `concepts`, whose latents are `group`, in a row of the store.
 
     Args:
         class_: Whose probability is computed.
         p99: Of the concept's natural strengths.
+        activations: Of the group in that row, where they are known.
     """
     own = np.array([row], dtype=np.int64)
     members = concepts.owner == column
-    z = torch.from_numpy(subject.view.table(own, group))
+    z = torch.from_numpy(subject.view.table(own, group) if activations is None else activations[None])
     strengths = torch.linspace(0, 2 * p99, SWEEP_POINTS)
     classifier = subject.classifier
     u = classifier.features(subject.raw(own))
-    move = strengths[:, None] * concepts.pattern[members] - z
+    move = strengths[:, None] * concepts.readers.pattern[members] - z
     edited = u + move @ concepts.rows[members]
     if classifier.unit_norm:
         edited = torch.nn.functional.normalize(edited, dim=1)
     readout = classifier.readout([class_])
     found = readout.outputs((edited @ readout.weight.T + readout.bias).T[:, :, None])[0, :, 0]
-    strength = float((z[0] * concepts.reader[members]).sum())
+    strength = float((z[0] * concepts.readers.weight[members]).sum())
     return Sweep(str(subject.view.store.ids[row]), strength, p99, tuple(strengths.tolist()), tuple(found.tolist()))
 
 
@@ -586,10 +635,11 @@ class Sweeper:
 
     def __init__(
         self,
-        sae: SAE | str | Path,
+        sae: RunLike,
         on: EmbeddingStore | str | Path,
         target: str,
         *,
+        where: str | None = None,
         modality: Modality | None = None,
         inference: Inference = "trained",
         device: str = "auto",
@@ -597,7 +647,9 @@ class Sweeper:
     ) -> None:
         """The arguments are those of `msae.audit`, and so is what is raised."""
         view = View(sae, on, modality, inference=inference, device=device)
-        self.subject = make_subject(view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed)
+        self.subject = make_subject(
+            view, target=target, classifier=None, class_texts=None, train_store=None, seed=seed, where=where
+        )
         self._concepts = lru_cache(256)(self._made)
 
     def of(self, concept: ConceptAudit, id: str) -> Sweep | None:
@@ -613,12 +665,15 @@ class Sweeper:
         if concept.class_ not in classes:
             raise ConfigError(f"there is no class {concept.class_!r} here; the classes are {', '.join(classes)}")
         row = self.subject.view.store.ids.row_of(id)
-        made = self._concepts(concept.latents)
+        made = self._concepts(concept.name, concept.latents)
         p99 = concept.sweep.natural_p99
         return sweep_row(self.subject, made, 0, concept.latents, row, classes.index(concept.class_), p99)
 
-    def _made(self, group: tuple[int, ...]) -> Concepts:
+    def _made(self, name: str, group: tuple[int, ...]) -> Concepts:
+        names = names_of(self.subject.view.run)
+        example = None if names is None else names.example(name)
+        example = example if example is not None and example.latents == group else None
         mean = torch.zeros(self.subject.view.sae.d_sae)
         z = self.subject.view.table(self.subject.rows, group)
         mean[list(group)] = torch.from_numpy(z.mean(0))
-        return self.subject.concepts([group], mean)
+        return self.subject.concepts([group], mean, [example])

@@ -21,6 +21,8 @@ from msae.base.errors import ConfigError
 from msae.base.records import to_record
 from msae.base.results import Result, shorten, text_table
 from msae.concepts.concept import FEWEST
+from msae.concepts.examples import ExampleConcept
+from msae.concepts.strength import readers
 from msae.measure.probe import C
 from msae.sae.view import View
 from msae.use.audit.slices import otsu_border
@@ -152,19 +154,21 @@ def fix_classifier(
     groups: str | None,
     file: Path | None,
     seed: int,
+    example: ExampleConcept | None = None,
 ) -> tuple[Fix, LinearClassifier]:
     """The ways side by side, and the recommended classifier; the classifier as it is where nothing helps.
 
     Args:
         groups: The column that says which rows have the concept; without it the concept's firing does.
         file: Where to write it.
+        example: The concept from examples that it is.
 
     Raises:
         ConfigError: No true classes, a score, or a group with too few rows.
     """
     if subject.truth is None or subject.classifier.is_score:
         raise ConfigError("a fix needs true classes to measure by; give --target COLUMN with classes")
-    rows = _rows(subject, latents, groups)
+    rows = _rows(subject, latents, groups, example)
     rng = np.random.default_rng(seed)
     parts = _thirds(rows.group, rng)
     fit, choose, judge = (rows[part] for part in parts)
@@ -212,12 +216,14 @@ def _logits_of(classifier: LinearClassifier) -> Callable[[_Rows], Tensor]:
     return lambda rows: classifier.logits(rows.x)
 
 
-def _rows(subject: Subject, latents: tuple[int, ...], groups: str | None) -> _Rows:
+def _rows(
+    subject: Subject, latents: tuple[int, ...], groups: str | None, example: ExampleConcept | None = None
+) -> _Rows:
     view, rows, truth = subject.view, subject.rows, subject.truth
     assert truth is not None
     z = view.table(rows, list(latents))
     if groups is None:
-        has = clearly_present(view, latents, z)
+        has = clearly_present(view, latents, z) if example is None else example.above_in(view, rows) > 0
     else:
         labels = view.store.labels(groups, option="--groups")
         known = sorted({label for row in rows if (label := labels[row]) is not None})
@@ -234,9 +240,9 @@ def _rows(subject: Subject, latents: tuple[int, ...], groups: str | None) -> _Ro
 
 def clearly_present(view: View, latents: tuple[int, ...], z: Float32[np.ndarray, "n l"]) -> Bool[np.ndarray, " n"]:
     """Where the concept is clearly present: above the strength that best divides weak from strong rows."""
-    W_dec = view.sae.W_dec.detach().cpu()[list(latents)]
-    common = torch.from_numpy(z.mean(0)) @ W_dec
-    strength = (torch.from_numpy(z) @ (W_dec @ (common / common.norm().clamp_min(1e-12)))).double().numpy()
+    z_mean = torch.from_numpy(z).double().mean(0)
+    read = readers([latents], z_mean, view.sae.W_dec.detach().cpu()[list(latents)])
+    strength = read(torch.from_numpy(z))[:, 0].double().numpy()
     present: Bool[np.ndarray, " n"] = strength > otsu_border(strength)
     return present
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msae.concepts.concept import quantiles_above_zero
+from msae.base.statistics import COPIED
+from msae.concepts.strength import Readers
 from msae.use.audit.subjects import Subject
 from msae.use.classifier import Readout
 from msae.use.interventions import Concepts, Push, edited_logits
 
 ENOUGH = 10
 """Live latents of no audited concept from which on they alone are controls."""
+MARGIN = 0.2
+"""A latent whose correlation with the true class is larger than the concept's by this is no control."""
 QUANTILES = {"set_p50": 0.5, "set_p90": 0.9, "set_p99": 0.99}
 EDIT_ENTRIES = 1 << 20
 """Edited logits held at once: small enough to stay in a CPU's cache from one operation to the next."""
@@ -68,9 +72,17 @@ class Measured:
 
 def quantiles(strengths: Float32[np.ndarray, "n c"]) -> dict[str, Float[Tensor, " c"]]:
     """The natural quantiles of each concept's strengths above 0; 0 for a concept that never fires."""
-    columns = torch.from_numpy(strengths).unbind(1)
-    found = torch.stack([quantiles_above_zero(column, list(QUANTILES.values())) for column in columns], 1)
-    return dict(zip(QUANTILES, found, strict=True))
+    found = np.zeros((len(QUANTILES), strengths.shape[1]), np.float32)
+    shares = np.array(list(QUANTILES.values()))
+    for first in range(0, strengths.shape[1], COPIED):
+        for i, column in enumerate(np.ascontiguousarray(strengths[:, first : first + COPIED].T), first):
+            above = np.sort(column[column > 0]).astype(np.float64)
+            if len(above):
+                place = shares * (len(above) - 1)
+                low = place.astype(np.int64)
+                high = np.minimum(low + 1, len(above) - 1)
+                found[:, i] = above[low] + (place - low) * (above[high] - above[low])
+    return dict(zip(QUANTILES, torch.from_numpy(found), strict=True))
 
 
 @torch.no_grad()
@@ -81,6 +93,7 @@ def measure_edits(
     concepts: Concepts,
     z: Float32[np.ndarray, "n l"],
     amounts: Mapping[str, Float[Tensor, " c"]],
+    present: Mapping[int, Bool[np.ndarray, " n"]] = MappingProxyType({}),
     *,
     means_alone: bool = False,
 ) -> Measured:
@@ -89,6 +102,7 @@ def measure_edits(
     Args:
         z: Activations of the concepts' latents on `rows`.
         amounts: By name of the edit, the strength of each concept.
+        present: In which rows a concept fires, by its number; the others do where any of their latents does.
         means_alone: Measure no more than mean changes.
     """
     readout = subject.readout
@@ -99,7 +113,7 @@ def measure_edits(
     predicted = np.empty(len(rows), np.int64)
     measured = Measured(tallies, counts[0], counts[1], counts[2], counts[3], predicted)
     mean = torch.from_numpy(z.mean(0, dtype=np.float64)).float()
-    blocks = _blocks(concepts, 128)
+    blocks = _blocks(concepts, 64)
     per_row = max(len(block.concepts.owner) for block in blocks) * readout.n_outputs
     size = max(1, min(8192, EDIT_ENTRIES // per_row))
     for first in range(0, len(rows), size):
@@ -108,8 +122,10 @@ def measure_edits(
         measured.predicted[own] = batch.predicted.numpy()
         labels = None if truth is None else torch.from_numpy(truth[own])
         for block in blocks:
-            own_z = torch.from_numpy(z[own, block.latents])
+            own_z, along = torch.from_numpy(z[own, block.latents]), block.concepts.along(batch.u)
             fires = block.concepts.sum((own_z > 0).float()) > 0
+            for number in present.keys() & range(block.owns.start, block.owns.stop):
+                fires[:, number - block.owns.start] = torch.from_numpy(present[number][own])
 
             def tally(
                 name: str, edited: Tensor, where: Tensor, block: _Block = block, batch: _Batch = batch
@@ -121,13 +137,13 @@ def measure_edits(
                 tallies[name].add(block.owns, where.float(), change, flipped)
                 return after
 
-            removed = tally("remove", batch.edit(block.concepts.removal(batch.u, own_z)), fires)
+            removed = tally("remove", batch.edit(block.concepts.removal(along, own_z)), fires)
             if labels is not None and removed is not None:
-                levelled = batch.edit(block.concepts.removal(batch.u, own_z - mean[block.latents]))
+                levelled = batch.edit(block.concepts.removal(along, own_z - mean[block.latents]))
                 after = readout.predicted(levelled)
                 _add_groups(measured, block.owns, labels, fires, batch.predicted, removed, after)
             for name, strength in amounts.items():
-                raised = batch.edit(block.concepts.raising(batch.u, strength[block.owns]))
+                raised = batch.edit(block.concepts.raising(along, strength[block.owns]))
                 tally(name, raised, ~fires & (strength[block.owns] > 0))
     return measured
 
@@ -167,8 +183,9 @@ def _blocks(concepts: Concepts, n: int) -> list[_Block]:
         while last < concepts.n and edges[last + 1] - edges[first] <= n:
             last += 1
         own = slice(edges[first], edges[last])
-        parts = (concepts.rows[own], concepts.pattern[own], concepts.reader[own], concepts.weight)
-        found.append(_Block(slice(first, last), own, Concepts(concepts.owner[own] - first, *parts)))
+        read = concepts.readers
+        mine = Readers(read.owner[own] - first, read.weight[own], read.pattern[own])
+        found.append(_Block(slice(first, last), own, Concepts(mine, concepts.rows[own], concepts.weight)))
         first = last
     return found
 
@@ -209,6 +226,7 @@ def control_sizes(
     rows: Int64[np.ndarray, " m"],
     groups: Sequence[tuple[int, ...]],
     z: Float32[np.ndarray, "m d_sae"],
+    truth: Int64[np.ndarray, " m"] | None,
     *,
     n_controls: int,
     rng: np.random.Generator,
@@ -219,14 +237,14 @@ def control_sizes(
 
     Args:
         z: Activations of all latents on `rows`.
+        truth: Classes of `rows`.
         n_controls: Random groups per concept; fewer where the SAE has fewer live latents.
     """
-    profile = profile_of(z)
+    profile = profile_of(z, truth)
     audited = sorted({latent for group in groups for latent in group})
     if np.count_nonzero(np.delete(profile.n_fires, audited)) >= ENOUGH:
-        profile = Profile(
-            np.where(np.isin(np.arange(z.shape[1]), audited), -profile.n_fires, profile.n_fires), profile.place
-        )
+        is_audited = np.isin(np.arange(z.shape[1]), audited)
+        profile = profile._replace(n_fires=np.where(is_audited, -profile.n_fires, profile.n_fires))
     drawn = [matched_groups(group, profile, n_controls=n_controls, rng=rng) for group in groups]
     distinct = sorted({group for several in drawn for group in several})
     if not distinct:
@@ -235,7 +253,7 @@ def control_sizes(
     number_of = {group: number for number, group in enumerate(distinct)}
     concepts = subject.concepts(distinct, torch.from_numpy(z.mean(0)))
     own_z = z[:, [latent for group in distinct for latent in group]]
-    strengths = concepts.strengths(torch.from_numpy(own_z)).numpy()
+    strengths = concepts.readers(torch.from_numpy(own_z)).numpy()
     natural = quantiles(strengths)
     amounts = {name: natural[name] for name in Sizes._fields if name in natural}
     measured = measure_edits(subject, rows, None, concepts, own_z, amounts, means_alone=True)
@@ -254,13 +272,27 @@ class Profile(NamedTuple):
     """Rows; below 0 for a latent that is no control."""
     place: Float64[np.ndarray, "d_sae 2"]
     """Logarithms of rows in which it fires and of its mean activation there."""
+    of_class: Float64[np.ndarray, " d_sae"]
+    """The size of its correlation with the true class; 0 where that is not known."""
 
 
-def profile_of(z: Float32[np.ndarray, "m d_sae"]) -> Profile:
+def profile_of(z: Float32[np.ndarray, "m d_sae"], truth: Int64[np.ndarray, " m"] | None = None) -> Profile:
     """The profile of all latents on some rows."""
     n_fires = (z > 0).sum(0)
     magnitude = z.sum(0, dtype=np.float64) / np.maximum(n_fires, 1)
-    return Profile(n_fires, np.log(np.stack([n_fires, magnitude], 1).clip(1e-9)))
+    return Profile(n_fires, np.log(np.stack([n_fires, magnitude], 1).clip(1e-9)), _goes_with(z, truth))
+
+
+def _goes_with(z: Float32[np.ndarray, "m d_sae"], truth: Int64[np.ndarray, " m"] | None) -> Float64[np.ndarray, " d"]:
+    """The largest correlation of each latent with a class, by size."""
+    if truth is None:
+        return np.zeros(z.shape[1])
+    is_class = (truth[:, None] == np.unique(truth)).astype(np.float32)
+    is_class -= is_class.mean(0)
+    spread = np.sqrt(np.square(is_class).sum(0)[:, None] * (z.var(0, dtype=np.float64) * len(z)))
+    size = np.divide(np.abs(is_class.T @ z), spread, out=np.zeros(spread.shape), where=spread > 0)
+    largest: Float64[np.ndarray, " d"] = size.max(0)
+    return largest
 
 
 def matched_groups(
@@ -271,16 +303,21 @@ def matched_groups(
     Near is near in the logarithms of both. A single latent's are its nearest; a group's are drawn from the nearest of
     each of its latents. The latents of `group` are never among them.
     """
-    n_fires, place = profile
-    alive = np.setdiff1d(np.flatnonzero(n_fires > 0), np.array(group))
+    n_fires, place, of_class = profile
+    is_alive = (n_fires > 0) & (of_class < of_class[list(group)].max() + MARGIN)
+    alive = np.setdiff1d(np.flatnonzero(is_alive), np.array(group))
     members = [latent for latent in group if n_fires[latent]]
     if not len(alive) or not members:
         return []
-    nearest = {
-        latent: alive[np.argsort(np.square(place[alive] - place[latent]).sum(1), kind="stable")[:n_controls]]
-        for latent in members
-    }
+    nearest = {}
+    for latent in members:
+        distance = np.square(place[alive] - place[latent]).sum(1)
+        near = np.argpartition(distance, min(n_controls, len(alive)) - 1)[:n_controls]
+        nearest[latent] = alive[near[np.argsort(distance[near], kind="stable")]]
     if len(members) == 1:
         return [(int(latent),) for latent in nearest[members[0]]]
-    drawn = (tuple(sorted({int(rng.choice(nearest[latent])) for latent in members})) for _ in range(n_controls))
+    picked = rng.integers(min(n_controls, len(alive)), size=(n_controls, len(members)))
+    drawn = (
+        tuple(sorted({int(nearest[latent][one]) for latent, one in zip(members, own, strict=True)})) for own in picked
+    )
     return sorted(set(drawn))

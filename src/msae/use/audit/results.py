@@ -22,6 +22,8 @@ MAX_JSON = 50_000_000
 """Characters of an audit that is read."""
 OWN = 0.75
 """Share of an association that must be left beside stronger concepts: less is leakage that their strata missed."""
+SAID = 5
+"""Concepts of the training rows alone that the verdict names."""
 LEVEL = 0.05
 """The false discovery rate up to which a concept is reported."""
 TESTS = {
@@ -191,6 +193,12 @@ class ConceptAudit(Result):
         return beside is None or (beside.p < LEVEL and abs(beside.effect_size) >= OWN * abs(main.effect_size))
 
     @property
+    def is_in_training_alone(self) -> bool:
+        """It goes with a class in the training rows (q < .05) and fires in none of the audited rows, so that no effect
+        can be measured here."""
+        return self.firing_rate == 0 and self.main is not None and self.main.q < LEVEL
+
+    @property
     def main(self) -> Association | None:
         """The association that the audit reports, by its one `test`."""
         found: Association | None = None if self.test is None else getattr(self, self.test)
@@ -305,8 +313,16 @@ class Audit(Result):
         return found
 
     def reported(self) -> list[ConceptAudit]:
-        """The concepts that stand out: they go with the classes, and do more than every random latent like them."""
-        return [concept for concept in self.concepts if concept.stands_out]
+        """The concepts that stand out: they go with the classes, and do more than every random latent like them.
+
+        Then those that go with the classes in the training rows alone, whose effect cannot be measured here.
+        """
+        return [one for one in self.concepts if one.stands_out] + self.in_training_alone
+
+    @property
+    def in_training_alone(self) -> list[ConceptAudit]:
+        """The concepts that go with the classes in the training rows and fire in none of the audited rows."""
+        return [concept for concept in self.concepts if concept.is_in_training_alone]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by the contract's keys."""
@@ -347,7 +363,7 @@ class Audit(Result):
     def n_by_chance(self) -> float:
         """How many concepts would stand out if all were random latents: of as many, each has the largest effect of 21
         (of itself and its controls) as often as any other."""
-        n_tested = sum(one.main is not None and one.main.q < LEVEL for one in self.concepts)
+        n_tested = sum(one.main is not None and one.main.q < LEVEL and one.firing_rate > 0 for one in self.concepts)
         return n_tested / (1 + int(self.settings.get("n_controls", 20)))
 
     @property
@@ -357,7 +373,7 @@ class Audit(Result):
 
         Those that bear the name of a class come last: a classifier of squares should react to squares.
         """
-        found = self.reported()
+        found = [one for one in self.concepts if one.stands_out]
         return found if len(found) > self.n_by_chance + self.n_by_chance**0.5 else []
 
     @property
@@ -367,8 +383,22 @@ class Audit(Result):
 
     @property
     def verdict(self) -> str:
-        """What the audit found, in one sentence or two."""
-        n_out, chance = len(self.reported()), self.n_by_chance
+        """What the audit found, in a few sentences."""
+        alone = self.in_training_alone
+        if not alone:
+            return self._measured
+        some = ", ".join(f"{one.name} (q {one.main.q:.2g})" for one in alone[:SAID] if one.main)
+        some += f" and {len(alone) - SAID:,} more" if len(alone) > SAID else ""
+        goes, they = ("goes", "it fires") if len(alone) == 1 else ("go", "they fire")
+        return (
+            f"{self._measured} In the training rows {some} {goes} with the classes, but {they} in none of the audited "
+            f"rows, so the effect cannot be measured here; audit rows that have it."
+        )
+
+    @property
+    def _measured(self) -> str:
+        """What the effects in the audited rows say."""
+        n_out, chance = sum(one.stands_out for one in self.concepts), self.n_by_chance
         if self.is_score:
             head = f"The score of {self.n:,} rows is {self.classifier['mean']:.3g} on average (standard deviation "
             head += f"{self.classifier['sd']:.2g})"
@@ -426,7 +456,7 @@ class Audit(Result):
                 "what helps: accuracy of the worst group now, and with the concept removed or levelled (at its mean); "
                 "--fix FILE writes a better classifier"
             )
-        n_others = len(self.concepts) - len(ranked)
+        n_others = len(self.concepts) - len({one.name for one in (*ranked, *self.in_training_alone)})
         if not n_others:
             return lines
         return [*lines, f"{n_others:,} concepts do no more than random latents and are not ranked; --json has them"]

@@ -90,10 +90,11 @@ def compare_errors(
             continue
         ranked = statistics.Ranked(strengths[own])
         columns, one = ranked.varying, np.zeros(len(wrong), np.int64)
-        wins = ranked.net_wins(one, columns)
-        size = statistics.cliffs_delta(wins, wrong, one)
-        assert size is not None
-        p = statistics.permutation_p(wins, wrong.astype(np.int64), one, n_permutations=n_permutations, rng=rng, focus=1)
+        tested = statistics.permutation_test(
+            statistics.NetWins(ranked, one, columns), wrong[None].astype(np.float64), one,
+            n_permutations=n_permutations, rng=rng,
+        )  # fmt: skip
+        size, p = tested.sums[0] / statistics.n_pairs(wrong, one), tested.p
         found.append((np.full(len(columns), k), columns, size, p))
     return Candidates(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msae.base.errors import ConfigError
+from msae.concepts.examples import ExampleConcept
 from msae.data.rows import PATH_COLUMNS, class_names, labelled_rows
 from msae.data.store import EmbeddingStore
 from msae.data.tables import CAPTION_COLUMNS
@@ -80,11 +81,16 @@ class Subject:
         """Embeddings of some rows of the store, as the classifier reads them."""
         return torch.from_numpy(self.view.store.take(rows, self.view.modality))
 
-    def concepts(self, groups: Sequence[Sequence[int]], mean: Float[Tensor, " d_sae"]) -> Concepts:
+    def concepts(
+        self,
+        groups: Sequence[Sequence[int]],
+        mean: Float[Tensor, " d_sae"],
+        examples: Sequence[ExampleConcept | None] = (),
+    ) -> Concepts:
         """`groups` of latents as the classifier sees them, each in the proportions of `mean`."""
         view, classifier = self.view, self.classifier
         to_features = classifier.scale / view.standardizer.statistics[view.modality].scale
-        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, self.readout.weight)
+        return make_concepts(groups, view.sae.W_dec.detach().cpu(), mean, to_features, self.readout.weight, examples)
 
 
 def labels_of(store: EmbeddingStore, column: str) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from msae.base.errors import ConfigError
 from msae.concepts.concept import BLOCK_ROWS, ConceptSet, Natural, natural_of
 from msae.concepts.names import ConceptNames, as_names, names_of
+from msae.concepts.strength import Readers, readers
 from msae.data.rows import names_to_show
 from msae.data.store import EmbeddingStore, as_store
 from msae.sae.model import SAE
@@ -252,13 +253,13 @@ class _Sharing:
             return [()] * len(rows)
         if not self._concepts():
             return [()] * len(rows)
-        concepts, usual, usual_in_query = self._unusual
-        if not concepts:
+        kept, usual, usual_in_query = self._unusual
+        if not kept:
             return [()] * len(rows)
-        hits = _summed(next(iter(self.view.activations(self._active, rows))).cpu(), self._columns, concepts)
-        query = _summed(self.z[self._active].unsqueeze(0), self._columns, concepts)[0]
+        hits = self._strengths(next(iter(self.view.activations(self._active, rows))).cpu())[:, kept]
+        query = self._in_query[kept]
         common = torch.minimum(hits / usual, query / usual_in_query)
-        names = list(concepts)
+        names = [list(self._concepts())[i] for i in kept]
         found = []
         for row, values in zip(hits, common, strict=True):
             best = values.topk(min(SHARED, len(names))).indices.tolist()
@@ -275,35 +276,50 @@ class _Sharing:
         return active
 
     @cached_property
-    def _columns(self) -> dict[int, int]:
-        return {latent: column for column, latent in enumerate(self._active)}
-
-    @cached_property
-    def _unusual(self) -> tuple[dict[str, list[int]], Tensor, Tensor]:
+    def _unusual(self) -> tuple[list[int], Tensor, Tensor]:
         """The concepts of which the query has more than is usual, with what is usual in hits and in queries."""
         view = self.view
         own = view.on(view.store, self.query_modality) if self.query_modality in view.store.modalities else view
-        concepts = self._concepts()
-        in_hits = self._natural(view, concepts)
-        in_query = in_hits if own.modality == view.modality else self._natural(own, concepts)
-        assert self.z is not None
-        kept = {
-            name: latents
-            for name, latents in concepts.items()
-            if 0 < in_hits[name].firing_rate <= COMMON
-            and in_query[name].firing_rate <= COMMON
-            and float(self.z[latents].sum()) > in_query[name].quantile(50)
-        }
-        usual = torch.tensor([in_hits[name].quantile(50) for name in kept])
-        usual_in_query = torch.tensor([max(in_query[name].quantile(50), TINY) for name in kept])
+        in_hits = self._natural(view)
+        in_query = in_hits if own.modality == view.modality else self._natural(own)
+        kept = [
+            i
+            for i, (of_hits, of_query) in enumerate(zip(in_hits, in_query, strict=True))
+            if 0 < of_hits.firing_rate <= COMMON
+            and of_query.firing_rate <= COMMON
+            and float(self._in_query[i]) > of_query.quantile(50)
+        ]
+        usual = torch.tensor([in_hits[i].quantile(50) for i in kept])
+        usual_in_query = torch.tensor([max(in_query[i].quantile(50), TINY) for i in kept])
         return kept, usual, usual_in_query
 
-    def _natural(self, view: View, concepts: Mapping[str, Sequence[int]]) -> dict[str, Natural]:
+    def _natural(self, view: View) -> list[Natural]:
+        strengths = self._strengths(self._usual_rows(view))
+        return [natural_of(column) for column in strengths.T]
+
+    def _usual_rows(self, view: View) -> Tensor:
+        """Activations of the query's active latents in rows spread over the store."""
         n = min(USUAL_ROWS, len(view))
         rows = np.linspace(0, len(view) - 1, n).round().astype(np.int64)
-        z = torch.cat([block.cpu() for block in view.activations(self._active, rows)])
-        summed = _summed(z, self._columns, concepts)
-        return {name: natural_of(summed[:, i]) for i, name in enumerate(concepts)}
+        return torch.cat([block.cpu() for block in view.activations(self._active, rows)])
+
+    @cached_property
+    def _in_query(self) -> Tensor:
+        assert self.z is not None
+        return self._strengths(self.z[self._active].unsqueeze(0))[0]
+
+    def _strengths(self, z: Tensor) -> Tensor:
+        """The strength of each concept in rows of activations of the query's active latents."""
+        columns, read = self._readers
+        return read(z[:, columns])
+
+    @cached_property
+    def _readers(self) -> tuple[list[int], Readers]:
+        """Places among the active latents, concept after concept, and how they are read."""
+        groups = list(self._concepts().values())
+        columns = [self._active.index(latent) for group in groups for latent in group]
+        rows = self.view.sae.W_dec.detach().cpu()[[self._active[column] for column in columns]]
+        return columns, readers(groups, self._usual_rows(self.view)[:, columns].mean(0), rows)
 
     def _concepts(self) -> dict[str, list[int]]:
         """What people are shown for the query's active latents, and which latents each is."""
@@ -315,11 +331,6 @@ class _Sharing:
             elif name is not None:
                 found.setdefault(self.names.shown_name(name), []).append(latent)
         return found
-
-
-def _summed(z: Tensor, columns: Mapping[int, int], concepts: Mapping[str, Sequence[int]]) -> Tensor:
-    """The strength of each concept, summed over its latents, in each row of activations."""
-    return torch.stack([z[:, [columns[latent] for latent in latents]].sum(1) for latents in concepts.values()], 1)
 
 
 def _hits(

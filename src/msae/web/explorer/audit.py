@@ -26,7 +26,8 @@ SWEPT = 4
 
 def page(world: World, run: LoadedRun, address: Address) -> Markup:
     """The whole page; the audit itself is a part, for it takes a while."""
-    return draw("audit", world, run, address, target=address.one("target"), max_classes=MAX_CLASSES)
+    chosen = {"target": address.one("target"), "rows": address.one("rows")}
+    return draw("audit", world, run, address, **chosen, max_classes=MAX_CLASSES)
 
 
 def result(world: World, run: LoadedRun, address: Address) -> Markup:
@@ -55,7 +56,7 @@ def _audit(world: World, run: LoadedRun, address: Address) -> Audit:
     target = address.one("target")
     if target not in world.targets:
         raise ConfigError(f"{target!r} is no column that can be audited; choose another")
-    return run.audit(target)
+    return run.audit(target, address.one("rows").strip())
 
 
 def _faces(world: World, run: LoadedRun, found: Audit) -> dict[str, tuple[str, Markup]]:
@@ -74,7 +75,7 @@ def _sweep(world: World, run: LoadedRun, found: Audit, address: Address) -> dict
     concepts = _sweepable(found)
     concept = next((c for c in concepts if c.name == address.one("concept")), concepts[0])
     id = address.one("row") or (concept.sweep.id if concept.sweep else "")
-    drawn = run.sweeper(str(found.target)).of(concept, id)
+    drawn = run.sweeper(str(found.target), found.settings["where"] or "").of(concept, id)
     number = world.store.ids.row_of(id)
     return {
         "drawn": None if drawn is None else sweep_drawing(concept, drawn),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from msae.concepts.examples import FEWEST, ExampleConcept, from_column, from_rows
+from msae.concepts.examples import MIN_EXAMPLES, ExampleConcept, from_column, from_rows
 from msae.concepts.find import Found, FoundLatent
 from msae.concepts.find import find as find_latents
 from msae.data.rows import Row
@@ -41,7 +41,8 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     """The whole page; what takes seconds is loaded after it."""
     picked = Picked.of(address)
     return draw("find", world, run, address, picked=picked, rows=_rows(world, [*picked.like, *picked.unlike]),
-                fewest=FEWEST, is_asked=len(picked.like) >= FEWEST or bool(address.one("value")))  # fmt: skip
+                fewest=MIN_EXAMPLES,
+                is_asked=len(picked.like) >= MIN_EXAMPLES or bool(address.one("value")))  # fmt: skip
 
 
 def _rows(world: World, ids: list[str]) -> list[Row]:

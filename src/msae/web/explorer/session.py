@@ -66,9 +66,9 @@ class LoadedRun:
         self.slow, self.preparing, self.placing = threading.RLock(), threading.RLock(), threading.Lock()
         self._searchers: dict[Modality, Searcher] = {}
         self._views: dict[Modality, View] = {}
-        self._audits: dict[str, Audit] = {}
+        self._audits: dict[tuple[str, str], Audit] = {}
         self._comparisons: dict[tuple[str, str, tuple[str, ...]], Comparison] = {}
-        self._sweepers: dict[str, Sweeper] = {}
+        self._sweepers: dict[tuple[str, str], Sweeper] = {}
         self._locator: Locator | None = None
 
     @property
@@ -139,9 +139,9 @@ class LoadedRun:
                 self._searchers[modality] = searcher
             return self._searchers[modality]
 
-    def audit(self, target: str) -> Audit:
-        """The audit of a column of the store, made once; raises what `msae.audit` raises."""
-        found: Audit = self._once(self._audits, target, partial(audit, self.folder))
+    def audit(self, target: str, where: str = "") -> Audit:
+        """The audit of a column in the rows that fit, made once; raises what `msae.audit` raises."""
+        found: Audit = self._once(self._audits, target, where, partial(audit, self.folder))
         return found
 
     def locator(self, embedder: Callable[[], Embedder]) -> Locator:
@@ -161,17 +161,19 @@ class LoadedRun:
                 self._comparisons[a, b, within] = found
             return self._comparisons[a, b, within]
 
-    def sweeper(self, target: str) -> Sweeper:
+    def sweeper(self, target: str, where: str = "") -> Sweeper:
         """What sweeps samples under the classifier of that audit."""
-        found: Sweeper = self._once(self._sweepers, target, partial(Sweeper, self.sae))
+        found: Sweeper = self._once(self._sweepers, target, where, partial(Sweeper, self.opened))
         return found
 
-    def _once(self, made: dict[str, Any], target: str, make: Callable[..., Any]) -> Any:
+    def _once(self, made: dict[tuple[str, str], Any], target: str, where: str, make: Callable[..., Any]) -> Any:
         assert self.store is not None
         with self.slow:
-            if target not in made:
-                made[target] = make(self.store, target, modality=self.modalities[0], device=self.device)
-            return made[target]
+            if (target, where) not in made:
+                made[target, where] = make(
+                    self.store, target, where=where or None, modality=self.modalities[0], device=self.device
+                )
+            return made[target, where]
 
     def name(self, latent: int) -> str:
         """What is shown for a latent: its name, the nearest word that was not confirmed, or its number."""

@@ -32,9 +32,12 @@ N_CASES, SIDE = 6, 112
 HEAD = (
     "concept", "pushes", "effect", "largest control", "q", "rows", "worst group, best edit", "latents", "removed",
     "set to p50", "set to p99", "answers changed", "association", "p", "q of errors", "accuracy, levelled",
+    "accuracy, removed",
 )  # fmt: skip
 BRIEF = range(7)
 """Columns of a table that fits a page."""
+ALONE = (0, 4, 12, 7)
+"""Columns that are known of a concept of the training rows alone."""
 MEANINGS = {
     "pushes": "where more of the concept moves the model",
     "effect": "mean change of the probability of the class (or of the score) when the concept is removed, and when it "
@@ -55,6 +58,7 @@ MEANINGS = {
     "p": "chance of an association as large if concept and class had nothing to do with each other",
     "q of errors": "q where only rows of the same true class are compared: does it go with the errors?",
     "accuracy, levelled": "of all rows, with the concept at its mean in every row",
+    "accuracy, removed": "of all rows, with the concept at 0 in every row",
 }
 TEST = (
     "A concept stands out when two things hold. First, it goes together with the model's answers more than shuffled "
@@ -108,7 +112,8 @@ def section(
     ranked = audit.shown
     drawn = ranked[:n_plotted] if audit.sample is not None else []
     album = None if store is None else Album(store.picture_roots, SIDE)
-    rest = [concept for concept in audit.concepts if concept not in ranked]
+    alone = [] if audit.settings.get("asked") else audit.in_training_alone
+    rest = [concept for concept in audit.concepts if concept not in ranked and concept not in alone]
     return page.render(
         "report/audit_section.html",
         overlay=overlay,
@@ -120,6 +125,8 @@ def section(
         meanings=MEANINGS,
         test=TEST,
         ranked=[[_cells(concept, audit.n)[i] for i in BRIEF] for concept in ranked],
+        alone=[[_cells(concept, audit.n)[i] for i in ALONE] for concept in alone],
+        alone_head=[HEAD[i] for i in ALONE],
         rest=[] if brief and ranked else [_cells(concept, audit.n) for concept in rest],
         n_rest=len(rest),
         drawn=[
@@ -211,7 +218,7 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
     return [
         concept.name + (" (class)" if concept.is_target else ""),
         concept.towards or "-",
-        _number(concept.effect),
+        "-" if concept.remove is None and concept.set_p50 is None else _number(concept.effect),
         _number(None if control is None else control.largest),
         "-" if main is None else f"{main.q:.2g}",
         f"{round(concept.firing_rate * n):,}",
@@ -223,6 +230,7 @@ def _cells(concept: ConceptAudit, n: int) -> list[str]:
         "-" if main is None else f"{main.p:.2g}",
         "-" if concept.given_true is None else f"{concept.given_true.q:.2g}",
         _number(None if groups is None else groups.overall_levelled),
+        _number(None if groups is None else groups.overall_removed),
     ]
 
 
