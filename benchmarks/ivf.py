@@ -4,7 +4,9 @@ python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only rows
 python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only build    # builds the index of cells
 python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only flat     # builds the exact index
 python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only exact    # finds the true neighbours
-python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only search   # times it and exact search
+python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only cells    # times it
+python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only exact-time
+python benchmarks/ivf.py --rows 20000000 --width 256 --folder FOLDER --only search   # writes RESULTS.md
 python benchmarks/ivf.py --real image_train.npy --sae RUN
 """
 
@@ -24,7 +26,7 @@ from msae.concepts.concept import ConceptSet
 from msae.data.store import EmbeddingStore
 from msae.sae.view import View
 from msae.use.edits import Edit, apply, parse_change
-from msae.use.neighbours import ExactRows, Neighbourhood, open_index
+from msae.use.neighbours import Neighbourhood, open_index
 from results import write_section
 from search import Peak, anonymous_mb
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--seed", type=int, default=47_000_000)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--only", choices=("rows", "build", "flat", "exact", "search"))
+    parser.add_argument("--only", choices=("rows", "build", "flat", "exact", "cells", "exact-time", "search"))
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--exact-queries", type=int, default=5)
     parser.add_argument("--real", type=Path, help="a store of real vectors instead")
@@ -60,8 +62,12 @@ def main() -> None:
         open_index(EmbeddingStore.open(rows, modality="image"), "image", arguments.folder, "exact")
     if arguments.only in (None, "exact"):
         answer_exactly(rows, arguments)
+    if arguments.only in (None, "cells"):
+        time_cells(rows, arguments)
+    if arguments.only in (None, "exact-time"):
+        time_exact(rows, arguments)
     if arguments.only in (None, "search"):
-        body = compare(rows, arguments)
+        body = compare(rows)
         write_section(arguments.section, "Search in cells: memory, time and recall", body)
         print(body)
 
@@ -134,17 +140,16 @@ def nearest(batches: Iterable[np.ndarray], queries: np.ndarray, own: np.ndarray 
     return rows
 
 
-def compare(path: Path, arguments: argparse.Namespace) -> str:
-    store = EmbeddingStore.open(path, modality="image")
-    queries, folder = queries_of(store, arguments), path.parent
-    truth = np.load(folder / "nearest.npy")
-    built = json.loads((folder / "build.json").read_text())
+def time_cells(path: Path, arguments: argparse.Namespace) -> None:
+    """Opening, queries, recall and a filter with the index of cells, kept beside the rows."""
+    store, folder = EmbeddingStore.open(path, modality="image"), path.parent
+    queries, truth = queries_of(store, arguments), np.load(path.parent / "nearest.npy")
     _ = store.fingerprint
     began = time.perf_counter()
     index = open_index(store, "image", folder, "ivf")
     opening = time.perf_counter() - began
-    used = index.describe()
-    first, cells = timed(index, queries)
+    cold = timed(index, queries)
+    seconds = timed(index, queries)
     found = np.array([index.search(query, N).rows for query in queries])
     keep = np.random.default_rng(1).random(len(store)) < 0.001
     began = time.perf_counter()
@@ -153,20 +158,41 @@ def compare(path: Path, arguments: argparse.Namespace) -> str:
     kept = np.flatnonzero(keep)
     x = store.take(kept, "image")
     order = np.lexsort((kept, -(x @ queries[0]) / np.linalg.norm(x, axis=1)))[:N]
-    same = "the same" if few.rows.tolist() == kept[order].tolist() else "OTHER"
-    _, exact = timed(ExactRows(store, "image"), queries[:1])
-    _, flat = timed(open_index(store, "image", folder, "exact"), queries[: arguments.exact_queries])
-    slower = np.median(flat) / np.median(cells)
+    known = {
+        "used": index.describe(), "opening": opening, "cold": cold.tolist(), "seconds": seconds.tolist(),
+        "recall": recall(found, truth), "filtered": filtered, "kept": len(kept),
+        "is_same": few.rows.tolist() == kept[order].tolist(),
+    }  # fmt: skip
+    (folder / "cells.json").write_text(json.dumps(known))
+    print(known["used"], known["recall"], opening, np.median(cold), np.median(seconds), known["is_same"], flush=True)
+
+
+def time_exact(path: Path, arguments: argparse.Namespace) -> None:
+    """Queries with the exact index, one after another, so that all but the first find its pages in memory."""
+    store = EmbeddingStore.open(path, modality="image")
+    index = open_index(store, "image", path.parent, "exact")
+    seconds = timed(index, queries_of(store, arguments)[: arguments.exact_queries])
+    (path.parent / "exact.json").write_text(json.dumps(seconds.tolist()))
+    print(seconds, flush=True)
+
+
+def compare(path: Path) -> str:
+    names = ("build", "cells", "exact")
+    built, found, exact = (json.loads((path.parent / f"{name}.json").read_text()) for name in names)
+    store = EmbeddingStore.open(path, modality="image")
+    used, warm, cold = found["used"], np.array(found["seconds"]), np.array(found["cold"])
     return (
-        f"{len(store):,} rows x {store.d_in} float16 ({CENTRES:,} centres of unequal size and noise), one core. "
-        f"Building took {built['seconds']:.0f} s ({built['cpu']:.0f} s of CPU) and {built['mb']:.0f} MB of memory "
-        f"beside mapped files; the index has {built['disk_mb']:,.0f} MB. Opening it took {1000 * opening:.0f} ms. "
-        f"It searches {used['probes']} of {used['cells']:,} cells, measured when it was built to find "
-        f"{used['recall']:.4f}. On {len(queries)} other queries it found **{recall(found, truth):.4f}** of the {N} "
-        f"nearest. One query: median {ms(cells)}, 95th percentile {1000 * np.percentile(cells, 95):.0f} ms, the first "
-        f"{1000 * first:.0f} ms; the exact index takes {ms(flat)}: **{slower:.0f} times faster**; without an index, "
-        f"reading every row, {ms(exact)}. A filter that keeps {len(kept):,} rows: {1000 * filtered:.0f} ms, "
-        f"{same} rows as brute force."
+        f"{len(store):,} rows x {store.d_in} float16 ({CENTRES:,} centres of unequal size and noise), one thread. "
+        f"Building took {built['seconds']:.0f} s ({built['cpu']:.0f} s of CPU, beside other work) and "
+        f"{built['mb']:.0f} MB of memory beside mapped files; the index has {built['disk_mb']:,.0f} MB. Opening it "
+        f"took {1000 * found['opening']:.0f} ms. It searches {used['probes']} of {used['cells']:,} cells, measured "
+        f"when it was built to find {used['recall']:.4f}. On {len(warm)} other queries it found "
+        f"**{found['recall']:.4f}** of the {N} nearest. One query: median {ms(warm)}, 95th percentile "
+        f"{1000 * np.percentile(warm, 95):.0f} ms; the first time {ms(cold)}, 95th percentile "
+        f"{1000 * np.percentile(cold, 95):.0f} ms. The exact index takes {ms(np.array(exact))} (median of "
+        f"{len(exact)}, fastest {1000 * min(exact):.0f} ms): **{np.median(exact) / np.median(warm):.0f} times "
+        f"faster**. A filter that keeps {found['kept']:,} rows: {1000 * found['filtered']:.0f} ms, "
+        f"{'the same' if found['is_same'] else 'OTHER'} rows as brute force."
     )
 
 
@@ -191,7 +217,7 @@ def real(arguments: argparse.Namespace) -> str:
         own = rows if kind == "rows" else np.full(len(queries), -1)
         truth = nearest([x], queries, own)
         keeps = [None if row < 0 else np.arange(len(x)) != row for row in own]
-        _, seconds = timed(index, queries)
+        seconds = timed(index, queries)
         enough = used["cells"]
         for probes in sorted({used["probes"], *index.facts.recall["image"].probes}, reverse=True):
             asked = replace(index, probes=probes)
@@ -220,14 +246,14 @@ def edited(run: Path, store: EmbeddingStore, rows: np.ndarray, random: np.random
     return np.array(found)
 
 
-def timed(index: Neighbourhood, queries: np.ndarray) -> tuple[float, np.ndarray]:
-    """Seconds of the first query, and of each."""
+def timed(index: Neighbourhood, queries: np.ndarray) -> np.ndarray:
+    """Seconds of each query."""
     seconds = []
     for query in queries:
         began = time.perf_counter()
         index.search(query, N)
         seconds.append(time.perf_counter() - began)
-    return seconds[0], np.array(seconds)
+    return np.array(seconds)
 
 
 def recall(found: np.ndarray, truth: np.ndarray) -> float:

@@ -124,7 +124,7 @@ def test_the_command_says_what_is_missing_in_one_line(folder, capsys):
 
 def test_the_recipes_use_options_that_exist():
     recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.startswith("    msae audit ")]
+    commands = [shlex.split(line)[1:] for line in recipes.splitlines() if line.strip().startswith("msae audit ")]
     assert len(commands) >= 5
     known = set(verb_options("audit"))
     for command in commands:

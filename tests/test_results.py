@@ -61,6 +61,7 @@ def test_a_notebook_shows_a_table_as_a_table_and_the_lines_around_it_as_they_are
         '<tr><td style="text-align:left">longer</td><td style="text-align:right">2</td>'
         '<td style="text-align:left"></td></tr>'
     )
+    assert text_html("\n".join(text_table(["a", "b"], []))).count("<tr>") == 1
     assert page == f"<pre>one: a &lt; b</pre><table>{rows}</table><pre>n: how many</pre><table>{rows}</table>"
 
 

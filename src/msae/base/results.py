@@ -120,7 +120,7 @@ def _is_row(line: str, gaps: Sequence[slice]) -> bool:
 
 def table_html(rows: Sequence[Sequence[str]]) -> str:
     """A table of a head and rows for a notebook; columns without letters are set to the right."""
-    right = [not any(map(str.isalpha, "".join(column))) for column in zip(*rows[1:], strict=True)]
+    right = [not any(map(str.isalpha, "".join(column[1:]))) for column in zip(*rows, strict=True)]
     found = []
     for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]:
         cells = (
