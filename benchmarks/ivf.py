@@ -171,9 +171,11 @@ def time_exact(path: Path, arguments: argparse.Namespace) -> None:
     """Queries with the exact index, one after another, so that all but the first find its pages in memory."""
     store = EmbeddingStore.open(path, modality="image")
     index = open_index(store, "image", path.parent, "exact")
-    seconds = timed(index, queries_of(store, arguments)[: arguments.exact_queries])
-    (path.parent / "exact.json").write_text(json.dumps(seconds.tolist()))
-    print(seconds, flush=True)
+    seconds: list[float] = []
+    for query in queries_of(store, arguments)[: arguments.exact_queries]:
+        seconds += timed(index, query[None]).tolist()
+        (path.parent / "exact.json").write_text(json.dumps(seconds))
+        print(seconds, flush=True)
 
 
 def compare(path: Path) -> str:
