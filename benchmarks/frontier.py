@@ -417,13 +417,11 @@ def table(records: list[dict[str, Any]]) -> str:
             if (record["expansion"], record["epochs"] or 10, record["recipe"]) == (expansion, epochs, order[place])
         ]  # fmt: skip
         name = order[place] + f" ({epochs} epochs)" * (epochs != 10) + f" (expansion {expansion:g})" * (expansion != 8)
-        errors = {
-            k: np.array([record["fvu_per_sample"].get(k, np.nan) for record in own])
-            for k in (*kept, str(own[0]["d_sae"]))
-        }
-        cells = ["-" if np.isnan(value).any() else f"{value.mean():.4f}" for value in errors.values()]
+        columns = (*kept, str(own[0]["d_sae"]))
+        errors = [np.array([record["fvu_per_sample"].get(k, np.nan) for record in own]) for k in columns]
+        cells = ["-" if np.isnan(value).any() else f"{value.mean():.4f}" for value in errors]
         if len(own) > 1:
-            cells[kept.index("64")] += f" ± {errors['64'].std(ddof=1):.4f}"
+            cells[kept.index("64")] += f" ± {errors[kept.index('64')].std(ddof=1):.4f}"
         firing = "- | - | -"
         if own[0]["class_f1"] is not None:
             active = np.mean([record["l0"] for record in own])

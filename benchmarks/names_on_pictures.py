@@ -85,7 +85,7 @@ def measure(run: Run, vocabulary: EmbeddingStore, words: Words, store: Embedding
         "rows decide, shuffled": shuffled,
     }
     return {
-        "run": run.name,
+        "run": Path(run.name).name,
         "most_of_a_word": max(Counter(by_rows.values()).values(), default=0),
         "store": f"{store.path.parent.name}/{store.path.name}",
         "rows": len(second),

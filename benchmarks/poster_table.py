@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -72,7 +73,13 @@ def main() -> None:
     curves = FIGURES / f"{NAME}-recovery.svg"
     plot_recovery(results, curves)
     records = [
-        {**r.to_json(), "run": row_of(r), "on": Path(arguments.test).name, "took": took.get(row_of(r), "")}
+        {
+            **r.to_json(),
+            "run": row_of(r),
+            "on": Path(arguments.test).name,
+            "notes": [re.sub(r"\S*/", "", note) for note in r.notes],  # where this machine keeps things
+            "took": took.get(row_of(r), ""),
+        }
         for r in results
     ]
     times = ", ".join(f"{row} {took[row]}" for row in ROWS if row in took)

@@ -1,6 +1,9 @@
 """Training on 2 and 4 processes beside one: loss curves, weights, held-out FVU; and what a kill leaves.
 
-    python benchmarks/processes.py TRAIN.npy TEST.npy [--rows 4096] [--epochs 4] [--seed 50] [--kinds default topk]
+    python benchmarks/processes.py TRAIN.npy TEST.npy [--rows 4096] [--epochs 4] [--seed 50]
+        [--kinds default topk] [--folder FOLDER]
+
+With a folder a run that was cut off goes on where it was.
 
 Null: one process that adds up each batch in the reverse order. It differs from one process by rounding alone. What
 several processes differ by is to be of that size.
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -146,13 +150,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=50)
     parser.add_argument("--kills", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--into", default=".", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         worker(options)
         return
-    with tempfile.TemporaryDirectory() as work:
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
         np.save(options.work / "train.npy", np.load(options.train, mmap_mode="r")[: options.rows])
         x = np.load(options.test).astype(np.float32)

@@ -26,6 +26,8 @@ KINDS = {
     "both": {"modality": "both", "align": 1.0, "batch_size": 62},
     "blocks": {"modality": "both", "align": 1.0, "batch_size": 62, "block_rows": 16},
 }
+LONGER = {"kind": "batchtopk", "k": 8, "d_sae": 64, "batch_size": 61, "epochs": 40, "device": "cpu"}
+"""What another test kills on its way."""
 TIES = torch.arange(60).remainder(7).reshape(10, 6).float() - 2
 
 
@@ -38,6 +40,7 @@ def train_all(folder: Path) -> None:
             if not processes.is_first:
                 sae.save(out / f"{name} of process {processes.rank}")
         if processes.size > 1:
+            train(folder / "rows.store", out=out / "longer", **LONGER)
             kept = batchtopk(TIES[processes.part(10)], 2, replace(processes, batch_size=10))
             torch.save(kept, out / f"kept {processes.rank}.pt")
 

@@ -133,7 +133,7 @@ def test_extras_bring_what_the_table_says_and_all_is_all_of_them():
         if module in modules and module not in ("tokenizers", "huggingface_hub", "llvmlite"):  # brought by another
             assert set(modules[module]) & names_of(extras[extra]), (module, extra)
     (everything,) = extras["all"]
-    others = {"all", "cluster", *OF_THE_PROJECT}  # ray is large, and who has a cluster asks for it
+    others = {"all", "cluster", "far", *OF_THE_PROJECT}  # large, and who has a cluster or a bucket asks for them
     assert set(everything.removeprefix("msae[").removesuffix("]").split(",")) == set(extras) - others
 
 

@@ -153,9 +153,8 @@ def test_twenty_thousand_real_rows_answer_as_brute_force_does(real_vectors, tmp_
 
     x = torch.from_numpy(np.load(real_vectors / "image_train.npy", mmap_mode="r")[20_000:40_000].astype(np.float32))
     np.save(tmp_path / "rows.npy", x.numpy())
-    sae = SAE(SAEConfig(512, 1024, encoder="x"), Standardizer({"image": fit_statistics(lambda: [x])}), seed=50).with_l0(
-        16, x[::9]
-    )
+    config = SAEConfig(512, 1024, kind="relu", encoder="x")
+    sae = SAE(config, Standardizer({"image": fit_statistics(lambda: [x])}), seed=50).with_l0(16, x[::9])
     sae.save(tmp_path / "run")
     z = sae.encode(x).numpy()
     busiest = np.argsort(-(z > 0).sum(0))[:30].tolist()

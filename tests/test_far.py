@@ -399,5 +399,5 @@ def test_commands_take_addresses(local, memory, tmp_path, capsys):
     ):
         assert cli(*command) == 0, (command, capsys.readouterr().err)
     assert memory in capsys.readouterr().out
-    for world in (open_world([run], on=memory), open_world([run])):
+    for world in (open_world([run], on=memory), open_world([run], on=None)):
         assert world.store.address == memory and len(world.store) == N

@@ -12,7 +12,6 @@ import jinja2
 from markupsafe import Markup
 
 from msae.base.files import atomic_path
-from msae.concepts.names import nearest_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -60,6 +59,12 @@ def share(value: float | None) -> str:
     return f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
 
 
+def _nearest_word(word: str) -> str:
+    from msae.concepts.names import nearest_word  # loads numpy, and the server answers before
+
+    return nearest_word(word)
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -71,7 +76,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "short": shorten, "number": number, "share": share, "count": lambda n: f"{n:,}",
-        "line": one_line, "nearest_word": nearest_word, "md": markdown,
+        "line": one_line, "nearest_word": _nearest_word, "md": markdown,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
     }  # fmt: skip
     return environment

@@ -26,7 +26,7 @@ def write_html(comparison: Comparison, path: str | Path) -> None:
     page.write_page(text, Path(path))
 
 
-def section(comparison: Comparison, *, n_rows: int = 40, n_pictured: int = 12) -> Markup:
+def section(comparison: Comparison, *, n_rows: int = 20, n_pictured: int = 12) -> Markup:
     """The comparison as a part of a larger page."""
     album = Album(comparison.roots, SIDE)
     pictured: list[Pictured] = [
