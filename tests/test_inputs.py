@@ -627,3 +627,31 @@ def test_pictures_that_wait_are_bounded_by_their_bytes(clip, monkeypatch, tmp_pa
     store = embed(source, encoder=clip, out=tmp_path / "x.store", batch_size=32, workers=2)
     assert len(store) == 96
     assert Raw.most <= 8 + 3 * 4  # what waits, what two threads have just done, and what is being read
+
+
+NOT_IN_PYTHON = {
+    "a year of five digits": (pa.array([10**15, None], pa.timestamp("ms")), "<value out of range: 1000000000000000>"),
+    "too long": (pa.array([2**62, None], pa.duration("s")), str(2**62)),
+    "in a list": (pa.array([[2**62, 5], None], pa.list_(pa.duration("s"))), f"[ {2**62}, 5 ]"),
+    "no such time zone": (pa.array([0, None], pa.timestamp("ms", tz="Nowhere/Land")), "1970-01-01 00:00:00"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_IN_PYTHON)
+def test_what_python_cannot_hold_is_the_text_that_arrow_writes(kind, clip, tmp_path):
+    when, text = NOT_IN_PYTHON[kind]
+    vectors = pa.array(np.eye(2, 8, dtype=np.float32).tolist(), pa.list_(pa.float32()))
+    pq.write_table(pa.table({"embedding": vectors, "when": when}), tmp_path / "vectors.parquet")
+    stores = [EmbeddingStore.open(tmp_path / "vectors.parquet")]
+    if kind != "in a list":  # embed keeps no lists
+        captions = tmp_path / "captions.parquet"
+        pq.write_table(pa.table({"caption": ["a red circle", "a blue star"], "when": when}), captions)
+        stores.append(embed(captions, encoder=clip, out=tmp_path / "captions.store"))
+    for store in stores:
+        found, missing = store.column("when")
+        assert found.startswith(text) and missing is None
+        assert store.describe_rows([0])[0].columns["when"] == found and repr(store) and store._repr_html_()
+        if kind != "in a list":
+            assert store.labels("when") == [found, None]
+            numbers, names = store.coded_labels("when")
+            assert (list(numbers), names) == ([0, -1], [found])

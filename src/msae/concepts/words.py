@@ -15,7 +15,7 @@ from msae.base.progress import progress
 from msae.data.arrays import unit_rows
 from msae.data.embedder import Embedder, embedder_for
 from msae.data.store import EmbeddingStore, StorePart, write_store
-from msae.data.tables import TABLE_SUFFIXES, read_table
+from msae.data.tables import TABLE_SUFFIXES, read_table, values_of
 from msae.sae.run import Run
 
 WORD_COLUMNS = ("word", "text", "name", "caption")
@@ -46,7 +46,7 @@ def words_in(file: str | Path) -> list[str]:
                 f"{file} has no column {', '.join(WORD_COLUMNS)} (it has {', '.join(table.column_names)}); "
                 f"call its column of words word"
             )
-        lines = [str(value) for value in table.column(column).to_pylist() if value is not None]
+        lines = [str(value) for value in values_of(table.column(column)) if value is not None]
     else:
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()

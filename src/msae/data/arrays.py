@@ -36,8 +36,8 @@ _SAFETENSORS_DTYPES = {
 }
 NPY_ERRORS = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, OverflowError, tokenize.TokenError)
 """What numpy raises on a damaged header, which it reads as a piece of Python."""
-_NPZ_ERRORS = (*NPY_ERRORS, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What numpy and zipfile raise on damaged, encrypted and pickled archives."""
+_NPZ_ERRORS = (*NPY_ERRORS, zipfile.BadZipFile, zlib.error, RuntimeError)
+"""What numpy and zipfile raise on damaged, encrypted and pickled archives, and on ways of packing that it lacks."""
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 Error = Callable[[str], MsaeError]

@@ -686,8 +686,7 @@ def _metadata(source: Source, items: Sequence[SourceItem]) -> pa.Table:
     for name in names:
         values = [item.columns.get(name) for item in items]
         values = [_utf8(value) if isinstance(value, str) else value for value in values]
-        known = source.schema is not None and source.schema.field(name).type
-        columns[name] = pa.array(values, known) if known else array_of(values)
+        columns[name] = array_of(values, None if source.schema is None else source.schema.field(name).type)
     return pa.table(columns)
 
 

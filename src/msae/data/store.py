@@ -37,7 +37,7 @@ from msae.data.layout import (
     tables_of,
 )
 from msae.data.rows import Row, class_names, names_to_show, no_column
-from msae.data.tables import Metadata, UniqueIds, conform, text_column
+from msae.data.tables import Metadata, UniqueIds, conform, records_of, text_column, values_of
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -189,7 +189,7 @@ class EmbeddingStore:
         if "<img" not in shown:
             names = self.metadata.column_names
             cells = [
-                [shorten(str(value)) for value in row.values()] for row in self.metadata.slice(0, _SHOWN).to_pylist()
+                [shorten(str(value)) for value in row.values()] for row in records_of(self.metadata.slice(0, _SHOWN))
             ]
             shown = table_html([names, *cells]) if cells else ""
         return f"<p>{html.escape(repr(self))}</p>{shown}"
@@ -314,7 +314,7 @@ class EmbeddingStore:
             return list(self.ids)
         if name not in self.columns:
             raise StoreError(no_column(self.address, name, self.columns, option))
-        return cast("list[Any]", self._metadata.read([name]).column(name).to_pylist())
+        return values_of(self._metadata.read([name]).column(name))
 
     def labels(self, name: str, *, option: str | None = None) -> list[str | None]:
         """The classes in one metadata column, as text; None for rows without a label.
@@ -347,7 +347,7 @@ class EmbeddingStore:
         if pa.types.is_nested(values.type):
             raise StoreError(f"column {name!r} of {self.address} holds lists; wanted one class per row: name another")
         coded = values.combine_chunks().dictionary_encode()
-        names = class_names(coded.dictionary.to_pylist())
+        names = class_names(values_of(coded.dictionary))
         classes = list(dict.fromkeys(one for one in names if one is not None))
         number = {one: i for i, one in enumerate(classes)}
         numbers = np.array([*(-1 if one is None else number[one] for one in names), -1], np.int32)
@@ -365,7 +365,7 @@ class EmbeddingStore:
             StoreError: There is no such column.
         """
         names = names_to_show(show, self.columns, self.address)
-        table = self.metadata.take(_row_numbers(rows)).to_pylist()
+        table = records_of(self.metadata.take(_row_numbers(rows)))
         return [Row.of(int(row), metadata, names) for row, metadata in zip(rows, table, strict=True)]
 
     @property

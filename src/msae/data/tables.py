@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ _OTHER_SCRIPT = re.compile(rb"(?<![A-Za-z\x80-\xff])[\xc0-\xff]{3}(?![A-Za-z])|[
 """Words without a letter of ASCII, rare in Windows-1252: Cyrillic or Japanese in an encoding of its own."""
 _BLOCK = 1 << 30  # bytes of a CSV that are parsed at once, at most: a row must fit into one block
 _MORE_COLUMNS = 1000
+_NOT_IN_PYTHON = (OverflowError, ValueError, KeyError)
+"""What pyarrow raises on a year after 9999, a time too long, and (KeyError) a time zone that nobody knows."""
 
 Error = Callable[[str], MsaeError]
 
@@ -72,12 +74,12 @@ def read_table(path: Path, error: Error, notes: list[str] | None = None) -> pa.T
     return conform(table, common_schema([table.schema]))
 
 
-def array_of(values: Sequence[Any]) -> pa.Array:
-    """The values as one column; values of several kinds, such as numbers and words, become text."""
+def array_of(values: Sequence[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """The values as one column, of this kind if they are; of several kinds, such as numbers and words, as text."""
     import pyarrow as pa
 
     try:
-        return pa.array(values)
+        return pa.array(values, kind)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         return pa.array([None if value is None else as_text(value) for value in values], pa.string())
 
@@ -143,7 +145,32 @@ def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
+        texts = [None if value is None else str(value) for value in values_of(column)]
+        return pa.chunked_array([texts], pa.string())
+
+
+def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values as Python has them; what it cannot hold, such as the year 50,000, as the text that Arrow writes."""
+    try:
+        return cast("list[Any]", column.to_pylist())
+    except _NOT_IN_PYTHON:
+        return [_value_of(one) for one in column]
+
+
+def _value_of(scalar: pa.Scalar) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except _NOT_IN_PYTHON:
+        return " ".join(pa.array([scalar], scalar.type).to_string().split()).removeprefix("[ ").removesuffix(" ]")
+
+
+def records_of(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table, their values as `values_of` has them."""
+    columns = [values_of(column) for column in table.columns]
+    rows = zip(*columns, strict=True) if columns else ((),) * table.num_rows
+    return [dict(zip(table.column_names, row, strict=True)) for row in rows]
 
 
 class UniqueIds:

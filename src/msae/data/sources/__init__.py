@@ -27,6 +27,7 @@ from msae.data.tables import (
     plain_key,
     read_footer,
     read_table,
+    records_of,
 )
 
 if TYPE_CHECKING:
@@ -545,7 +546,7 @@ def _rows(
         for piece in pieces(start):
             wanted = (columns.image, columns.caption, columns.id, *schema.names)
             present = dict.fromkeys(name for name in wanted if name in piece.column_names)
-            for row in piece.select(list(present)).to_pylist():
+            for row in records_of(piece.select(list(present))):
                 others = {key: row[key] for key in schema.names if key in row}
                 for key, labels in names.items():
                     value = others[key]

@@ -20,7 +20,7 @@ from msae.base.errors import ConfigError
 from msae.concepts.examples import ExampleConcept
 from msae.data.rows import PATH_COLUMNS, class_names, labelled_rows
 from msae.data.store import EmbeddingStore
-from msae.data.tables import CAPTION_COLUMNS
+from msae.data.tables import CAPTION_COLUMNS, values_of
 from msae.measure.probe import fit_probe, hold_out
 from msae.sae.model import SAE
 from msae.sae.view import View
@@ -137,7 +137,7 @@ def _judged_columns(store: EmbeddingStore) -> dict[str, int | str]:
         if pa.types.is_nested(column.type):
             found[name] = "holds lists and not one class per row"
             continue
-        n = len({label for label in class_names(pc.unique(column).to_pylist()) if label is not None})
+        n = len({label for label in class_names(values_of(pc.unique(column))) if label is not None})
         if n < 2:
             found[name] = "has the same value in every row" if n else "has no labels"
         elif n > MAX_CLASSES:
