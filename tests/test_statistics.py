@@ -61,7 +61,7 @@ def shuffled_labels(kind, labels, strata, n_permutations):
     edges = np.flatnonzero(np.r_[True, np.diff(strata[order]) > 0, True])
     rng = np.random.default_rng(7)
     given = np.empty((0, len(labels)), np.float32), np.zeros((1, len(labels))), order, edges, rng
-    shuffles = kind(*given) if kind is statistics._Shifts else None
+    shuffles = kind(statistics._Given(*given)) if kind is statistics._Shifts else None
     for n in (statistics.FIRST, n_permutations - statistics.FIRST):
         if shuffles is None:
             drawn = np.tile(np.arange(len(labels)), (n, 1))

@@ -449,7 +449,9 @@ def permutation_test(
         squares = np.add.reduceat(np.square(own), edges[:-1])
         spread[:, i] = np.sqrt(spare @ (squares / np.maximum(size - 1, 1)))
     make = _Products if len(order) < FEW_ROWS else _Shifts
-    return Permuted(sums, _sequential_p(sums, spread, make(columns, weights, order, edges, rng), n_permutations))
+    return Permuted(
+        sums, _sequential_p(sums, spread, make(_Given(columns, weights, order, edges, rng)), n_permutations)
+    )
 
 
 def correlation_p(
@@ -499,19 +501,25 @@ def _sequential_p(
     return p
 
 
+class _Given(NamedTuple):
+    """What is shuffled, and how."""
+
+    columns: Sequence[np.ndarray] | NetWins | np.ndarray
+    weights: Float[np.ndarray, "k n"]
+    """In the order of `order`."""
+    order: Int64[np.ndarray, " n"]
+    """The rows, stratum by stratum."""
+    edges: Int64[np.ndarray, " s"]
+    """Where each stratum begins in that order, and its end."""
+    rng: np.random.Generator
+
+
 class _Products:
     """Sums of few rows under permutations: products of matrices, many permutations and all columns at once."""
 
-    def __init__(
-        self,
-        columns: Sequence[np.ndarray] | NetWins | np.ndarray,
-        weights: Float[np.ndarray, "k n"],
-        order: Int64[np.ndarray, " n"],
-        edges: Int64[np.ndarray, " s"],
-        rng: np.random.Generator,
-    ) -> None:
-        self.table = np.stack([column[order] for column in columns]).astype(np.float64)
-        self.weights, self.edges, self.rng = weights, edges, rng
+    def __init__(self, given: _Given) -> None:
+        self.table = np.stack([column[given.order] for column in given.columns]).astype(np.float64)
+        self.weights, self.edges, self.rng = given.weights, given.edges, given.rng
 
     def draw(self, n: int) -> None:
         """Shuffle the weights of each stratum `n` times."""
@@ -536,29 +544,22 @@ class _Shifts:
     Source: Hemerik & Goeman 2018, doi:10.1007/s11749-017-0571-1.
     """
 
-    def __init__(
-        self,
-        columns: Sequence[np.ndarray] | NetWins | np.ndarray,
-        weights: Float[np.ndarray, "k n"],
-        order: Int64[np.ndarray, " n"],
-        edges: Int64[np.ndarray, " s"],
-        rng: np.random.Generator,
-    ) -> None:
+    def __init__(self, given: _Given) -> None:
         from scipy.fft import rfft
 
-        self.columns, self.rng = columns, rng
+        self.columns, self.rng = given.columns, given.rng
         shuffled = np.concatenate([
-            start + rng.permutation(stop - start) for start, stop in itertools.pairwise(edges.tolist())
+            start + given.rng.permutation(stop - start) for start, stop in itertools.pairwise(given.edges.tolist())
         ])  # fmt: skip
-        self.order = order[shuffled]
-        self.sizes = np.concatenate([_block_sizes(int(size)) for size in np.diff(edges)])
+        self.order = given.order[shuffled]
+        self.sizes = np.concatenate([_block_sizes(int(size)) for size in np.diff(given.edges)])
         self.starts = np.cumsum(self.sizes) - self.sizes
         n_runs = np.flatnonzero(np.r_[True, np.diff(self.sizes) != 0, True])
         self.runs = [  # blocks of one size beside each other are transformed together
             (slice(int(self.starts[first]), int(self.starts[last - 1] + self.sizes[last - 1])), int(self.sizes[first]))
             for first, last in itertools.pairwise(n_runs.tolist())
         ]
-        own = weights[:, shuffled]
+        own = given.weights[:, shuffled]
         self.weights = [np.conj(rfft(own[:, rows].reshape(len(own), -1, size))) for rows, size in self.runs]
 
     def draw(self, n: int) -> None:

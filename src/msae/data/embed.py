@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -79,6 +79,17 @@ class EmbeddedPart(NamedTuple):
     """What to type when all parts are done."""
 
 
+class EmbedOptions(TypedDict, total=False):
+    """What every way of embedding takes besides `encoder` and `out`; `embed` says what each is."""
+
+    batch_size: int
+    device: str
+    dtype: Precision
+    revision: str | None
+    shard_rows: int
+    workers: int | None
+
+
 @overload
 def embed(
     source: str | Path | Source,
@@ -86,32 +97,18 @@ def embed(
     encoder: str | Path | Embedder,
     out: str | Path,
     part: str,
-    batch_size: int = 64,
-    device: str = "auto",
-    dtype: Precision = "auto",
-    revision: str | None = None,
-    shard_rows: int = _SHARD_ROWS,
-    workers: int | None = None,
+    **options: Unpack[EmbedOptions],
 ) -> EmbeddedPart: ...
-
-
 @overload
 def embed(
     source: str | Path | Source,
     *,
     encoder: str | Path | Embedder,
     out: str | Path,
-    batch_size: int = 64,
-    device: str = "auto",
-    dtype: Precision = "auto",
-    revision: str | None = None,
-    shard_rows: int = _SHARD_ROWS,
-    workers: int | None = None,
     ray: str | None = None,
     finish: bool = False,
+    **options: Unpack[EmbedOptions],
 ) -> EmbeddingStore: ...
-
-
 def embed(
     source: str | Path | Source,
     *,
