@@ -174,6 +174,15 @@ def test_finish_says_which_parts_are_missing_and_changes_nothing(shards, encoder
     assert kept(out) == before
 
 
+def test_finish_before_any_chunk_leaves_what_the_parts_began(encoder, tmp_path):
+    out, captions = tmp_path / "x.store", tmp_path / "few.txt"
+    captions.write_text("a red circle\na blue star\n")
+    embed(captions, encoder=encoder, out=out, part=f"1/{10**20}")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=rf"lacks 1 of 1 chunks; run part {10**20}/{10**20}, such as"):
+            embed(captions, encoder=encoder, out=out, finish=True)
+
+
 def test_parts_of_something_else_are_refused(shards, encoder, clip, tmp_path):
     out = tmp_path / "x.store"
     embed(shards, encoder=encoder, out=out, part="1/4", **OPTIONS)

@@ -12,11 +12,13 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from msae.base.errors import StoreError
 from msae.cli import main
 from msae.data.layout import far_address
 from msae.data.parts import read_part
+from msae.data.rows import find_picture
 from msae.data.store import EmbeddingStore, StorePart, recorded_store, write_store
 from msae.sae.train import train
 from msae.web.explorer.session import open_world
@@ -320,6 +322,10 @@ def test_a_store_json_cannot_name_files_outside(name, local, server, cache, tmp_
         ({"shard_rows": 0}, "how its rows are cut"),
         ({"rows": None}, "how its rows are cut"),
         ({"files": {}}, "it lists others"),
+        ({"files": {"img_emb/img_emb_0.npy": {"bytes": float("inf"), "blake2b": ""}}}, "listed in another way"),
+        ({"rows": float("inf")}, "how its rows are cut"),
+        ({"rows": 10**400}, "it lists others"),
+        ({"d_in": 10**30}, "too few for"),
     ],
 )
 def test_a_damaged_description_is_one_line(change, message, local, server):
@@ -327,6 +333,17 @@ def test_a_damaged_description_is_one_line(change, message, local, server):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(StoreError, match=message):
         EmbeddingStore.open(f"{server.url}/x.store")
+
+
+def test_no_picture_of_this_machine_is_shown_for_a_store_elsewhere(local, server, tmp_path):
+    private = tmp_path / "private"
+    private.mkdir()
+    Image.new("RGB", (8, 8)).save(private / "me.png")
+    file = local.path / "store.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "source": str(private)}))
+    store = EmbeddingStore.open(f"{server.url}/x.store")
+    for path in ("me.png", str(private / "me.png")):
+        assert find_picture(path, store.picture_roots) is None
 
 
 def test_a_redirect_never_reads_a_file_of_this_machine(local, server, tmp_path):

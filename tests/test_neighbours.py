@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import pytest
 
+from msae.base.errors import ConfigError
 from msae.data.store import as_store
 from msae.use import neighbours
 from msae.use.neighbours import NeighbourIndex
@@ -191,3 +192,9 @@ def test_rows_are_never_held_all_at_once(tmp_path):
     index = open_index(tmp_path, x, rows=lambda rows: sizes.append(len(rows)) or x[rows])
     index.search(X[0], 5)
     assert max(sizes) == neighbours.BLOCK
+
+
+def test_an_unknown_kind_of_index_is_one_line(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(ConfigError, match="index 'hnsw' is unknown; give auto, exact or ivf"):
+        open_store_index(as_store(tmp_path / "x.npy", "image"), "image", kind="hnsw")

@@ -185,3 +185,14 @@ def test_other_verbs_run_in_one_process(monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             main(["info", "nowhere"])
         assert left.value.code == 2 and capsys.readouterr().err[: len(said) or None] == said
+
+
+@pytest.mark.parametrize(("rank", "size"), [("a", "2"), ("0", ""), ("2", "2"), ("-1", "2")])
+def test_a_rank_that_is_no_process_is_one_line_in_every_verb(rank, size, monkeypatch, capsys):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    for verb in ("info", "train"):
+        with pytest.raises(SystemExit) as left:
+            main([verb, "x.npy"])
+        error = capsys.readouterr().err
+        assert left.value.code == 1 and error.count("\n") == 1 and "name no process; start with torchrun" in error

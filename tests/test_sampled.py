@@ -10,6 +10,7 @@ import msae
 from msae.base.errors import ConfigError, StoreError
 from msae.cli import main
 from msae.concepts.gallery import all_magnitudes
+from msae.concepts.names import names_of
 from msae.concepts.naming import name
 from msae.concepts.tree import concept_tree
 from msae.data.sampled import SampledStore, sample_rows, whole
@@ -54,6 +55,29 @@ def test_a_sample_has_the_rows_ids_and_columns_of_its_store(store):
     assert drawn.metadata.num_rows == 100
     assert [row.row for row in drawn.describe_rows([3, 50])] == rows[[3, 50]].tolist()
     assert whole(drawn) is store and drawn.note == "a random sample of 100 of 1,000 rows (seed 0)"
+
+
+def test_a_sample_of_a_sample_is_a_sample_of_the_store(store):
+    half = sample_rows(store, 500)
+    few = sample_rows(half, 20)
+    numbers = few.column("number")
+    assert len(few) == 20 and set(numbers) <= set(half.column("number")) and whole(few) is store
+    np.testing.assert_array_equal(few.take(np.arange(20), "image"), X[numbers])
+    assert [row.row for row in few.describe_rows(range(20))] == numbers
+    assert len({few.fingerprint, half.fingerprint, sample_rows(store, 20).fingerprint}) == 3
+
+
+def test_an_id_that_only_the_whole_store_has_is_said_to_be_so(store):
+    drawn = sample_rows(store, 100)
+    left_out = next(f"row{i}" for i in range(N) if i not in drawn.chosen)
+    with pytest.raises(StoreError, match=r"a random sample of 100 .* a larger --max-rows reads more, has no row"):
+        drawn.ids.row_of(left_out)
+
+
+def test_more_rows_than_usual_may_be_asked_of_the_hierarchy(run, store, monkeypatch):
+    monkeypatch.setattr("msae.concepts.tree.HIERARCHY_ROWS", 50)
+    assert concept_tree(run, store).hierarchy.n_rows == 50
+    assert concept_tree(run, store, max_rows=200).hierarchy.n_rows == 200
 
 
 def test_rows_without_ids_keep_their_numbers(tmp_path):
@@ -157,6 +181,21 @@ def test_names_tested_on_a_sample_are_those_of_the_store(named_run, named_store,
     vocabulary = write_store(tmp_path / "words.store", [StorePart({"text": texts}, words)])
     found = name(named_run, vocabulary, on=named_store, max_rows=300, out=tmp_path / "names.json")
     assert found.record["on_rows"] == 300 and found.record["on_fingerprint"] == named_store.fingerprint
+    assert all(one.rows is None or one.rows.fingerprint == named_store.fingerprint for one in found)
+
+
+def test_names_hold_on_a_sample_of_the_rows_that_tested_them(named_run, named_store):  # noqa: F811
+    names = names_of(named_run, named_store)
+    drawn = names_of(named_run, sample_rows(named_store, 100))
+    assert drawn.record == names.record and list(drawn) == list(names)
+
+
+def test_an_audit_samples_its_training_store_too(store, run, tmp_path):
+    theirs = write_store(
+        tmp_path / "y.store", [StorePart({"image": X[::-1].copy()}, pa.table({"colour": COLOURS[::-1].tolist()}))]
+    )
+    found = msae.audit(run, store, "colour", all_latents=True, train_store=theirs, max_rows=300, n_permutations=100)
+    assert "y.store: a random sample of 300 of 1,000 rows (seed 0)" in found.notes
 
 
 def test_coded_labels_are_the_labels(tmp_path):

@@ -98,9 +98,40 @@ def test_all_permutations_at_once_give_the_p_values_of_one_after_another(n, kind
 
 
 def test_blocks_of_shifts_hold_each_row_once_and_are_many():
-    for size in (1, 2, 127, 128, 1024, 100_003):
+    for size in (1, 2, 31, 32, 120, 127, 128, 1024, 100_003):
         sizes = statistics._block_sizes(size)
-        assert sum(sizes) == size and (len(sizes) == 1 or np.prod(np.array(sizes, float)) > size**3 / 1000)
+        shifts = np.prod(np.array(sizes, float))
+        assert sum(sizes) == size and shifts >= (size if size < 32 else max(4096, size**3 / 1000))
+
+
+@pytest.mark.parametrize("n_mixed", [30, 60, 120])
+@pytest.mark.parametrize("n_constant", [0, 800, 1000, 3000])
+def test_rows_that_say_nothing_do_not_hide_an_association(n_constant, n_mixed):
+    """A stratum of one label is no evidence, however large it is."""
+    rng = np.random.default_rng(0)
+    labels = np.r_[np.zeros(n_constant, int), np.arange(n_mixed) % 2]
+    strata = np.r_[np.zeros(n_constant, int), np.ones(n_mixed, int)]
+    values = rng.random((len(labels), 30))
+    values[:, 0] = labels + 0.1 * values[:, 0]
+    p = statistics.permutation_p(
+        statistics.net_wins(values, strata), labels, strata, n_permutations=8000, rng=np.random.default_rng(1)
+    )
+    assert p[0] < 0.001 and (p[1:] > 0.001).all()
+
+
+@pytest.mark.parametrize("n_rows", [1000, 20_000])
+def test_no_more_permutations_are_held_than_memory_is_meant_for(n_rows):
+    import tracemalloc
+
+    labels = np.arange(n_rows) % 16
+    strata = np.arange(n_rows) // 2 if n_rows > 1024 else np.zeros(n_rows, int)
+    values = np.random.default_rng(0).random((n_rows, 1))
+    wins = statistics.net_wins(values, strata)
+    tracemalloc.start()
+    statistics.permutation_p(wins, labels, strata, n_permutations=20_000, rng=np.random.default_rng(1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 900 * 2**20
 
 
 @pytest.mark.parametrize("n", [400, 1500])

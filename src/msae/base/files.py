@@ -196,7 +196,7 @@ def parse_json(
     """The object in the bytes of a file that `write_json` wrote; raises as `read_json` does."""
     try:
         data = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:
         raise error(f"{path} is not readable JSON ({err}); restore it or make it again") from err
     if not isinstance(data, dict):
         raise error(f"{path} holds a JSON {type(data).__name__}, not an object; restore it or make it again")

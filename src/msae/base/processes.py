@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msae.base.errors import FailedElsewhere, RunError, first_line
+from msae.base.errors import ConfigError, FailedElsewhere, RunError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,10 +162,17 @@ ALONE = Processes()
 
 
 def started() -> tuple[int, int]:
-    """Which process this is, and of how many, as torchrun or whoever started them says; (0, 1) for one alone."""
+    """Which process this is, and of how many, as torchrun or whoever started them says; (0, 1) for one alone.
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE are no numbers of a process.
+    """
     if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {size!r} name no process; start with torchrun, or unset them")
+    return int(rank), int(size)
 
 
 _joined: list[Processes] = []

@@ -20,7 +20,7 @@ Z_95 = NormalDist().inv_cdf(0.975)
 """Half-width of a two-sided 95 % interval, in standard errors."""
 FEW_ROWS = 1024
 """With fewer, permutations are drawn from all that there are; with more, from a group that is quick to go through."""
-N_BLOCKS, SMALLEST_BLOCK = 4, 32
+N_BLOCKS, SMALLEST_BLOCK = 4, 8
 """Blocks of a stratum that are shifted by themselves, and the fewest rows of one."""
 COPIED = 32
 """Columns that are copied at once."""
@@ -448,6 +448,11 @@ def permutation_test(
         sums[:, i] = weights @ own
         squares = np.add.reduceat(np.square(own), edges[:-1])
         spread[:, i] = np.sqrt(spare @ (squares / np.maximum(size - 1, 1)))
+    # A stratum of one weight adds 0 to every sum, however it is shuffled.
+    low, high = (found.reduceat(weights, edges[:-1], axis=1) for found in (np.minimum, np.maximum))
+    is_mixed = (high > low).any(0)
+    kept = np.repeat(is_mixed, size)
+    order, weights, edges = order[kept], weights[:, kept], np.append(0, np.cumsum(size[is_mixed]))
     make = _Products if len(order) < FEW_ROWS else _Shifts
     return Permuted(
         sums, _sequential_p(sums, spread, make(_Given(columns, weights, order, edges, rng)), n_permutations)
@@ -487,7 +492,7 @@ def _sequential_p(
     is_open = np.flatnonzero(spread.max(0, initial=0.0) > 0)
     n_drawn = 0
     while len(is_open) and n_drawn < n_permutations:
-        n = min(min(max(n_drawn, FIRST), MOST), n_permutations - n_drawn)
+        n = min(max(n_drawn, FIRST), MOST, shuffled.most, n_permutations - n_drawn)
         shuffled.draw(n)
         for some in np.array_split(is_open, -(-len(is_open) * n_classes * n // ENTRIES)):
             reached = _largest_z(shuffled.sums(some), spread[:, some, None])
@@ -499,6 +504,11 @@ def _sequential_p(
         known = defeats[is_open]
         is_open = is_open[(known < STOP_AFTER) & ~_is_clear(known, n_drawn, n_columns)]
     return p
+
+
+def _most_at_once(n_numbers: int) -> int:
+    """Permutations that are held together, each of so many numbers."""
+    return max(1, 4 * ENTRIES // max(1, n_numbers))
 
 
 class _Given(NamedTuple):
@@ -520,6 +530,7 @@ class _Products:
     def __init__(self, given: _Given) -> None:
         self.table = np.stack([column[given.order] for column in given.columns]).astype(np.float64)
         self.weights, self.edges, self.rng = given.weights, given.edges, given.rng
+        self.most = _most_at_once(self.weights.size)
 
     def draw(self, n: int) -> None:
         """Shuffle the weights of each stratum `n` times."""
@@ -554,6 +565,7 @@ class _Shifts:
         self.order = given.order[shuffled]
         self.sizes = np.concatenate([_block_sizes(int(size)) for size in np.diff(given.edges)])
         self.starts = np.cumsum(self.sizes) - self.sizes
+        self.most = _most_at_once(len(self.sizes))
         n_runs = np.flatnonzero(np.r_[True, np.diff(self.sizes) != 0, True])
         self.runs = [  # blocks of one size beside each other are transformed together
             (slice(int(self.starts[first]), int(self.starts[last - 1] + self.sizes[last - 1])), int(self.sizes[first]))

@@ -56,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str], *, debug: bool) -> int:
-    rank, size = started()
-    if size > 1 and verb != "train":
-        if rank == 0:
-            say(f"msae {verb}: runs in one process, but {size} were started (WORLD_SIZE); leave torchrun out")
-        return 2
     try:
+        rank, size = started()
+        if size > 1 and verb != "train":
+            if rank == 0:
+                say(f"msae {verb}: runs in one process, but {size} were started (WORLD_SIZE); leave torchrun out")
+            return 2
         with joined():
             command = _parse(verb, arguments)
             command()

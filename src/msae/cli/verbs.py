@@ -18,8 +18,7 @@ from msae.cli.output import report, say
 Call = functools.partial[Any]
 """The verb's function with the options that were given; `call.keywords` are these options."""
 Shown = tuple[str, Any] | tuple[str, Any, Callable[[], object]] | None
-"""What is printed, what --json writes, and what is written after that."""
-"""The text and the data of a result; None where the verb has shown it itself."""
+"""What is printed, what --json writes, and what is written after that; None where the verb has shown it itself."""
 
 
 @dataclass(frozen=True)

@@ -451,7 +451,7 @@ def names_of(run: RunLike, on: EmbeddingStore | None = None) -> ConceptNames | N
         )
     names = dataclasses.replace(names, examples=examples)
     tested = names.record.get("on_fingerprint")
-    return names if on is None or tested in (None, on.fingerprint) else names.elsewhere(on)
+    return names if on is None or tested in (None, whole(on).fingerprint) else names.elsewhere(on)
 
 
 def _surety(concept: Concept) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msae.base import statistics
 from msae.concepts.names import MIN_WORDS, RowEvidence
+from msae.data.sampled import whole
 from msae.sae.view import View
 
 NEAR_SHARE = 0.05
@@ -101,7 +102,7 @@ def choose(
     found = [
         RowEvidence(
             store=view.store.address,
-            fingerprint=view.store.fingerprint,
+            fingerprint=whole(view.store).fingerprint,
             n=len(second),
             correlation=_round(correlation[i]),
             rank=int(rank[i]),

@@ -405,7 +405,7 @@ def concept_tree(
     known = None if pairs is None else _known_pairs(pairs, names, folder)
     if k is None:
         k = counted(model)
-    chosen = np.linspace(0, len(store) - 1, min(HIERARCHY_ROWS, len(store))).round().astype(np.int64)
+    chosen = np.linspace(0, len(store) - 1, min(max_rows or HIERARCHY_ROWS, len(store))).round().astype(np.int64)
     activity = Activity(model.d_sae)
     view = View(run, store, modality, inference=inference, k=k, device=device)
     for z in view.activations(rows=chosen, title="reading which latents fire"):

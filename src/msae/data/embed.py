@@ -275,15 +275,16 @@ def _read_state(out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(out: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Only this process writes `out`; a folder without any finished chunk is taken away at an error."""
+    """Only this process writes `out`; what it began and has no finished chunk of is taken away at an error."""
     work, was_there = out / PARTIAL, out.exists()
+    was_begun = (work / "state.json").exists()
     with locked(work, error=StoreError, wait=wait):
         for folder in (out, work, work / "chunks"):
             remove_leftovers(folder)
         try:
             yield
         except BaseException:
-            if not list_chunks(work / "chunks"):
+            if not was_begun and not list_chunks(work / "chunks"):
                 shutil.rmtree(work if was_there else out, ignore_errors=True)
             raise
 
@@ -398,8 +399,7 @@ class Job:
         lacks = f"{self.out} lacks {len(missing):,} of {n_chunks:,} chunks"
         if n_parts is None:
             return f"{lacks}; to embed them, type: {self._said()}"
-        shares = [Share(i, n_parts) for i in range(1, n_parts + 1)]
-        lacking = [share for share in shares if not missing.isdisjoint(share.chunks(n_chunks))]
+        lacking = [Share(i, n_parts) for i in sorted({-(-(n + 1) * n_parts // n_chunks) for n in missing})]
         listed = ", ".join(map(str, lacking[:20])) + (f" and {len(lacking) - 20} more" if len(lacking) > 20 else "")
         return f"{lacks}; run part {listed}, such as: {self.command_of(lacking[0])}"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -143,7 +142,11 @@ def open_far(address: str) -> Found:
         return _open_listed(address, system, root, record)
     entries = _promised(address, record)
     mirror = _Mirror(address, system, root, _place(address, text, root), entries)
-    return _of_folder(mirror, "store", record, _shapes(address, record, _shards(entries)))
+    shapes = _shapes(address, record, _shards(entries))
+    for name, ((n_rows, d_in), _) in shapes.items():
+        if entries[name].size < 2 * n_rows * d_in:
+            raise _damaged(address, f"{name} has {entries[name].size:,} bytes, too few for {n_rows:,} rows of {d_in:,}")
+    return _of_folder(mirror, "store", record, shapes)
 
 
 def is_known(address: str) -> bool:
@@ -215,7 +218,7 @@ def _promised(address: str, record: Mapping[str, Any]) -> dict[str, _Entry]:
     """The files that a store.json lists. Their names are checked, so that none leads out of the cache."""
     try:
         entries = {name: _Entry(int(one["bytes"]), str(one["blake2b"])) for name, one in record["files"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as err:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as err:
         raise _damaged(address, f"its files are listed in another way ({first_line(err)})") from err
     known = {name for names in _shards(entries).values() for name in names}
     strange = next((name for name, one in entries.items() if name not in known or one.size < 0), None)
@@ -238,8 +241,8 @@ def _shapes(
     """Shape and dtype of each file of embeddings, from what store.json says of all."""
     try:
         n_rows, size, d_in = (int(record[key]) for key in ("rows", "shard_rows", "d_in"))
-        n_shards = math.ceil(n_rows / size)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
+        n_shards = -(-n_rows // size)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise _damaged(address, f"it does not say how its rows are cut ({first_line(err)})") from err
     wrong = next((key for key, names in shards.items() if len(names) != n_shards), None)
     if min(n_rows, size, d_in) < 1 or wrong is not None or not set(FOLDERS) & set(shards):

@@ -102,9 +102,11 @@ def no_column(where: str, name: str, columns: Sequence[str], option: str | None 
 def find_picture(path: str | None, roots: Iterable[Path]) -> Path | None:
     """The file of a picture that a store lists, or None where none of its folders has it.
 
-    A relative path that climbs out of its folder is not followed: it is no picture of that store.
+    A relative path that climbs out of its folder is not followed: it is no picture of that store. Where there are no
+    folders, no path is.
     """
-    if path is None or Path(os.path.normpath(path)).parts[:1] == ("..",):
+    roots = tuple(roots)
+    if path is None or not roots or Path(os.path.normpath(path)).parts[:1] == ("..",):
         return None
     places = [Path(path)] if Path(path).is_absolute() else [root / path for root in roots]
     return next((place for place in places if place.is_file()), None)

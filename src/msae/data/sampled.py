@@ -51,6 +51,10 @@ class SampledStore(EmbeddingStore):
     def note(self) -> str:
         return f"a random sample of {len(self):,} of {len(self.of):,} rows (seed {self.seed})"
 
+    @property
+    def said(self) -> str:
+        return f"{self.note} of {self.address}, of which a larger --max-rows reads more,"
+
     @cached_property
     def ids(self) -> RowIds:
         import pyarrow as pa
@@ -62,8 +66,8 @@ class SampledStore(EmbeddingStore):
     @cached_property
     def fingerprint(self) -> str:
         """That of the store, with which rows were drawn."""
-        drawn = f"{self.of.fingerprint} {len(self)} {self.seed}"
-        return hashlib.blake2b(drawn.encode(), digest_size=20).hexdigest()
+        drawn = self.of.fingerprint.encode() + self.chosen.astype("<i8").tobytes()
+        return hashlib.blake2b(drawn, digest_size=20).hexdigest()
 
     def describe_rows(
         self, rows: Int64[np.ndarray, " n"] | Sequence[int], *, show: str | Sequence[str] = ()
@@ -86,6 +90,9 @@ def sample_rows(store: EmbeddingStore, max_rows: int | None, *, seed: int = 0) -
     if max_rows is None or len(store) <= max_rows:
         return store
     chosen = np.sort(np.random.default_rng(seed).choice(len(store), max_rows, replace=False))
+    if isinstance(store, SampledStore):  # a sample of a sample is one of the store
+        chosen = store.chosen[chosen]
+        store = store.of
     given = {field.name: getattr(store, field.name) for field in fields(EmbeddingStore)}
     metadata = replace(
         store._metadata, counts=[max_rows], read=lambda names, rows=None: store._metadata.read(

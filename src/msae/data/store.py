@@ -180,6 +180,11 @@ class EmbeddingStore:
         ]
         return f"EmbeddingStore({self.address!r}: {'; '.join(parts)})"
 
+    @property
+    def said(self) -> str:
+        """What it is called in a message."""
+        return self.address
+
     def _repr_html_(self) -> str:
         """What it is, and its first rows, with their pictures where it has some, for a notebook."""
         from msae.data.thumbnails import NOTEBOOK_SIDE, Album, figures_html
@@ -370,11 +375,15 @@ class EmbeddingStore:
 
     @property
     def picture_roots(self) -> tuple[Path, ...]:
-        """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here."""
+        """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here.
+
+        None for a store elsewhere: what its files call a path is of another machine.
+        """
+        if self.is_far:
+            return ()
         source = self.record.get("source")
         made_from = [Path(source), Path(source).parent] if isinstance(source, str) and "://" not in source else []
-        beside = [] if self.is_far else [self.path.parent]
-        return tuple(root for root in dict.fromkeys([*made_from, *beside, Path()]) if root.is_dir())
+        return tuple(root for root in dict.fromkeys([*made_from, self.path.parent, Path()]) if root.is_dir())
 
     def describe(self) -> dict[str, Any]:
         """What `msae info` shows."""
@@ -446,7 +455,7 @@ class RowIds(Sequence[str]):
         for row, known in enumerate(self):
             if known == id:
                 return row
-        raise StoreError(f"{self._store.address} has no row with the id {id!r}{nearest(id, self[:10_000])}")
+        raise StoreError(f"{self._store.said} has no row with the id {id!r}{nearest(id, self[:10_000])}")
 
 
 def as_store(

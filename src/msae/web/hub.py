@@ -26,9 +26,9 @@ from msae.web.report.facts import facts_of
 Extra = Literal["names", "report"]
 _PART = r"""[^\s\\/<>"'&]+"""
 PATH = re.compile(
-    rf"""(?<=[\s>"'=;(])(?:(?:[A-Za-z]:|~|\.{{1,2}})[\\/]|[\\/]{{1,2}}{_PART}[\\/])(?:{_PART}[\\/])*({_PART})?"""
+    rf"""(?<=[\s>"'=;(])(?:(?:s3|gs|hf|memory)://|(?:[A-Za-z]:|~|\.{{1,2}})[\\/]|[\\/]{{1,2}}{_PART}[\\/])(?:{_PART}[\\/])*({_PART})?"""
 )
-"""A path in a page that is absolute, or begins with a dot, a tilde or a drive; and its last part."""
+"""A path in a page that is absolute, of a bucket, or begins with a dot, a tilde or a drive; and its last part."""
 PLACES = ("store", "on", "vocabulary", "words", "run")
 """Keys of records whose text is a path."""
 
@@ -139,16 +139,23 @@ def _fill(stage: Path, run: Run, repo: str, license: str | None, include: Sequen
         if not file.exists():
             raise ConfigError(f"{file} does not exist; type msae {extra.removesuffix('s')} {run.folder} first")
         if file.suffix == ".json":
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = _json(file)
             (stage / file.name).write_text(json.dumps(_without_paths(data), ensure_ascii=False), encoding="utf-8")
         else:
             page = file.read_text(encoding="utf-8")
             records = [*run.folder.glob("*.json"), *run.folder.glob("eval/*.json")]
-            paths = {path for one in records for path in _paths_in(json.loads(one.read_text(encoding="utf-8")))}
+            paths = {path for one in records for path in _paths_in(_json(one))}
             for path in sorted({*paths, run.name} - {last_part(run.name)}, key=len, reverse=True):
                 page = page.replace(html.escape(path), html.escape(last_part(path)))
             (stage / file.name).write_text(re.sub(PATH, r"\1", page), encoding="utf-8")
     return notes
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise RunError(f"{file} is no JSON, so its paths cannot be left out; repair it or move it away") from err
 
 
 def _without_paths(value: Any, key: str = "") -> Any:

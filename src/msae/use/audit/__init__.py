@@ -103,7 +103,8 @@ def audit(
         n_permutations: The most shuffles for one p-value. Without it, 40 for each concept, but at least 2,000.
         sweep_id: Id of the row in which each concept is moved from 0 to twice its p99. Without it, an ordinary row for
             each concept.
-        max_rows: Read at most so many rows: of more, a random sample. Memory and time do not grow beyond it.
+        max_rows: Read at most so many rows of each store: of more, a random sample. Memory and time do not grow beyond
+            it.
         device: Where to compute: `cpu`, `cuda`, `cuda:1` and so on; `auto` takes a GPU where there is one.
         seed: Random seed.
 
@@ -118,6 +119,10 @@ def audit(
         raise ConfigError(f"--fix {fix} is no .npz or .safetensors file; give it one of these endings")
     run = Run.open(sae)
     store = sample_rows(as_store(on, modality, unnamed=run.modality), max_rows, seed=seed)
+    sampled = [store]
+    if train_store is not None:
+        train_store = sample_rows(as_store(train_store, modality, unnamed=run.modality), max_rows, seed=seed)
+        sampled.append(train_store)
     view = View(run, store, modality, inference=inference, device=device)
     subject = make_subject(
         view, target=target, classifier=classifier, class_texts=parse_class_texts(class_texts),
@@ -148,7 +153,7 @@ def audit(
             "n_controls": N_CONTROLS, "where": where, "asked": bool(concept),
             "n_rare": len(auditor.rare), "seed": seed, "test": auditor.test,
         },
-        concepts=tuple(concepts), notes=(*notes_on(store), *subject.notes, *notes, *auditor.notes),
+        concepts=tuple(concepts), notes=(*notes_on(*sampled), *subject.notes, *notes, *auditor.notes),
         slices=tuple(auditor.slices) if errors else None, sample=sample,
     )  # fmt: skip
     if fix is None:

@@ -251,7 +251,6 @@ class Auditor:
         associations = self._associations(strengths)
         if theirs is not None and truth is not None and training is not None:
             their_strengths = _strengths(concepts, theirs, names, above[1])
-            is_training = np.arange(len(theirs) + len(strengths)) < len(theirs)
             ranked = statistics.Ranked(their_strengths, strengths)
             del their_strengths
             is_training = np.arange(ranked.shape[0]) < len(theirs)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msae.base.errors import ConfigError
 from msae.base.files import user_cache
 from msae.base.progress import progress
 from msae.data.layout import Modality
@@ -45,9 +46,12 @@ def open_index(
         kind: `ivf` takes cells, `exact` does not, `auto` goes by the number of rows.
 
     Raises:
+        ConfigError: There is no such kind.
         StoreError: The store has no rows of `modality`, or they hold NaN; the disk has no room for the index.
         MissingDependencyError: faiss is not installed, for `ivf`.
     """
+    if kind not in get_args(IndexKind):
+        raise ConfigError(f"index {kind!r} is unknown; give auto, exact or ivf")
     if kind != "ivf" and not has_faiss():
         return ExactRows(store, modality)
     path = store.path.resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -243,6 +243,7 @@ class _Sharing:
     query_modality: Modality
     names: ConceptNames | None
     z: Tensor | None
+    _usual: dict[Modality, Tensor] = field(default_factory=dict)
 
     def of(self, rows: NDArray[np.int64]) -> list[tuple[Shared, ...]]:
         """Of each row, the concepts that the query and it both have above their usual strength in the store.
@@ -298,10 +299,13 @@ class _Sharing:
         return [natural_of(column) for column in strengths.T]
 
     def _usual_rows(self, view: View) -> Tensor:
-        """Activations of the query's active latents in rows spread over the store."""
-        n = min(USUAL_ROWS, len(view))
-        rows = np.linspace(0, len(view) - 1, n).round().astype(np.int64)
-        return torch.cat([block.cpu() for block in view.activations(self._active, rows)])
+        """Activations of the query's active latents in rows spread over the store, which are read once."""
+        known = self._usual.get(view.modality)
+        if known is None:
+            rows = np.linspace(0, len(view) - 1, min(USUAL_ROWS, len(view))).round().astype(np.int64)
+            known = torch.cat([block.cpu() for block in view.activations(self._active, rows)])
+            self._usual[view.modality] = known
+        return known
 
     @cached_property
     def _in_query(self) -> Tensor:
