@@ -66,7 +66,7 @@ class Gallery(Result):
     """Firing rate, mean, natural range and level profile, for each modality of the store."""
     notes: tuple[str, ...]
     """What a reader must know: statistics that were not the SAE's own."""
-    roots: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = (Path(),)
     """Folders that the paths of pictures may be relative to."""
     shown: str | None = None
     """The name as people are shown it: `nearest word: …` where no rows have confirmed it."""

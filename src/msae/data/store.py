@@ -377,7 +377,7 @@ class EmbeddingStore:
     def picture_roots(self) -> tuple[Path, ...]:
         """Folders that the paths of pictures may be relative to: what was embedded, beside the store, here.
 
-        None for a store elsewhere: what its files call a path is of another machine.
+        A store elsewhere has none of them: what its files call a path is of another machine.
         """
         if self.is_far:
             return ()

@@ -97,7 +97,7 @@ class Comparison(Result):
     """Concepts that fire in fewer than ten rows."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows that were not used, by reason."""
-    roots: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = (Path(),)
     """Folders that the paths of pictures may be relative to."""
 
     @property

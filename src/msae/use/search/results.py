@@ -82,7 +82,7 @@ class SearchResult(Result):
     before: tuple[Hit, ...]
     """The answer to the query as it was, in that order; empty without edits, where it is `hits`."""
     warnings: tuple[str, ...]
-    roots: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = (Path(),)
     """Folders that the paths of pictures may be relative to."""
     query_path: str | None = None
     """Of the query's picture, where it is a row that has one."""
