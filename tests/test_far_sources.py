@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import multiprocessing
 import shutil
@@ -51,6 +52,10 @@ def kept(tmp_path_factory) -> Path:
     web = tmp_path_factory.mktemp("kept") / "web"
     web.mkdir()
     tars(web / "shards", (13, 9, 0, 25, 3))
+    tars(web / "damaged", (4, 5))
+    cut = web / "damaged/000.tar"
+    cut.with_name("cut x.tar").write_bytes(cut.read_bytes()[:-9000])
+    (web / "damaged/z.tar.gz").write_bytes(gzip.compress(cut.read_bytes(), mtime=0)[:-400])
     pictures = web / "photos of cats"
     for number in range(N):
         file = pictures / f"{'b' if number % 2 else 'a'}/{number:02} é.png"
@@ -117,6 +122,7 @@ KINDS = {
     "shards": 43,
     "shards/{000..004}.tar": 43,
     "shards/003.tar": 21,
+    "damaged": 12,
     "photos of cats": N - 2,  # one broken, one without a caption
     "tables/t.parquet": N,
     "tables/t.csv": N,

@@ -232,7 +232,7 @@ def files_below(address: str) -> dict[str, FarFile]:
         return _known(own, system, path, passage, _info(own, system, path) if is_web else infos[path])
 
     names = sorted(found)
-    return dict(zip(names, map_ahead(one, names), strict=True))
+    return dict(zip(names, (map_ahead if is_web else map)(one, names), strict=True))
 
 
 def far_picture(folder: Path | str, text: str) -> FarFile:
