@@ -130,7 +130,7 @@ class FarFile:
                 download(self.system, self.path, place, entry, self.address)
 
     @contextmanager
-    def passing(self) -> Iterator[Path]:
+    def picture(self) -> Iterator[Path]:
         """A picture on this machine while the block runs.
 
         Raises:
@@ -189,7 +189,7 @@ def here(file: File) -> AbstractContextManager[Path]:
 
 def fetched(image: File | bytes) -> AbstractContextManager[Path | bytes]:
     """A picture, or its bytes, on this machine while the block runs."""
-    return image.passing() if isinstance(image, FarFile) else nullcontext(image)
+    return image.picture() if isinstance(image, FarFile) else nullcontext(image)
 
 
 def files_at(source: str, addresses: Sequence[str]) -> list[FarFile]:
