@@ -428,6 +428,13 @@ def test_without_rights_or_packages_one_line_says_what_to_do(server, monkeypatch
 
     with pytest.raises(StoreError, match=r"x.tar did not arrive \(no right to read it\); sign in as its kind"):
         remote._info("s3://bucket/x.tar", Forbidden(), "/x.tar")
+    for address in (f"{server.url}/shards/000.tar", f"{server.url}/shards/{{000..002}}.tar"):
+        server.refused = True
+        with pytest.raises(StoreError, match=r"000.tar did not arrive \(no right to read it\)"):
+            open_source(address)
+        server.refused = False
+    with pytest.raises(StoreError, match=r"0.tar did not arrive \(ClientConnectorError: Cannot connect"):
+        open_source("http://127.0.0.1:9/{0..3}.tar")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingDependencyError, match=r"s3fs is not installed .*pip install 'msae\[far\]'"):
         open_source("s3://bucket/x.tar")

@@ -184,14 +184,21 @@ def download(system: Any, path: str, place: Path, entry: Entry, what: str) -> No
 
 def insist(ask: Callable[[], _T]) -> _T:
     """What `ask` gives, asked twice more where the way there fails and not what was asked for."""
-    for pause in _PAUSES:
+    pauses = iter(_PAUSES)
+    while True:
         try:
             return ask()
-        except (FileNotFoundError, PermissionError, NotADirectoryError):
-            raise
-        except Exception:  # noqa: BLE001 - file systems raise almost anything
+        except Exception as caught:  # noqa: BLE001 - file systems raise almost anything
+            err, cause = caught, caught.__cause__
+            is_of_way = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+            if isinstance(err, FileNotFoundError) and isinstance(cause, Exception) and is_of_way:
+                err = (
+                    err if getattr(cause, "status", None) == 404 else cause
+                )  # fsspec calls all failures a missing file
+            pause = next(pauses, None)
+            if pause is None or isinstance(err, FileNotFoundError | PermissionError | NotADirectoryError):
+                raise err from None
             time.sleep(pause)
-    return ask()
 
 
 @contextmanager
@@ -346,7 +353,7 @@ def _open_file(address: str, system: Any, root: str) -> Found:
     folder, _, name = root.rpartition("/")
     infos = {}
     with arriving(address, "check the address and the network"):
-        infos[name] = system.info(root)
+        infos[name] = insist(lambda: system.info(root))
         for ending in (".csv", ".parquet"):
             beside = f"{PurePosixPath(name).stem}{ending}"
             if len(infos) == 1 and beside != name:
