@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msae.base.errors import TrainingError
 from msae.base.loggers import Loggers
+from msae.base.processes import Processes
+from msae.sae.kernels.cut import batchtopk
 from msae.sae.model import SAE
 from msae.sae.standardize import Standardizer, Statistics
 from msae.sae.train import StepResult, TrainSettings
@@ -78,6 +81,32 @@ def test_no_step_waits_for_the_device_before_the_figures_are_read(kind, rows, tm
     assert state.step == 7
     of_a_step = len(run.rows.trained) + 2 * bool(run.settings.align)
     assert copies.n == 7 * of_a_step + len(known.modalities)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_is_not_waited_for_between_two_looks_and_trains_what_a_cpu_does(kind, rows, tmp_path):
+    run = training(rows, tmp_path / "gpu", device="cuda", **KINDS[kind])
+    state, step = run._start(), run._step
+
+    def strictly(*batch):
+        torch.cuda.set_sync_debug_mode("error")
+        return step(*batch)
+
+    run._step = strictly
+    with contextlib.closing(Loggers((), tmp_path, settings={})) as loggers:
+        try:
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                run._loop(state, loggers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert state.step == 7
+    lines = []
+    for device in ("cuda", "cpu"):
+        training(rows, tmp_path / device, device=device, **KINDS[kind]).train(resume=False)
+        lines.append([json.loads(line) for line in (tmp_path / device / "metrics.jsonl").read_text().splitlines()])
+    on_gpu, on_cpu = ([line["loss"] for line in found[:2]] for found in lines)
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)  # sums are rounded otherwise
 
 
 def test_a_run_that_diverges_between_two_looks_names_the_step_and_keeps_the_checkpoint_before(rows, tmp_path):
@@ -151,3 +180,7 @@ def test_an_endless_reader_ends_with_the_one_who_reads():
         assert batch.device.type == device and batch.shape == (2, 3)
         found.close()
     assert threading.active_count() == before
+
+
+def test_the_cut_of_a_batch_on_several_processes_asks_no_device():
+    assert batchtopk(torch.empty(10, 6, device="meta"), 2, Processes()).shape == (10, 6)
