@@ -75,13 +75,13 @@ def train_step(
     settings: TrainSettings,
     dead: Bool[Tensor, " d_sae"],
     *,
-    pairs: tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_in"]] | None = None,
+    pairs: Sequence[Float[Tensor, "m d_in"]] = (),
     processes: Processes = ALONE,
 ) -> StepResult:
     """Update `sae` once. The order of these lines is part of the method.
 
     Args:
-        pairs: Images and their texts, for the loss that makes them share latents.
+        pairs: Images and their texts, for the loss that makes them share latents; or nothing.
         processes: Of several, each gives its rows of the batch and of the pairs, and all make the same step.
     """
     loss = objective_of(settings, processes)(sae, x)
@@ -92,7 +92,7 @@ def train_step(
             loss.residual, h_dead, W_dead, k=sae.d_in // 2, cap=settings.soft_cap, processes=processes
         )
         total = total + settings.auxiliary * aid
-    if pairs is not None:
+    if pairs:
         k = settings.inference_l0 or sae.d_sae
         images, texts = (activations.topk(sae.pre_activations(one), min(k, sae.d_sae)) for one in pairs)
         aligned = losses.alignment_loss(processes.gathered(images), processes.gathered(texts))

@@ -252,16 +252,11 @@ class Training:
         }
 
     def _step(self, state: _State, x: Tensor, *pairs: Tensor) -> StepResult:
-        """One step, which nothing waits for; `_look` judges it later.
-
-        Args:
-            pairs: Images and their texts, or nothing.
-        """
+        """One step, which nothing waits for; `_look` judges it later."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
-            images_and_texts = (pairs[0], pairs[1]) if pairs else None
             result = train_step(
-                state.sae, x, state.optimizer, self.settings, dead, pairs=images_and_texts, processes=self.processes
+                state.sae, x, state.optimizer, self.settings, dead, pairs=pairs, processes=self.processes
             )
         except TrainingError as err:
             self._look(state)
@@ -320,13 +315,7 @@ class Training:
         settings = self.settings
         assert settings.batch_size is not None and settings.block_rows is not None
         if settings.block_rows > 1:
-            yield from self.rows.in_blocks(
-                settings.batch_size,
-                block_rows=settings.block_rows,
-                seed=settings.seed,
-                first_step=first_step,
-                share=self.processes.part,
-            )
+            yield from self.rows.in_blocks(settings.batch_size, **self._in_blocks(first_step))
         for epoch in itertools.count(first_step // self.steps_per_epoch):
             batches = self.rows.drawn(settings.batch_size, seed=settings.seed, epoch=epoch)
             for numbers in batches[max(0, first_step - epoch * self.steps_per_epoch) :]:
@@ -343,17 +332,15 @@ class Training:
         assert self.rows.pairs is not None and settings.batch_size is not None and settings.block_rows is not None
         half = settings.batch_size // 2
         if settings.block_rows > 1:
-            yield from self.rows.pairs_in_blocks(
-                half,
-                block_rows=settings.block_rows,
-                seed=settings.seed,
-                first_step=first_step,
-                share=self.processes.part,
-            )
+            yield from self.rows.pairs_in_blocks(half, **self._in_blocks(first_step))
         for step in itertools.count(first_step):
             rows = self.rows.drawn_pairs(half, seed=settings.seed, step=step)
             rows = rows[self.processes.part(len(rows))]
             yield [self.rows.pairs.take(rows, one) for one in MODALITIES]
+
+    def _in_blocks(self, first_step: int) -> dict[str, Any]:
+        known = {"block_rows": self.settings.block_rows, "seed": self.settings.seed}
+        return {**known, "first_step": first_step, "share": self.processes.part}
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run: goes into config.json. `stores` is there where there are several."""
