@@ -38,11 +38,12 @@ def _cut(count: Callable[[Tensor | None], Tensor], n_kept: int, processes: Proce
     up_to = processes.total(here).cumsum(0)
     lower = torch.searchsorted(up_to, n_above + up_to[-1] - n_kept, right=True)
     n_ties = n_kept - (n_above + up_to[-1] - up_to.take(lower))
-    equal = here.new_zeros(processes.size)
-    equal[processes.rank] = here.take(lower)
-    left = n_ties - processes.total(equal)[: processes.rank].sum()
-    kept = torch.minimum(here.take(lower), left.clamp_min(0))
-    return ((upper << LOWER) + lower).masked_fill(are_all_kept, 0), kept.masked_fill(are_all_kept, 0)
+    if processes.size > 1:
+        equal = here.new_zeros(processes.size)
+        equal[processes.rank] = here.take(lower)
+        left = n_ties - processes.total(equal)[: processes.rank].sum()
+        n_ties = torch.minimum(here.take(lower), left.clamp_min(0))
+    return ((upper << LOWER) + lower).masked_fill(are_all_kept, 0), n_ties.masked_fill(are_all_kept, 0)
 
 
 def batchtopk(h: Tensor, k: int, processes: Processes) -> Tensor:
