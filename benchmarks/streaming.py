@@ -28,7 +28,7 @@ COMMANDS = {
     "compare within": "4 for each column, row numbers",
     "search": "1",
     "search where": "1",
-    "search ivf": "1",
+    "search ivf": "a sample and blocks while it is built, up to a bound that is said before",
     "encode": "nothing",
 }
 """Each with the bytes a row that are said to grow."""

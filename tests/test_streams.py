@@ -4,12 +4,14 @@ import datetime
 import decimal
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from msae.base.devices import return_freed_memory
 from msae.base.errors import ConfigError, StoreError
 from msae.data import store as store_module
 from msae.data import tables
@@ -263,6 +265,19 @@ def test_sides_without_a_common_value_and_sides_that_share_rows_are_refused(tmp_
     with pytest.raises(ConfigError, match="share 2 rows"):
         _check_apart(parts[0], read_part(store.path))
     _check_apart(*parts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: how much is held cannot be read")
+def test_freed_memory_goes_back_to_the_system():
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    arrays = [np.ones(100_000, np.uint8) for _ in range(1000)]
+    before, last = held(), arrays[-1]
+    del arrays  # the last one keeps what lies below it from being returned
+    return_freed_memory()
+    assert held() < before - 80 and last.sum() == 100_000
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (1, 1), (1000, 300), (300, 100_000)])
