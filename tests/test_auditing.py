@@ -278,6 +278,21 @@ def test_one_test_is_reported_for_all_concepts_and_its_q_values_are_one_family(s
     assert {one.test for one in without.concepts} == {"given_true"} == {without.settings["test"]}
 
 
+def test_what_stands_out_is_listed_by_effect_times_association_and_the_classes_own_words_last(found):
+    def one(name, effect, size, is_target=False):
+        main = dataclasses.replace(found["planted"].main, effect_size=size, q=0.001)
+        return dataclasses.replace(
+            found["planted"], name=name, is_target=is_target, effect=effect, train_shift=main, beside_stronger=None
+        )
+
+    concepts = (one("moves much", 0.3, 0.1), one("pulls", 0.2, -0.4), one("class", 0.5, 0.9, is_target=True))
+    made = dataclasses.replace(found, concepts=concepts)
+    assert [concept.name for concept in made.standing_out] == ["pulls", "moves much", "class"]
+    assert made["pulls"].pull == pytest.approx(0.08) and made.ranked == made.reported() == made.standing_out
+    score = dataclasses.replace(made, classifier={**made.classifier, "is_score": True})
+    assert score.standing_out == list(concepts)  # as they come, by effect
+
+
 def test_a_concept_that_fires_in_training_rows_alone_is_in_the_family_of_q_values(sae, folder, biased):
     x, labels = world(400, seed=8)
     silent = (sae.encode(torch.from_numpy(x))[:, 1] == 0).numpy()

@@ -35,6 +35,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.asked: list[str] = []
         self.failing: dict[str, str] = {}
         """By a part of the path: `missing`, `cut`, `changed`, `endless` or an address to send the reader to."""
+        self.refused = False
+        """Whether nobody may read anything."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -52,7 +54,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_HEAD(self):
+        return self.send_error(403) if self.server.refused else super().do_HEAD()
+
     def do_GET(self):
+        if self.server.refused:
+            return self.send_error(403)
         self.server.asked.append(self.path)
         how = next((how for part, how in self.server.failing.items() if part in self.path), None)
         if how is None:

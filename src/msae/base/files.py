@@ -112,15 +112,24 @@ def locked(
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """The block runs when no other process is in a block of the same `file`, which is made and deleted again."""
+def alone(file: Path, *, shared: bool = False, wait: float = math.inf) -> Iterator[None]:
+    """The block runs when no other process is in a block of the same `file`, which is made and deleted again.
+
+    Args:
+        shared: Others may be in theirs, if they share it too; then `file` stays.
+        wait: Seconds to wait for the others.
+
+    Raises:
+        BlockingIOError: The others took longer.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock(file, shared=False, until=math.inf)
+    handle = _lock(file, shared=shared, until=time.monotonic() + wait)
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()
+        if not shared:
+            with suppress(OSError):
+                file.unlink()
         os.close(handle)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int, Int64
 from numpy.typing import ArrayLike, NDArray
 
@@ -24,6 +26,8 @@ N_BLOCKS, SMALLEST_BLOCK = 4, 8
 """Blocks of a stratum that are shifted by themselves, and the fewest rows of one."""
 COPIED = 32
 """Columns that are copied at once."""
+CACHED = 1 << 15
+"""Numbers that are gone through at once: few enough to stay in a CPU's cache."""
 FIRST, MOST = 1024, 8192
 """Permutations that are drawn first, and at most at once: each time as many as before."""
 ENTRIES = 1 << 22
@@ -583,15 +587,20 @@ class _Shifts:
         from scipy.fft import irfft, rfft
 
         n_classes = len(self.weights[0])
-        found = np.empty((n_classes, len(columns), self.places.shape[1]))
-        at = np.empty((n_classes, len(self.order)))
-        for number, i in enumerate(columns.tolist()):
-            own = self.columns[i][self.order].astype(np.float64)
+        found = np.zeros((n_classes, len(columns), self.places.shape[1]))
+
+        def add(some: slice) -> None:
+            own = np.stack([self.columns[i][self.order] for i in columns[some].tolist()]).astype(np.float64)
+            at = np.empty((n_classes, *own.shape))
             for (rows, size), theirs in zip(self.runs, self.weights, strict=True):
-                product = rfft(own[rows].reshape(-1, size)) * theirs
-                at[:, rows] = irfft(product, size).reshape(n_classes, -1)
-            for sums, of_class in zip(found, at, strict=True):
-                np.sum(of_class[self.places], axis=0, out=sums[number])
+                product = rfft(own[:, rows].reshape(len(own), -1, size)) * theirs[:, None]
+                at[..., rows] = irfft(product, size).reshape(n_classes, len(own), -1)
+            for places in self.places:
+                found[:, some] += at[..., places]
+
+        size = max(1, CACHED // len(self.order))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy and SciPy let other threads run
+            list(pool.map(add, (slice(first, first + size) for first in range(0, len(columns), size))))
         return found
 
 
@@ -618,5 +627,6 @@ def _is_clear(defeats: Int64[np.ndarray, " o"], n_drawn: int, n_columns: int) ->
 
 
 def _largest_z(sums: Float[np.ndarray, "k ..."], spread: Float[np.ndarray, "k ..."]) -> np.ndarray:
-    largest: np.ndarray = np.divide(np.abs(sums), spread, out=np.zeros(sums.shape), where=spread > 0).max(0)
+    per_unit = np.divide(1, spread, out=np.zeros(spread.shape), where=spread > 0)
+    largest: np.ndarray = (np.abs(sums) * per_unit).max(0)
     return largest

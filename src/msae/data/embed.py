@@ -33,6 +33,7 @@ from msae.data.images import quiet_about_size, read_picture
 from msae.data.layout import PARTIAL, Modality, path_of
 from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
+from msae.data.sources.remote import FarFile, fetched
 from msae.data.store import EmbeddingStore, Skipped, StorePart, write_store
 from msae.data.tables import UniqueIds, array_of, common_schema, conform, hashes_of
 
@@ -133,7 +134,8 @@ def embed(
     Args:
         source: A folder of images, with captions in .txt or .json files of the same names; a .txt of captions, one a
             line; a table (.csv, .tsv, .jsonl, .json, .parquet) of captions or image paths; webdataset .tar files; a
-            folder that save_to_disk of datasets wrote; or a Hugging Face dataset as hf://OWNER/NAME.
+            folder that save_to_disk of datasets wrote; or a Hugging Face dataset as hf://OWNER/NAME. All but the last
+            two may lie elsewhere: s3://…, gs://… or https://….
         encoder: A CLIP, SigLIP or SigLIP 2 model: its folder, its Hugging Face id, or `demo` for the small one inside
             msae.
         out: Folder of the store to make.
@@ -361,7 +363,9 @@ class Job:
         with _locked(self.out):
             if (self.out / "store.json").exists():  # another process has just finished it
                 return _finished(self.out, self.asked)
-            work = Work(self, embedder, self.source, self._begin(embedder)["chunk_items"])
+            chunk_items = self._begin(embedder)["chunk_items"]
+            self.source.counts.keep_in(self.out / PARTIAL / "counts")
+            work = Work(self, embedder, self.source, chunk_items)
             there = chunk_numbers(work.folder)
             work.embed(gaps(there, 0, None), done=len(there) * work.chunk_items, total=self.source.total)
             return _finish(self.out, _read_state(self.out), self.source.notes)
@@ -612,7 +616,8 @@ def _decode(source: Source, embedder: Embedder, items: Sequence[SourceItem]) -> 
             if source.has_images:
                 if not item.image:
                     raise SourceError("empty file" if item.image == b"" else "no image")
-                picture = read_picture(item.image)
+                with fetched(item.image) as image:
+                    picture = read_picture(image)
                 batch.pixels.append(embedder.pixels([picture.image]))
                 batch.converted.update(picture.conversions)
                 if isinstance(item.image, bytes):  # no longer needed
@@ -672,7 +677,7 @@ def _metadata(source: Source, items: Sequence[SourceItem]) -> pa.Table:
     import pyarrow as pa
 
     columns: dict[str, Any] = {"id": pa.array([_utf8(item.id) for item in items], pa.string())}
-    paths = [_utf8(str(item.image.absolute())) if isinstance(item.image, Path) else None for item in items]
+    paths = [_path_of(item) for item in items]
     if any(path is not None for path in paths):
         columns["image_path"] = pa.array(paths, pa.string())
     captions = [None if item.caption is None else _utf8(item.caption) for item in items]
@@ -685,6 +690,12 @@ def _metadata(source: Source, items: Sequence[SourceItem]) -> pa.Table:
         values = [_utf8(value) if isinstance(value, str) else value for value in values]
         columns[name] = array_of(values, None if source.schema is None else source.schema.field(name).type)
     return pa.table(columns)
+
+
+def _path_of(item: SourceItem) -> str | None:
+    if isinstance(item.image, FarFile):
+        return _utf8(item.image.address)
+    return _utf8(str(item.image.absolute())) if isinstance(item.image, Path) else None
 
 
 def _finish(out: Path, state: Mapping[str, Any], notes: Sequence[str]) -> EmbeddingStore:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,7 @@ from msae.data.arrays import Rows, ShardedRows, one_array, open_arrays, open_npy
 from msae.data.layout import FILE_SUFFIXES, FOLDERS, SCHEMA_VERSION, Kind, StoreFiles, files_of, in_order
 from msae.data.tables import Metadata
 
+_T = TypeVar("_T")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 """What fsspec needs for an address besides aiohttp, which the web needs."""
 _PAUSES = (0.2, 1.0)
@@ -42,7 +43,7 @@ _CHANGES = ("ETag", "etag", "Content-MD5", "blob_id", "Last-Modified", "LastModi
 """What file systems say of a file that is different when the file is."""
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """What is known of a file before it arrives."""
 
     size: int
@@ -60,7 +61,7 @@ class _Mirror:
     root: str
     """The folder in that file system."""
     folder: Path
-    entries: Mapping[str, _Entry]
+    entries: Mapping[str, Entry]
 
     def __post_init__(self) -> None:
         if not is_writable(self.folder):
@@ -73,9 +74,9 @@ class _Mirror:
             StoreError: It does not arrive, or is not what the store says; what arrived before is kept.
         """
         place, entry = self.folder / name, self.entries[name]
-        if not _is_whole(place, entry):
+        if not is_whole(place, entry):
             with alone(place.with_name(f".{place.name}.lock")):  # one process downloads it, the others wait
-                if not _is_whole(place, entry):
+                if not is_whole(place, entry):
                     self._download(name, place, entry)
         return place
 
@@ -83,34 +84,14 @@ class _Mirror:
         """The same by its path in this folder."""
         return self.fetch(path.relative_to(self.folder).as_posix())
 
-    def _download(self, name: str, place: Path, entry: _Entry) -> None:
+    def _download(self, name: str, place: Path, entry: Entry) -> None:
         notice(
             f"{self.address}: its files are kept in {self.folder} as they are read; set MSAE_STORES to keep them "
             f"elsewhere, delete the folder to free its room"
         )
-        free = shutil.disk_usage(place.parent).free
-        if free < entry.size:
-            raise StoreError(
-                f"{name} of {self.address} has {entry.size:,} bytes, but only {free:,} are free in {self.folder}; "
-                f"set MSAE_STORES to a folder with more room"
-            )
-        with (
-            _arriving(f"{name} of {self.address}", f"what arrived is kept in {self.folder}: type the same again"),
-            progress(f"downloading {PurePosixPath(name).name}", total=entry.size, unit="bytes") as advance,
-        ):
-            for pause in (*_PAUSES, None):
-                try:
-                    with atomic_path(place) as temporary:
-                        counted = _counted(entry.size, advance)
-                        self.system.get_file(f"{self.root}/{name}", str(temporary), callback=counted)
-                        _check(temporary, entry)
-                    return
-                except (FileNotFoundError, PermissionError, NotADirectoryError):
-                    raise
-                except Exception:
-                    if pause is None:
-                        raise
-                    time.sleep(pause)
+        what = f"{name} of {self.address}"
+        with arriving(what, f"what arrived is kept in {self.folder}: type the same again"):
+            download(self.system, f"{self.root}/{name}", place, entry, what)
 
 
 class Found(NamedTuple):
@@ -129,10 +110,10 @@ def open_far(address: str) -> Found:
         StoreError: It cannot be reached, is no store, or its store.json is damaged.
         MissingDependencyError: What fsspec needs for such an address is not installed.
     """
-    system, root = _connect(address)
+    system, root = connect(address)
     if PurePosixPath(root).suffix.lower() in FILE_SUFFIXES:
         return _open_file(address, system, root)
-    with _arriving(f"{address}/store.json", "check the address and the network"):
+    with arriving(f"{address}/store.json", "check the address and the network"):
         try:
             text = system.cat_file(f"{root}/store.json")
         except FileNotFoundError:
@@ -151,10 +132,10 @@ def open_far(address: str) -> Found:
 
 def is_known(address: str) -> bool:
     """Whether this far store was opened on this machine before."""
-    return _place_of(address).is_dir()
+    return place_of(address).is_dir()
 
 
-def _connect(address: str) -> tuple[Any, str]:
+def connect(address: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and what the address is called there."""
     protocol = address.partition(":")[0]
     options: dict[str, Any] = {}
@@ -166,7 +147,7 @@ def _connect(address: str) -> tuple[Any, str]:
 
             stalled = aiohttp.ClientTimeout(total=None, sock_connect=_STALLED, sock_read=_STALLED)
             options = {"client_kwargs": {"timeout": stalled}}  # aiohttp's own limit is 5 minutes a file
-        with _arriving(address, "check the address and the network"):
+        with arriving(address, "check the address and the network"):
             system = fsspec.filesystem(protocol, **options)
     except ImportError:
         raise MissingDependencyError.of(_PACKAGES.get(protocol, "aiohttp"), extra="far") from None
@@ -174,8 +155,54 @@ def _connect(address: str) -> tuple[Any, str]:
     return system, str(system._strip_protocol(address)).rstrip("/")
 
 
+def download(system: Any, path: str, place: Path, entry: Entry, what: str) -> None:
+    """Put a file from elsewhere at `place` when it is whole; a download that breaks off is asked for again.
+
+    Args:
+        path: What the file system calls it.
+        what: What a person calls it.
+
+    Raises:
+        StoreError: The disk has no room for it.
+        Exception: Whatever the file system raises; `arriving` makes one line of it.
+    """
+    free = shutil.disk_usage(place.parent).free
+    if free < entry.size:
+        raise StoreError(
+            f"{what} has {entry.size:,} bytes, but only {free:,} are free in {place.parent}; "
+            f"set MSAE_STORES to a folder with more room"
+        )
+    with progress(f"downloading {PurePosixPath(path).name}", total=entry.size, unit="bytes") as advance:
+
+        def get() -> None:
+            with atomic_path(place) as temporary:
+                system.get_file(path, str(temporary), callback=limited(entry.size, advance))
+                _check(temporary, entry)
+
+        insist(get)
+
+
+def insist(ask: Callable[[], _T]) -> _T:
+    """What `ask` gives, asked twice more where the way there fails and not what was asked for."""
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return ask()
+        except Exception as caught:  # noqa: BLE001 - file systems raise almost anything
+            err, cause = caught, caught.__cause__
+            is_of_way = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+            if isinstance(err, FileNotFoundError) and isinstance(cause, Exception) and is_of_way:
+                err = (
+                    err if getattr(cause, "status", None) == 404 else cause
+                )  # fsspec calls all failures a missing file
+            pause = next(pauses, None)
+            if pause is None or isinstance(err, FileNotFoundError | PermissionError | NotADirectoryError):
+                raise err from None
+            time.sleep(pause)
+
+
 @contextmanager
-def _arriving(what: str, remedy: str) -> Iterator[None]:
+def arriving(what: str, remedy: str) -> Iterator[None]:
     """Whatever a file system raises, and they raise almost anything, becomes one line."""
     try:
         yield
@@ -184,11 +211,13 @@ def _arriving(what: str, remedy: str) -> Iterator[None]:
     except Exception as err:
         why = first_line(err) if type(err) is OSError else f"{type(err).__name__}: {first_line(err)}"
         why = "it is not there" if isinstance(err, FileNotFoundError) else why
+        if isinstance(err, PermissionError) or getattr(err, "status", None) in (401, 403):
+            why, remedy = "no right to read it", "sign in as its kind of address needs it (docs/store-format.md)"
         raise StoreError(f"{what} did not arrive ({why}); {remedy}") from err
 
 
-def _place_of(address: str) -> Path:
-    """The folder of the cache for all states of one far store."""
+def place_of(address: str) -> Path:
+    """The folder of the cache for all states of one far store, or for a source."""
     cache = Path(os.environ.get("MSAE_STORES") or user_cache() / "stores")
     return cache / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
 
@@ -196,17 +225,18 @@ def _place_of(address: str) -> Path:
 def _place(address: str, state: bytes, root: str) -> Path:
     """The folder for one state of a far store; its name is the store's."""
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(root).name).strip(".") or "store"
-    return _place_of(address) / hashlib.blake2b(state, digest_size=12).hexdigest() / name
+    return place_of(address) / hashlib.blake2b(state, digest_size=12).hexdigest() / name
 
 
-def _is_whole(place: Path, entry: _Entry) -> bool:
+def is_whole(place: Path, entry: Entry) -> bool:
+    """Whether all bytes of a file are at `place`."""
     try:
         return place.stat().st_size == entry.size
     except OSError:
         return False
 
 
-def _check(file: Path, entry: _Entry) -> None:
+def _check(file: Path, entry: Entry) -> None:
     found = file.stat().st_size
     if found != entry.size:
         raise OSError(f"{found:,} bytes came of {entry.size:,}")
@@ -214,10 +244,10 @@ def _check(file: Path, entry: _Entry) -> None:
         raise OSError("its bytes have another hash than store.json says")
 
 
-def _promised(address: str, record: Mapping[str, Any]) -> dict[str, _Entry]:
+def _promised(address: str, record: Mapping[str, Any]) -> dict[str, Entry]:
     """The files that a store.json lists. Their names are checked, so that none leads out of the cache."""
     try:
-        entries = {name: _Entry(int(one["bytes"]), str(one["blake2b"])) for name, one in record["files"].items()}
+        entries = {name: Entry(int(one["bytes"]), str(one["blake2b"])) for name, one in record["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as err:
         raise _damaged(address, f"its files are listed in another way ({first_line(err)})") from err
     known = {name for names in _shards(entries).values() for name in names}
@@ -291,7 +321,7 @@ def _open_listed(address: str, system: Any, root: str, record: Mapping[str, Any]
     names: list[str] = []
     infos: dict[str, Any] = {}
     heads: dict[str, tuple[tuple[int, ...], str]] = {}
-    with _arriving(f"the list of files of {address}", "check the address and the network"):
+    with arriving(f"the list of files of {address}", "check the address and the network"):
         for folder, suffix in (*((name, ".npy") for name in FOLDERS.values()), _METADATA[1:]):
             try:
                 listed = system.ls(f"{root}/{folder}", detail=False)
@@ -306,14 +336,14 @@ def _open_listed(address: str, system: Any, root: str, record: Mapping[str, Any]
                 f"{address} is no store: it has neither store.json nor a list of files in img_emb/ or text_emb/; "
                 f"check the address"
             )
-        entries = {name: _Entry(_size(address, name, info)) for name, info in infos.items()}
+        entries = {name: Entry(size_of(address, name, info)) for name, info in infos.items()}
         for name in names:
             if name.endswith(".npy"):
                 with system.open(f"{root}/{name}", "rb", block_size=1 << 16) as file:
                     head = io.BytesIO(file.read(_HEADER))
                 shape, dtype = read_npy_header(head, Path(name), entries[name].size, StoreError)
                 heads[name] = (shape, dtype.newbyteorder("=").name)
-    state = json.dumps([record, _state(infos)], default=str).encode()
+    state = json.dumps([record, {name: state_of(info) for name, info in infos.items()}], default=str).encode()
     mirror = _Mirror(address, system, root, _place(address, state, root), entries)
     return _of_folder(mirror, "store" if record else "clip-retrieval", record, heads)
 
@@ -322,8 +352,8 @@ def _open_file(address: str, system: Any, root: str) -> Found:
     """A single file, and the table beside it, downloaded."""
     folder, _, name = root.rpartition("/")
     infos = {}
-    with _arriving(address, "check the address and the network"):
-        infos[name] = system.info(root)
+    with arriving(address, "check the address and the network"):
+        infos[name] = insist(lambda: system.info(root))
         for ending in (".csv", ".parquet"):
             beside = f"{PurePosixPath(name).stem}{ending}"
             if len(infos) == 1 and beside != name:
@@ -331,8 +361,8 @@ def _open_file(address: str, system: Any, root: str) -> Found:
                     infos[beside] = system.info(f"{folder}/{beside}")
                 except FileNotFoundError:
                     continue
-    entries = {one: _Entry(_size(address, one, info)) for one, info in infos.items()}
-    state = json.dumps(_state(infos), default=str).encode()
+    entries = {one: Entry(size_of(address, one, info)) for one, info in infos.items()}
+    state = json.dumps({name: state_of(info) for name, info in infos.items()}, default=str).encode()
     mirror = _Mirror(address, system, folder, _place(address, state, root).parent, entries)
     for one in entries:
         mirror.fetch(one)
@@ -342,19 +372,20 @@ def _open_file(address: str, system: Any, root: str) -> Found:
     )
 
 
-def _state(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What changes when one of the files does."""
-    return {name: [info.get(key) for key in _CHANGES] for name, info in infos.items()}
+def state_of(info: Mapping[str, Any]) -> list[Any]:
+    """What changes when a file does, of what its file system says of it."""
+    return [info.get(key) for key in _CHANGES]
 
 
-def _size(address: str, name: str, info: Mapping[str, Any]) -> int:
+def size_of(address: str, name: str, info: Mapping[str, Any]) -> int:
+    """The bytes of a file; raises StoreError where its file system does not say."""
     size = info.get("size")
     if not isinstance(size, int):
         raise StoreError(f"{address}: the server does not say how large {name} is; put the file on another one")
     return size
 
 
-def _counted(size: int, advance: Callable[[int], None]) -> Any:
+def limited(size: int, advance: Callable[[int], None]) -> Any:
     """A callback for fsspec: shows progress, and stops a download that is longer than it should be."""
     from fsspec.callbacks import Callback
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from msae.base.errors import StoreError, nearest_beside
+from msae.base.errors import MsaeError, StoreError, nearest_beside
 from msae.base.files import read_json
 
 Modality = Literal["image", "text"]
@@ -18,7 +18,7 @@ Kind = Literal["store", "clip-retrieval", "npy", "npz", "parquet", "safetensors"
 FILE_SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
 FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
 PROTOCOLS = ("https", "http", "s3", "gs", "hf", "memory")
-"""Kinds of address from which stores are read, each a file system of fsspec."""
+"""Kinds of address from which stores and sources are read, each a file system of fsspec."""
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.+)", re.DOTALL)
 SCHEMA_VERSION = 1
 """Of store.json."""
@@ -122,22 +122,22 @@ def in_order(names: Iterable[str], stem: str, suffix: str) -> list[str]:
     return [found[number] for number in sorted(found)]
 
 
-def far_address(store: str | Path) -> str | None:
-    """The address of a store that lies elsewhere, as `https://host/photos.store`; None for one on this machine.
+def far_address(store: str | Path, error: Callable[[str], MsaeError] = StoreError) -> str | None:
+    """The address of a store or source that lies elsewhere, as `https://host/photos.store`; None for a path.
 
     Raises:
-        StoreError: The address is of another kind, or holds a password or a query.
+        MsaeError: Made by `error`: the address is of another kind, or holds a password or a query.
     """
     match = _ADDRESS.fullmatch(str(store))
     if match is None or (match[2] == "/" and (isinstance(store, str) or match[1].lower() not in PROTOCOLS)):
         return None  # a path; pathlib makes one slash of two
     protocol, rest = match[1].lower(), match[3].rstrip("/")
     if protocol not in PROTOCOLS:
-        raise StoreError(f"{store} is of the unknown kind {protocol}://; known: {', '.join(PROTOCOLS)}, or a path")
+        raise error(f"{store} is of the unknown kind {protocol}://; known: {', '.join(PROTOCOLS)}, or a path")
     host = rest.partition("/")[0]
     if "?" in rest or "#" in rest or ":" in host.rpartition("@")[0] or "::" in rest:
-        raise StoreError(
-            f"the address of a store is written into runs, so it may hold no password, ?query or ::; "
+        raise error(
+            f"an address is written into stores and runs, so it may hold no password, ?query or ::; "
             f"give the plain {protocol}:// address, and what it needs by the environment (docs/store-format.md)"
         )
     return f"{protocol}://{rest}"

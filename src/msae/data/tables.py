@@ -367,8 +367,11 @@ def _read_parquet(path: Path) -> pa.Table:
     return pq.ParquetFile(path).read()  # ParquetFile: read_table would guess partitions from the path
 
 
-def read_footer(path: Path, error: Error) -> pq.FileMetaData:
+def read_footer(path: object, error: Error, end: io.BytesIO | None = None) -> pq.FileMetaData:
     """What a parquet file says of itself, its schema among it.
+
+    Args:
+        end: The end of the file, where `path` is no path of this machine.
 
     Raises:
         MsaeError: Made by `error`: the file is damaged.
@@ -377,7 +380,7 @@ def read_footer(path: Path, error: Error) -> pq.FileMetaData:
     import pyarrow.parquet as pq
 
     try:
-        footer = pq.read_metadata(path)
+        footer = pq.read_metadata(end or path)
         footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
         raise error(f"{path} is no readable parquet file ({first_line(err)}); make it again") from err

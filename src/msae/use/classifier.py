@@ -55,7 +55,7 @@ class Readout:
         """The number of the likeliest class; 0 where there are none."""
         if self.kind == "score":
             return torch.zeros(logits.shape[1:], dtype=torch.int64)
-        return logits.argmax(0) if self.kind == "classes" else (logits[0] > 0).long()
+        return logits.max(0).indices if self.kind == "classes" else (logits[0] > 0).long()
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from msae.base.errors import MissingDependencyError, SourceError, first_line, nearest, nearest_beside
-from msae.base.files import atomic_path
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
+from msae.data.layout import far_address
 from msae.data.sources import members, tars
 from msae.data.sources.members import SourceItem, described, texts_of
+from msae.data.sources.remote import STORAGE, FarFile, File, far_picture, files_at, files_below, here, map_ahead
 from msae.data.tables import (
     CAPTION_COLUMNS,
     IMAGE_PATH_COLUMNS,
@@ -32,8 +34,10 @@ from msae.data.tables import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _PIECE = 256  # rows of a table that are turned into Python objects at a time
+_END = 1 << 16  # bytes that hold the footer of most .parquet files
 _ENDS = 1 << 20  # bytes of each end of a file that tell whether it has changed
 _SAMPLED = 1000  # samples of tars and folders that are looked at to see whether there are captions
 _ID_COLUMNS = ("id", "key")
@@ -68,8 +72,10 @@ class Source:
     """What a person should know of how it is read: what is left out, what was taken for what."""
     is_reopenable: bool = False
     """Whether `open_source(name)` gives it again."""
-    shards: tuple[Path, ...] = ()
+    shards: tuple[File, ...] = ()
     """Files whose samples are not counted yet; see `counted`."""
+    counts: tars.Counts = field(default_factory=tars.Counts)
+    """Those of the shards that were read; a shard before the asked position is then not opened again."""
 
 
 def open_source(source: str | Path) -> Source:
@@ -80,7 +86,7 @@ def open_source(source: str | Path) -> Source:
             .txt or .json files of the same names; a .txt of captions, one a line; a table (.csv, .tsv, .jsonl,
             .json or .parquet) of pictures or their paths (relative to its folder), captions, or both; a folder of
             .parquet files; a .tar of webdataset, a folder of them or a pattern such as `shards/{000..012}.tar`;
-            or a dataset of Hugging Face as
+            any of these at an address such as `s3://bucket/photos` or `https://…`; or a dataset of Hugging Face as
             `hf://owner/name?split=train&config=NAME&streaming=1&image=COLUMN&caption=COLUMN`, or the folder that
             its `save_to_disk` wrote. docs/store-format.md says what is read of each.
 
@@ -94,14 +100,27 @@ def _open(source: str | Path) -> Source:
     text = str(source)
     if text.startswith("hf:/"):
         return _hugging_face(text)
+    address = far_address(source, SourceError)
     if "{" in text and text.endswith(_TAR_SUFFIXES):
-        return _tars(text, tars.expand(text))
+        names = tars.expand(address or text)
+        return _tars(address or text, files_at(address, names) if address else [Path(name) for name in names])
     path = Path(source)
-    suffix = path.suffix.lower()
+    if address is not None:
+        return _file(files_at(address, [address])[0]) if _is_file_name(path.name) else _far_folder(address)
     if path.is_dir():
-        return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path)
+        return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path, *_walk(path), path.__truediv__)
     if not path.is_file():
         raise SourceError(f"{path} does not exist{nearest_beside(path)}")
+    return _file(path)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name elsewhere is one of a file, by its ending."""
+    return name.lower().endswith((".txt", *TABLE_SUFFIXES, *_TAR_SUFFIXES, *IMAGE_SUFFIXES))
+
+
+def _file(path: File) -> Source:
+    suffix = path.suffix.lower()
     if suffix == ".txt":
         return _captions(path)
     if suffix == ".parquet":
@@ -109,27 +128,33 @@ def _open(source: str | Path) -> Source:
     if suffix in TABLE_SUFFIXES:
         return _table(path)
     if path.name.lower().endswith(_TAR_SUFFIXES):
-        return _tars(text, [path])
+        return _tars(str(path), [path])
     hint = "; give the folder that it is in" if suffix in IMAGE_SUFFIXES else ""
     raise SourceError(
         f"{path} is no source{hint}; wanted a folder of images, .txt, .csv, .jsonl, .parquet, .tar or hf://"
     )
 
 
-def _folder(path: Path) -> Source:
+def _far_folder(address: str) -> Source:
+    files = files_below(address)
+    if {"state.json", "dataset_dict.json"} & files.keys():
+        raise SourceError(f"{address} was written by save_to_disk, which is read on this machine only; copy it here")
+    return _folder(address, list(files), [], files.__getitem__)
+
+
+def _folder(path: Path | str, names: list[str], notes: list[str], file: Callable[[str], File]) -> Source:
     """Every file below a folder in the order of their paths, without hidden ones; or its shards, if it has only those.
 
     Files beside a picture with its name, such as .txt and .json, describe it. What is no picture is a sample with
     the reason.
     """
-    names, notes = _walk(path)
     pictures = {name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES}
     shards = [name for name in names if name.lower().endswith(_TAR_SUFFIXES)]
     if shards and not pictures:
         others = [name for name in names if name not in shards]
         if others:
             notes.append(f"not read beside the shards: {_some(others)}")
-        return _tars(str(path), [path / name for name in shards], notes)
+        return _tars(str(path), [file(name) for name in shards], notes)
     keys = {str(PurePosixPath(name).with_suffix("")) for name in pictures} | pictures
     beside: dict[str, dict[str, str]] = {}
     samples = []
@@ -147,7 +172,7 @@ def _folder(path: Path) -> Source:
             others = [name for name in names if name not in shards]
             if others:
                 notes.append(f"not read beside the .parquet files: {_some(others)}")
-            return _parquet(str(path), [path / name for name in shards], path, notes)
+            return _parquet(str(path), [file(name) for name in shards], path, notes)
         if tables:
             raise SourceError(f"{path} has no images in it but {_some(tables)}; give one such file, not its folder")
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
@@ -161,7 +186,7 @@ def _folder(path: Path) -> Source:
             return SourceItem(name, damage=_why_not_picture(name))
         of_name = {**beside.get(str(PurePosixPath(name).with_suffix("")), {}), **beside.get(name, {})}
         found = described(
-            SourceItem(name, path / name), {suffix: (path / file).read_bytes() for suffix, file in of_name.items()}
+            SourceItem(name, file(name)), {suffix: file(other).read_bytes() for suffix, other in of_name.items()}
         )
         if name in labels and "label" not in found.columns:
             found = replace(found, columns={**found.columns, "label": labels[name]})
@@ -173,11 +198,11 @@ def _folder(path: Path) -> Source:
         except OSError as err:
             return SourceItem(name, damage=f"unreadable: {err.strerror or err}")
 
-    has_captions = bool(beside) and _has_captions(map(safe, samples), notes)
-    signature = _digest(f"{name}:{_state(path / name)}" for name in names)
-
     def items(start: int) -> Iterator[SourceItem]:
-        return map(safe, samples[start:])
+        return (map if isinstance(path, Path) or not beside else map_ahead)(safe, samples[start:])
+
+    has_captions = bool(beside) and _has_captions(items(0), notes)
+    signature = _digest(f"{name}:{_state(file(name))}" for name in names)
 
     return Source(str(path), True, has_captions, signature, items, len(samples), notes=tuple(notes))
 
@@ -227,8 +252,10 @@ def _why_not_picture(name: str) -> str:
     return f"no image has the name of this {suffix} file"
 
 
-def _state(path: Path) -> str:
+def _state(path: File) -> str:
     """What changes when a file is replaced."""
+    if isinstance(path, FarFile):
+        return path.state
     try:
         state = path.stat()
     except OSError:
@@ -255,10 +282,11 @@ def _has_captions(samples: Iterable[SourceItem], notes: list[str]) -> bool:
     return n_captions > 0
 
 
-def _captions(path: Path) -> Source:
+def _captions(path: File) -> Source:
     """The lines of a text file; the id of a caption is the number of its line, from 0."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with here(path) as file:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
         raise SourceError(f"{path} is not UTF-8 (byte {err.start}); save it as UTF-8") from err
     except OSError as err:
@@ -275,10 +303,12 @@ def _captions(path: Path) -> Source:
     return Source(str(path), False, True, _digest(lines), items, total=len(lines))
 
 
-def _table(path: Path) -> Source:
+def _table(path: File) -> Source:
     """The rows of a .csv or .jsonl file, which is held in memory."""
     notes: list[str] = []
-    table = read_table(path, SourceError, notes)
+    with here(path) as file:
+        table = read_table(file, SourceError, notes)
+        notes = [note.replace(str(file), str(path)) for note in notes]
     if table.num_rows == 0:
         raise SourceError(f"{path} has no rows")
 
@@ -286,12 +316,13 @@ def _table(path: Path) -> Source:
         for first in range(start, table.num_rows, _PIECE):
             yield table.slice(first, _PIECE)
 
-    columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE))
+    is_far = isinstance(path, FarFile)
+    columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE), is_far=is_far)
     signature = _signature_with_pictures([path], path.parent, columns, pieces)
     return _rows(str(path), columns, pieces, path.parent, signature, table.num_rows, notes)
 
 
-def _parquet(name: str, paths: Sequence[Path], folder: Path, notes: Sequence[str] = ()) -> Source:
+def _parquet(name: str, paths: Sequence[File], folder: Path | str, notes: Sequence[str] = ()) -> Source:
     """The rows of .parquet files, one file after another, each read a row group at a time.
 
     Args:
@@ -300,7 +331,7 @@ def _parquet(name: str, paths: Sequence[Path], folder: Path, notes: Sequence[str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    footers = [read_footer(path, SourceError) for path in paths]
+    footers = list(map_ahead(_footer, paths))
     written = [footer.schema.to_arrow_schema() for footer in footers]
     for path, own in zip(paths, written, strict=True):
         if len(set(own.names)) != len(own):
@@ -316,25 +347,34 @@ def _parquet(name: str, paths: Sequence[Path], folder: Path, notes: Sequence[str
                 yield from rows_of(path, footer, start)
             start = max(0, start - footer.num_rows)
 
-    def rows_of(path: Path, footer: pq.FileMetaData, start: int) -> Iterator[pa.Table]:
+    def rows_of(path: File, footer: pq.FileMetaData, start: int) -> Iterator[pa.Table]:
         group = 0
         while start >= footer.row_group(group).num_rows:
             start -= footer.row_group(group).num_rows
             group += 1
         groups = range(group, footer.num_row_groups)
         try:
-            for batch in pq.ParquetFile(path).iter_batches(_PIECE, row_groups=groups):
-                if start < batch.num_rows:
-                    piece = pa.Table.from_batches([batch.slice(start)])
-                    yield piece if len(paths) == 1 else conform(piece, schema)
-                start = max(0, start - batch.num_rows)
+            with here(path) as file:
+                for batch in pq.ParquetFile(file).iter_batches(_PIECE, row_groups=groups):
+                    if start < batch.num_rows:
+                        piece = pa.Table.from_batches([batch.slice(start)])
+                        yield piece if len(paths) == 1 else conform(piece, schema)
+                    start = max(0, start - batch.num_rows)
         except (pa.ArrowException, OSError) as err:
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
     said = list(notes)
-    columns = _Columns.of(schema, name, said, head=next(pieces(0), None))
+    columns = _Columns.of(schema, name, said, head=next(pieces(0), None), is_far=isinstance(folder, str))
     signature = _signature_with_pictures(paths, folder, columns, pieces)
     return _rows(name, columns, pieces, folder, signature, total, said)
+
+
+def _footer(path: File) -> pq.FileMetaData:
+    if isinstance(path, Path):
+        return read_footer(path, SourceError)
+    end = path.end(_END)
+    n = int.from_bytes(end[-8:-4], "little") + 8  # bytes of the footer, as its end says
+    return read_footer(path, SourceError, io.BytesIO(end if n <= len(end) else path.end(n)))
 
 
 def _hugging_face(url: str) -> Source:
@@ -444,6 +484,7 @@ class _Columns:
         image: str | None = None,
         caption: str | None = None,
         head: pa.Table | None = None,
+        is_far: bool = False,
     ) -> _Columns:
         """The columns by their names, the images' also by the first rows `head`; notes say what is not kept."""
         for asked in (image, caption):
@@ -465,7 +506,7 @@ class _Columns:
             wanted = ", ".join(dict.fromkeys((*_PATHS, *_CAPTIONS)))
             close = next((hint for column in by_key if (hint := nearest(column, (*_PATHS, *_CAPTIONS)))), "")
             raise SourceError(f"{name} has the columns {_list(schema)}; wanted one of {wanted}{close}")
-        if image is not None:
+        if image is not None and not is_far:
             _refuse_addresses(name, image, head)
         id = next((by_key[key] for key in _ID_COLUMNS if key in by_key), None)
         taken = [column for column in (image, caption, by_key.get("id")) if column is not None]
@@ -493,7 +534,7 @@ def _names_images(head: pa.Table, column: str) -> bool:
 def _refuse_addresses(name: str, image: str, head: pa.Table | None) -> None:
     """One line instead of a row each where the pictures are still on the web."""
     values = [] if head is None else [value for value in head.column(image).to_pylist() if isinstance(value, str)]
-    if values and all(_ADDRESS.match(value) and not value.startswith("file:") for value in values):
+    if values and all(_ADDRESS.match(value) and not value.startswith(("file:", *STORAGE)) for value in values):
         raise SourceError(
             f"column {image!r} of {name} holds web addresses such as {values[0][:80]}; download the pictures first "
             f"(img2dataset does), or take the column out to embed the captions alone"
@@ -529,7 +570,7 @@ def _rows(
     name: str,
     columns: _Columns,
     pieces: Callable[[int], Iterable[pa.Table]],
-    folder: Path,
+    folder: Path | str,
     signature: str,
     total: int | None,
     notes: Sequence[str],
@@ -559,7 +600,9 @@ def _rows(
     )
 
 
-def _item(row: Mapping[str, Any], columns: _Columns, others: dict[str, Any], folder: Path, number: int) -> SourceItem:
+def _item(
+    row: Mapping[str, Any], columns: _Columns, others: dict[str, Any], folder: Path | str, number: int
+) -> SourceItem:
     image = row[columns.image] if columns.image else None
     path = damage = None
     if isinstance(image, dict):  # an image feature of the datasets library
@@ -585,8 +628,10 @@ def _item(row: Mapping[str, Any], columns: _Columns, others: dict[str, Any], fol
     return SourceItem(id, image, caption, others, damage)
 
 
-def _picture_path(folder: Path, text: str) -> Path:
-    """Where the picture of a table's row lies: a path relative to the table, also with backslashes, or `file:` …"""
+def _picture_path(folder: Path | str, text: str) -> File:
+    """Where the picture of a table's row lies: a path relative to the table, also with backslashes, or an address."""
+    if isinstance(folder, str) or text.startswith(STORAGE):
+        return far_picture(folder, text)
     if text.startswith("file:"):
         return Path(unquote(urlsplit(text).path))
     if _ADDRESS.match(text):
@@ -599,14 +644,15 @@ def _picture_path(folder: Path, text: str) -> Path:
     return folder / text.replace("\\", "/") if is_windows else path
 
 
-def _tars(name: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Source:
+def _tars(name: str, paths: Sequence[File], notes: Sequence[str] = ()) -> Source:
     """The samples of webdataset shards; the first ones say whether there are images and captions."""
     if not paths:
         raise SourceError(f"{name} names no .tar file")
     for path in paths:
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             raise SourceError(f"{path} does not exist; {name} names {len(paths)} shards")
-    first = list(itertools.islice(tars.samples(paths), _SAMPLED))
+    counts = tars.Counts()
+    first = list(itertools.islice(tars.samples(paths, 0, counts), _SAMPLED))
     if all(sample.damage is not None for sample in first):
         reason = f"; {first[0].id}: {first[0].damage}" if first else ""
         raise SourceError(f"{name} holds no samples; wanted members like 000001.jpg and 000001.txt{reason}")
@@ -618,10 +664,11 @@ def _tars(name: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Source
         raise SourceError(f"{name}: sample {key!r} has neither an image nor a caption (.txt, or in .json)")
 
     def items(start: int) -> Iterator[SourceItem]:
-        return tars.samples(paths, start)
+        return tars.samples(paths, start, counts)
 
+    signature = _file_signature(paths)
     return Source(
-        name, has_images, has_captions, _file_signature(paths), items, notes=tuple(notes), shards=tuple(paths)
+        name, has_images, has_captions, signature, items, notes=tuple(notes), shards=tuple(paths), counts=counts
     )
 
 
@@ -643,18 +690,13 @@ def counted(source: Source, folder: Path, share: float = 0.0) -> Source:
             f"{source.name} does not say how many samples it has, so it cannot be embedded in parts; "
             f"leave out streaming=1, or embed it without --part and --ray"
         )
-    counts = [0] * n
+    counts = source.counts
+    counts.keep_in(folder)
     for number in range(int(share * n), int(share * n) + n):
-        file = folder / f"shard_{number % n:08d}.txt"
-        if not file.exists():
-            with atomic_path(file) as temporary:
-                temporary.write_text(str(tars.count(source.shards[number % n])))
-        counts[number % n] = int(file.read_text())
-
-    def items(start: int) -> Iterator[SourceItem]:
-        return tars.samples(source.shards, start, counts=counts)
-
-    return replace(source, total=sum(counts), items=items)
+        if counts.get(number % n) is None:
+            counts.put(number % n, tars.count(source.shards[number % n]))
+    total = sum(counts.get(number) or 0 for number in range(n))
+    return replace(source, total=total)
 
 
 def _is_bytes(schema: pa.Schema, column: str, *, whole: bool = False) -> bool:
@@ -707,10 +749,11 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _signature_with_pictures(
-    tables: Sequence[Path], folder: Path, columns: _Columns, pieces: Callable[[int], Iterable[pa.Table]]
+    tables: Sequence[File], folder: Path | str, columns: _Columns, pieces: Callable[[int], Iterable[pa.Table]]
 ) -> str:
-    """Changes when a table is replaced, or a picture that it lists by its path."""
-    return _digest([_file_signature(tables), *_picture_states(folder, columns.image, pieces)])
+    """Changes when a table is replaced, or a picture of this machine that it lists by its path."""
+    states = _picture_states(folder, columns.image, pieces) if isinstance(folder, Path) else ()
+    return _digest([_file_signature(tables), *states])
 
 
 def _picture_states(folder: Path, column: str | None, pieces: Callable[[int], Iterable[pa.Table]]) -> Iterator[str]:
@@ -725,15 +768,17 @@ def _picture_states(folder: Path, column: str | None, pieces: Callable[[int], It
             return  # the pictures are in the table
         for text in values.to_pylist():
             with contextlib.suppress(SourceError):
-                yield _state(_picture_path(folder, text)) if text else ""
+                yield _state(_picture_path(folder, text)) if text and not text.startswith(STORAGE) else ""
 
 
-def _file_signature(paths: Sequence[Path]) -> str:
+def _file_signature(paths: Sequence[File]) -> str:
     """Changes when a file gets another size, time or other ends: enough to notice that it was replaced."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        size = path.stat().st_size
         digest.update(f"{path.name}:{_state(path)};".encode("utf-8", "surrogateescape"))
+        if isinstance(path, FarFile):
+            continue
+        size = path.stat().st_size
         with path.open("rb") as file:
             digest.update(file.read(_ENDS))
             file.seek(max(0, size - _ENDS))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from msae.base.errors import first_line
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
+from msae.data.sources.remote import File
 from msae.data.tables import CAPTION_COLUMNS
 
 TEXTS = (".txt", ".caption", ".text")
@@ -23,7 +23,7 @@ class SourceItem:
 
     id: str
     """Not necessarily unique: `embed` numbers repeated ones."""
-    image: Path | bytes | None = None
+    image: File | bytes | None = None
     caption: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What else is known about it."""

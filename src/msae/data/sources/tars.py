@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from msae.base.errors import MissingDependencyError, SourceError, first_line
+from msae.base.files import atomic_path
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.sources.members import SUFFIXES, SourceItem, described
+from msae.data.sources.remote import File, here
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error)
 """What tarfile raises when it trips over damaged bytes."""
@@ -19,57 +20,93 @@ _BLOCK = 512  # bytes; a tar ends in blocks of zeros
 _PIECE = 1 << 20
 
 
-def expand(pattern: str) -> list[Path]:
-    """The paths that a pattern such as `shards/{000..012}.tar` stands for."""
+def expand(pattern: str) -> list[str]:
+    """The paths or addresses that a pattern such as `shards/{000..012}.tar` stands for."""
     try:
         from braceexpand import braceexpand
     except ImportError:
         raise MissingDependencyError.of("braceexpand", extra="sources") from None
-    return [Path(path) for path in braceexpand(pattern)]
+    return list(braceexpand(pattern))
 
 
-def count(path: Path) -> int:
+def count(file: File) -> int:
     """How many samples a shard gives: those that it holds, and the lines about what is wrong with it."""
-    shard = _Shard(path)
-    try:
-        with tarfile.open(path) as tar:
-            shard.read_headers(tar)
-    except _DAMAGE as err:
-        shard.add_damage(err)
+    with here(file) as path:
+        shard = _Shard(path, file.name)
+        try:
+            with tarfile.open(path) as tar:
+                shard.read_headers(tar)
+        except _DAMAGE as err:
+            shard.add_damage(err)
     return len(shard.members) + len(shard.lines)
 
 
-def samples(paths: Sequence[Path], start: int = 0, *, counts: Sequence[int] | None = None) -> Iterator[SourceItem]:
+def samples(files: Sequence[File], start: int, counts: Counts) -> Iterator[SourceItem]:
     """The samples of the shards from the given position on; what is damaged is a sample that says so.
 
     Members of one key are one sample wherever in their shard they are. A key is the name without the ending,
     where that is known: `IMG_2024.05.01.jpg` and `IMG_2024.05.02.jpg` are two samples.
 
     Args:
-        counts: Of the samples of each shard; with them no shard before the position is opened.
+        counts: No shard before the position whose samples are counted is opened; those that are read are counted.
 
     Raises:
         SourceError: A compressed shard is not sorted: it would be unpacked once for each of its members.
     """
-    for path, n in zip(paths, counts or itertools.repeat(0), strict=counts is not None):
-        if start >= n > 0:
+    for number, file in enumerate(files):
+        n = counts.get(number)
+        if n is not None and start >= n:
             start -= n
             continue
-        shard = _Shard(path)
-        try:
-            with tarfile.open(path) as tar:
-                shard.read_headers(tar)
-                # what a damaged compressed file gives depends on what was read of it before
-                n_unread = start if _is_plain(path) else 0
-                for number, key in enumerate(list(shard.members)[n_unread:], n_unread):
-                    sample = shard.sample(tar, key)
-                    if number >= start:
-                        yield sample
-        except _DAMAGE as err:
-            shard.add_damage(err)
+        with here(file) as path:
+            shard = _Shard(path, file.name)
+            try:
+                with tarfile.open(path) as tar:
+                    shard.read_headers(tar)
+                    # what a damaged compressed file gives depends on what was read of it before
+                    n_unread = start if _is_plain(path) else 0
+                    for position, key in enumerate(list(shard.members)[n_unread:], n_unread):
+                        sample = shard.sample(tar, key)
+                        if position >= start:
+                            yield sample
+            except _DAMAGE as err:
+                shard.add_damage(err)
+        counts.put(number, len(shard.members) + len(shard.lines))
         start = max(0, start - len(shard.members))
         yield from shard.lines[start:]
         start = max(0, start - len(shard.lines))
+
+
+class Counts:
+    """How many samples each shard has, by its number, as far as that is known."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._known: dict[int, int] = {}
+
+    def keep_in(self, folder: Path) -> None:
+        """Share them with other processes, those of earlier and later too."""
+        self._folder = folder
+        for number, n in self._known.items():
+            self.put(number, n)
+
+    def get(self, number: int) -> int | None:
+        """How many samples a shard has."""
+        file = self._file(number)
+        if number not in self._known and file is not None and file.exists():
+            self._known[number] = int(file.read_text())
+        return self._known.get(number)
+
+    def put(self, number: int, n: int) -> None:
+        """Note how many samples a shard has."""
+        self._known[number] = n
+        file = self._file(number)
+        if file is not None and not file.exists():
+            with atomic_path(file) as temporary:
+                temporary.write_text(str(n))
+
+    def _file(self, number: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"shard_{number:08d}.txt"
 
 
 @dataclass
@@ -77,6 +114,8 @@ class _Shard:
     """What a shard holds, by key in the order of their first members."""
 
     path: Path
+    name: str
+    """What a person calls it."""
     members: dict[str, dict[str, tarfile.TarInfo]] = field(default_factory=dict)
     lines: list[SourceItem] = field(default_factory=list)
     """What is to be said of it: members that are there twice or that are not read, and damage."""
@@ -136,9 +175,7 @@ class _Shard:
     def add_damage(self, err: BaseException) -> None:
         """Say what is wrong with the shard."""
         self.lines.append(
-            SourceItem(
-                self.path.name, damage=f"damaged shard: {first_line(err)}; the samples after this point are lost"
-            )
+            SourceItem(self.name, damage=f"damaged shard: {first_line(err)}; the samples after this point are lost")
         )
 
     def sample(self, tar: tarfile.TarFile, key: str) -> SourceItem:

@@ -143,7 +143,7 @@ class Auditor:
         if subject.truth is not None:
             strata += np.concatenate([subject.truth, *([] if training is None else [training.truth])])
         truth, is_first = strata.copy(), True
-        for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].effect)):
+        for i in sorted(range(len(audits)), key=lambda i: (audits[i].is_target, -audits[i].pull)):
             if not audits[i].stands_out or subject.classifier.is_score:
                 continue
             strength = self._strength(audits[i])

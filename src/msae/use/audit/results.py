@@ -142,7 +142,7 @@ class ConceptAudit(Result):
     class_: str | None = None
     """The class whose probability the edits are about: with more than two, the one that they move most."""
     effect: float = 0.0
-    """The causal effect by which concepts are ranked: the mean size of `remove` and `set_p50`, of rows with the concept
+    """The causal effect: the mean size of `remove` and `set_p50`, of rows with the concept
     and of rows without it at a strength that is typical. By `set_p99` the concepts with a long tail would come first.
     """
     by_predicted: Association | None = None
@@ -176,6 +176,12 @@ class ConceptAudit(Result):
         edits = [edit for edit in (self.remove, self.set_p50) if edit is not None]
         ends = [max(0.0, edit.low if edit.change > 0 else -edit.high) for edit in edits]
         return sum(ends) / len(ends) if ends else 0.0
+
+    @property
+    def pull(self) -> float:
+        """Its effect times the size of its association: how far it can set the answers for the classes apart. One that
+        moves answers much but hardly goes with the classes moves them for all classes alike."""
+        return 0.0 if self.main is None else self.effect * abs(self.main.effect_size)
 
     @property
     def is_beyond_controls(self) -> bool:
@@ -223,6 +229,7 @@ class ConceptAudit(Result):
             "effect_size": main and main.effect_size,
             "p": main and main.p,
             "q": main and main.q,
+            "pull": self.pull,
             "flip_rate": self.remove and self.remove.flip_rate,
         }
         rest: dict[str, Any] = _plain(self)
@@ -238,6 +245,7 @@ class ConceptAudit(Result):
                 "is_target": self.is_target,
                 "towards": self.towards,
                 "effect": self.effect,
+                "pull": self.pull,
                 "largest_control": self.control and self.control.largest,
                 "effect_size": main and main.effect_size,
                 "low": main and main.low,
@@ -317,7 +325,16 @@ class Audit(Result):
 
         Then those that go with the classes in the training rows alone, whose effect cannot be measured here.
         """
-        return [one for one in self.concepts if one.stands_out] + self.in_training_alone
+        return self.standing_out + self.in_training_alone
+
+    @property
+    def standing_out(self) -> list[ConceptAudit]:
+        """The concepts that stand out, the strongest first: by their pull, of a score by their effect alone.
+
+        Those that bear the name of a class come last: a classifier of squares should react to squares.
+        """
+        found = [one for one in self.concepts if one.stands_out]
+        return found if self.is_score else sorted(found, key=lambda one: (one.is_target, -one.pull))
 
     @property
     def in_training_alone(self) -> list[ConceptAudit]:
@@ -368,12 +385,9 @@ class Audit(Result):
 
     @property
     def ranked(self) -> list[ConceptAudit]:
-        """The concepts to look at, the strongest first; none where hardly more stand out than chance would have, that
-        is, not even one standard deviation more.
-
-        Those that bear the name of a class come last: a classifier of squares should react to squares.
-        """
-        found = [one for one in self.concepts if one.stands_out]
+        """Those that stand out; none where hardly more do than chance would have, that is, not even one standard
+        deviation more."""
+        found = self.standing_out
         return found if len(found) > self.n_by_chance + self.n_by_chance**0.5 else []
 
     @property
