@@ -63,7 +63,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         body = measure_all(arguments.folder or Path(temporary), arguments)
-    write_section(arguments.section, "Memory of each command against the number of rows", body)
+    few, many = arguments.rows
+    write_section(arguments.section, f"Memory of each command at {few:,} and {many:,} rows", body)
     print(body)
 
 
@@ -115,7 +116,7 @@ def table(found: dict[str, float], arguments: argparse.Namespace) -> str:
         + (f" but {', '.join(grows)}" if grows else "")
         + f". Within {WITHIN} MB with `--max-rows`: all"
         + (f" but {', '.join(parts)}." if parts else ".")
-        + READING
+        + (READING if arguments.commands == list(COMMANDS) else "")
     )
 
 

@@ -447,7 +447,7 @@ class Metadata:
         return starts, lru_cache(RECENT)(lambda number, names: pieces[number].read(names))
 
     def is_unique(self, name: str) -> bool:
-        """Whether a column of text or whole numbers has a value in every row and none twice; takes 8 bytes a row."""
+        """Whether a column of text or whole numbers has a value in every row and none twice; takes 16 bytes a row."""
         import pyarrow as pa
 
         kind = self.schema().field(name).type
