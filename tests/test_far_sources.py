@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msae.base.errors import MissingDependencyError, MsaeError, StoreError
+from msae.base.errors import MissingDependencyError, MsaeError, SourceError, StoreError
 from msae.data.embed import embed
 from msae.data.embedder import Embedder
 from msae.data.sources import counted, open_source, remote
@@ -155,10 +155,11 @@ def test_a_far_source_gives_the_bytes_of_the_same_files_here(where, kind, kept, 
 def test_pictures_of_a_table_may_be_given_by_full_addresses(where, kept, server, memory, clip, tmp_path):
     base = server.url if where == "http" else memory
     table = pa.table({"image": [f"{base}/tables/below/{n:03}.png" for n in (3, 1, 99)], "caption": list("abc")})
-    system = fsspec.filesystem("memory")
-    with system.open("/bucket/addresses.parquet", "wb") as file:
+    if where == "http":  # the server where the table lies, and no other
+        pq.write_table(table, kept / "addresses.parquet")
+    with fsspec.filesystem("memory").open("/bucket/addresses.parquet", "wb") as file:
         pq.write_table(table, file)
-    store = embed("memory://bucket/addresses.parquet", encoder=clip, out=tmp_path / "x.store", **OPTIONS)
+    store = embed(f"{base}/addresses.parquet", encoder=clip, out=tmp_path / "x.store", **OPTIONS)
     wanted = embed(kept / "tables/below", encoder=clip, out=tmp_path / "y.store", **OPTIONS)
     assert store.take([0, 1], "image").tolist() == wanted.take([3, 1], "image").tolist()
     assert [skipped.reason for skipped in store.skipped] == ["no such file"]
@@ -167,6 +168,20 @@ def test_pictures_of_a_table_may_be_given_by_full_addresses(where, kept, server,
         pq.write_table(table, tmp_path / "here.parquet")
         here = embed(tmp_path / "here.parquet", encoder=clip, out=tmp_path / "z.store", **OPTIONS)
         assert here.take([0, 1], "image").tolist() == store.take([0, 1], "image").tolist()
+
+
+def test_a_far_table_does_not_choose_which_web_servers_are_asked(server):
+    system = fsspec.filesystem("memory")
+    for names in (["https://elsewhere/1.png", f"{server.url}.elsewhere/2.png"], [f"{server.url}/3.png"]):
+        rows = "".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in names)
+        system.pipe_file("/b/t.jsonl", rows.encode())
+        with pytest.raises(SourceError, match="holds web addresses such as"):
+            open_source("memory://b/t.jsonl")
+        system.pipe_file("/b/t.jsonl", (rows + json.dumps({"image": "4.png", "caption": "x"})).encode())
+        *others, own = open_source("memory://b/t.jsonl").items(0)
+        assert {(one.image, one.damage) for one in others} == {(None, "on another web server than its table")}
+        assert str(own.image) == "memory://b/4.png"
+    system.rm("/b", recursive=True)
 
 
 def test_a_far_source_is_the_same_from_any_position(memory):

@@ -116,6 +116,24 @@ def test_auxiliary_loss_reaches_dead_latents_alone():
     assert losses.auxiliary_loss(x, h[:, :0], W_dec[:0], k=5).item() == 0
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_latents_at_minus_infinity_take_no_part_in_the_auxiliary_loss(k):
+    x, *weights = problem(torch.float64)
+    W_enc, b_enc, W_dec, b_dec = weights
+    h = torch.addmm(b_enc, x - b_dec, W_enc)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[[3, 30]] = True
+    some = losses.auxiliary_loss(x, h[:, dead], W_dec[dead], k=k)
+    of_all = losses.auxiliary_loss(x, h.masked_fill(~dead, -torch.inf), W_dec, k=k)
+    assert of_all.item() == pytest.approx(some.item(), rel=1e-12)
+    for one, other in zip(
+        *(torch.autograd.grad(loss, weights, retain_graph=True) for loss in (some, of_all)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    none = losses.auxiliary_loss(x, h.masked_fill(h < torch.inf, -torch.inf), W_dec, k=k)
+    assert none.item() == 0 and not torch.autograd.grad(none, W_dec)[0].any()
+
+
 def test_default_levels_double_and_end_with_d_sae():
     assert losses.default_levels(4096) == (64, 128, 256, 512, 1024, 2048, 4096)
     assert len(losses.default_levels(6144)) == 8

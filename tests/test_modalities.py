@@ -150,10 +150,10 @@ def test_alignment_loss_is_the_mean_cross_entropy_of_both_ways():
 class _StopsAt(Training):
     """A run that ends before step 31, long after its checkpoint of step 28."""
 
-    def _step(self, state, x):
+    def _step(self, state, *batch):
         if state.step == 31:
             raise Interrupted("stopped")
-        return super()._step(state, x)
+        return super()._step(state, *batch)
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5])

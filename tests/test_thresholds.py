@@ -64,6 +64,14 @@ def test_each_latent_fires_as_often_as_it_is_among_the_strongest(kind, l0, store
     assert not fires[:, wanted == 0].any() and (wanted == 0).any()
 
 
+def test_firing_is_counted_on_a_gpu_as_on_a_cpu():
+    h, ks = pre_activations(make()), [1, 6, D_SAE]
+    wanted = np.stack([rates_among_strongest(h, k) * N for k in ks])
+    assert np.allclose(fitting._times_in(h, ks), wanted)
+    x = make().standardizer.apply(X, "image")
+    assert np.array_equal(fitting._times_among_strongest(make(), [x], ks), fitting._times_in(h, ks))
+
+
 @pytest.mark.parametrize("l0", [20, 23])
 def test_the_mean_is_exact_even_where_some_rows_have_too_few_positive_latents(l0, store):
     sae = make().with_l0(l0, store)

@@ -194,7 +194,7 @@ class LatentUse:
         self._l0 = RunningMean()
 
     def update(self, z: Float[Tensor, "n d_sae"]) -> None:
-        self._fired |= (z != 0).any(0).cpu()
+        self._fired = self._fired.to(z.device) | (z != 0).any(0)
         self._l0.update(l0(z).double())
 
     def dead(self) -> int:
@@ -535,8 +535,9 @@ class ClassFiring:
     def update(self, z: Float[Tensor, "n d_sae"], targets: Int[Tensor, " n"]) -> None:
         """Count rows of activations; those whose class is -1 are left out."""
         known = targets >= 0
+        fires = (z[known.to(z.device)] > 0).to(torch.int32)
         targets = targets[known]
-        self._both.index_add_(0, targets, (z[known.to(z.device)] > 0).to(torch.int32).cpu())
+        self._both = self._both.to(z.device).index_add_(0, targets.to(z.device), fires)
         self._of_class += torch.bincount(targets, minlength=len(self._of_class))
 
     @property
@@ -546,7 +547,8 @@ class ClassFiring:
 
     def f1(self) -> Float[Tensor, "n_classes d_sae"]:
         """F1 of each latent's firing as a detector of each class; 0 where it fires in no row of the class."""
-        return 2 * self._both / (self._of_class[:, None] + self._both.sum(0)).clamp_min(1)
+        both = self._both.cpu()
+        return 2 * both / (self._of_class[:, None] + both.sum(0)).clamp_min(1)
 
 
 def class_f1(train: ClassFiring, on: ClassFiring) -> float:

@@ -201,8 +201,8 @@ def auxiliary_loss(
 
     Args:
         residual: What the living latents leave of `x`; no gradient flows into it.
-        h_dead: Pre-activations of the dead latents.
-        W_dead: Their decoder rows.
+        h_dead: Pre-activations of the dead latents, or of all, with those of the living ones minus infinity.
+        W_dead: The decoder rows of these latents.
         cap: The SAE's soft cap, if it has one.
         processes: Of several, each gives its rows; the value is that of all, the gradient of the rows here.
 
@@ -217,7 +217,7 @@ def auxiliary_loss(
     n = len(residual)
     error: Tensor = processes.whole(reconstruction_loss(residual, z @ W_dead), n)
     variance = processes.mean((residual - processes.mean(residual.mean(0), n)).square().mean(), n)
-    return torch.nan_to_num(error / variance)
+    return torch.where((h_dead > -torch.inf).any(), torch.nan_to_num(error / variance), 0.0)
 
 
 def alignment_loss(images: Float[Tensor, "n d_sae"], texts: Float[Tensor, "n d_sae"]) -> Float[Tensor, ""]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,6 +52,11 @@ class Standardizer:
     def with_statistics(self, modality: Modality, statistics: Statistics) -> Standardizer:
         """A copy that also knows `modality`."""
         return Standardizer({**self.statistics, modality: statistics})
+
+    def to(self, device: str | torch.device) -> Standardizer:
+        """A copy with its means on the device."""
+        known = self.statistics.items()
+        return Standardizer({one: Statistics(its.mean.to(device), its.scale) for one, its in known})
 
     def _of(self, modality: Modality) -> Statistics:
         if modality not in self.statistics:

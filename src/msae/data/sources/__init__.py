@@ -19,7 +19,18 @@ from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
 from msae.data.layout import far_address
 from msae.data.sources import members, tars
 from msae.data.sources.members import SourceItem, described, texts_of
-from msae.data.sources.remote import STORAGE, FarFile, File, far_picture, files_at, files_below, here, map_ahead
+from msae.data.sources.remote import (
+    STORAGE,
+    WEB,
+    FarFile,
+    File,
+    far_picture,
+    files_at,
+    files_below,
+    here,
+    map_ahead,
+    server_of,
+)
 from msae.data.tables import (
     CAPTION_COLUMNS,
     IMAGE_PATH_COLUMNS,
@@ -316,8 +327,7 @@ def _table(path: File) -> Source:
         for first in range(start, table.num_rows, _PIECE):
             yield table.slice(first, _PIECE)
 
-    is_far = isinstance(path, FarFile)
-    columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE), is_far=is_far)
+    columns = _Columns.of(table.schema, str(path), notes, head=table.slice(0, _PIECE), folder=path.parent)
     signature = _signature_with_pictures([path], path.parent, columns, pieces)
     return _rows(str(path), columns, pieces, path.parent, signature, table.num_rows, notes)
 
@@ -364,7 +374,7 @@ def _parquet(name: str, paths: Sequence[File], folder: Path | str, notes: Sequen
             raise SourceError(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
 
     said = list(notes)
-    columns = _Columns.of(schema, name, said, head=next(pieces(0), None), is_far=isinstance(folder, str))
+    columns = _Columns.of(schema, name, said, head=next(pieces(0), None), folder=folder)
     signature = _signature_with_pictures(paths, folder, columns, pieces)
     return _rows(name, columns, pieces, folder, signature, total, said)
 
@@ -484,7 +494,7 @@ class _Columns:
         image: str | None = None,
         caption: str | None = None,
         head: pa.Table | None = None,
-        is_far: bool = False,
+        folder: Path | str | None = None,
     ) -> _Columns:
         """The columns by their names, the images' also by the first rows `head`; notes say what is not kept."""
         for asked in (image, caption):
@@ -506,8 +516,8 @@ class _Columns:
             wanted = ", ".join(dict.fromkeys((*_PATHS, *_CAPTIONS)))
             close = next((hint for column in by_key if (hint := nearest(column, (*_PATHS, *_CAPTIONS)))), "")
             raise SourceError(f"{name} has the columns {_list(schema)}; wanted one of {wanted}{close}")
-        if image is not None and not is_far:
-            _refuse_addresses(name, image, head)
+        if image is not None:
+            _refuse_addresses(name, image, head, folder)
         id = next((by_key[key] for key in _ID_COLUMNS if key in by_key), None)
         taken = [column for column in (image, caption, by_key.get("id")) if column is not None]
         return cls(image, caption, id, _kept(schema, taken, caption, notes))
@@ -531,10 +541,14 @@ def _names_images(head: pa.Table, column: str) -> bool:
     return bool(values) and 2 * n >= len(values)
 
 
-def _refuse_addresses(name: str, image: str, head: pa.Table | None) -> None:
-    """One line instead of a row each where the pictures are still on the web."""
+def _refuse_addresses(name: str, image: str, head: pa.Table | None, folder: Path | str | None) -> None:
+    """One line instead of a row each where the pictures are still all over the web."""
     values = [] if head is None else [value for value in head.column(image).to_pylist() if isinstance(value, str)]
-    if values and all(_ADDRESS.match(value) and not value.startswith(("file:", *STORAGE)) for value in values):
+    if isinstance(folder, str):
+        are_elsewhere = [value.startswith(WEB) and not value.startswith(server_of(folder)) for value in values]
+    else:
+        are_elsewhere = [bool(_ADDRESS.match(value)) and not value.startswith(("file:", *STORAGE)) for value in values]
+    if values and all(are_elsewhere):
         raise SourceError(
             f"column {image!r} of {name} holds web addresses such as {values[0][:80]}; download the pictures first "
             f"(img2dataset does), or take the column out to embed the captions alone"

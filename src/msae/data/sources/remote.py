@@ -30,6 +30,7 @@ from msae.data.layout import PROTOCOLS
 
 STORAGE = ("s3://", "gs://", "memory://")
 """Beginnings of addresses in object storage."""
+WEB = ("http://", "https://")
 _REQUESTS = 16
 """Small files and headers that are asked for at once."""
 _MAX_PICTURE = 1 << 28
@@ -245,6 +246,9 @@ def far_picture(folder: Path | str, text: str) -> FarFile:
         SourceError: It lies elsewhere than pictures are fetched from.
     """
     protocol, mark, rest = text.partition("://")
+    is_own = isinstance(folder, str) and text.startswith(server_of(folder))
+    if text.lower().startswith(WEB) and not is_own:
+        raise SourceError("on another web server than its table")  # a stranger's table would choose whom we ask
     if mark and protocol.lower() in PROTOCOLS:
         address = f"{protocol.lower()}://{rest}"
     elif re.match(r"file:|[A-Za-z]:[/\\]|[/\\]|[A-Za-z][A-Za-z0-9+.-]*://", text):
@@ -257,6 +261,11 @@ def far_picture(folder: Path | str, text: str) -> FarFile:
             raise SourceError("a path that leads out of where its table lies")
         address = f"{protocol}://{rest}"
     return FarFile(address, *connect(address))
+
+
+def server_of(address: str) -> str:
+    """What the addresses of everything on the same server, or in the same bucket, begin with."""
+    return "/".join(address.split("/")[:3]) + "/"
 
 
 def map_ahead(f: Callable[[_A], _B], values: Iterable[_A]) -> Iterator[_B]:

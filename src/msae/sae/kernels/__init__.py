@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
@@ -81,7 +82,8 @@ def sae_loss(
     parameters = Parameters(W_enc, b_enc, W_dec, b_dec, threshold, level_scales)
     x = _check(x, parameters, objective)
     implementation = _choose(kernel, x, objective)
-    with torch.autocast(x.device.type, enabled=False):
+    can_autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if can_autocast else nullcontext():
         loss = None if implementation is reference else _fused(implementation, x, parameters, objective, processes)
         if loss is None:
             loss = reference.evaluate(x, parameters, objective, processes=processes)

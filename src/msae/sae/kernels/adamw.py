@@ -18,7 +18,7 @@ from msae.sae.kernels.loading import load
 
 
 @torch.no_grad()
-def adamw_step_(optimizer: torch.optim.AdamW, *, unit_rows: nn.Parameter, max_grad_norm: float) -> float:
+def adamw_step_(optimizer: torch.optim.AdamW, *, unit_rows: nn.Parameter, max_grad_norm: float) -> Tensor:
     """Update the parameters of `optimizer` from their gradients; the norm of the gradient before it was clipped.
 
     In this order: remove from the gradient of `unit_rows` its part along each row, for Adam must not spend its step on
@@ -34,14 +34,14 @@ def adamw_step_(optimizer: torch.optim.AdamW, *, unit_rows: nn.Parameter, max_gr
     return _fused(implementation, optimizer, unit_rows, max_grad_norm)
 
 
-def _one_by_one(optimizer: torch.optim.AdamW, unit_rows: nn.Parameter, max_grad_norm: float) -> float:
+def _one_by_one(optimizer: torch.optim.AdamW, unit_rows: nn.Parameter, max_grad_norm: float) -> Tensor:
     assert unit_rows.grad is not None
     unit_rows.grad -= (unit_rows.grad * unit_rows).sum(1, keepdim=True) * unit_rows
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     unit_rows.div_(unit_rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(unit_rows.dtype).tiny))
-    return float(norm)
+    return norm
 
 
 def _fits(optimizer: torch.optim.AdamW, unit_rows: nn.Parameter) -> bool:
@@ -60,7 +60,7 @@ def _fits(optimizer: torch.optim.AdamW, unit_rows: nn.Parameter) -> bool:
     )
 
 
-def _fused(implementation: Any, optimizer: torch.optim.AdamW, unit_rows: nn.Parameter, max_grad_norm: float) -> float:
+def _fused(implementation: Any, optimizer: torch.optim.AdamW, unit_rows: nn.Parameter, max_grad_norm: float) -> Tensor:
     share, loops = implementation.share, implementation.loops
     share(loops.remove_radial_rows, len(unit_rows), _rows(unit_rows), _rows(unit_rows.grad))
     total = 0.0
@@ -88,7 +88,7 @@ def _fused(implementation: Any, optimizer: torch.optim.AdamW, unit_rows: nn.Para
             (np.float32(beta1), np.float32(beta2)), np.float32(group["eps"]),
             np.float32((1 - beta2**step) ** -0.5), parameter is unit_rows,
         )  # fmt: skip
-    return norm
+    return torch.tensor(norm, dtype=torch.float64)
 
 
 def _parameters(optimizer: torch.optim.AdamW) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

@@ -22,30 +22,41 @@ def batch_cut(count: Callable[[int], Tensor], n_kept: int, processes: Processes 
         count: How many positive values here have each upper half of bits, if given -1; each lower half beside an upper
             one, if given that.
     """
-    n_above, cut = 0, -1
-    for half in ("upper", "lower"):
-        here = count(cut)
-        up_to = processes.total(here).cumsum(0)
-        excess = n_above + int(up_to[-1]) - n_kept
-        if half == "upper" and excess <= 0:
-            return 0, 0
-        place = int(torch.searchsorted(up_to, excess, right=True))  # the first bin with more than the excess
-        n_above += int(up_to[-1] - up_to[place])
-        cut = place if half == "upper" else (cut << LOWER) + place
-    n_ties, equal = n_kept - n_above, processes.each(int(here[place]))
-    return cut, min(int(here[place]), max(0, n_ties - int(sum(equal[: processes.rank]))))
+    cut, n_ties = _cut(lambda upper: count(-1 if upper is None else int(upper)), n_kept, processes)
+    return int(cut), int(n_ties)
+
+
+def _cut(count: Callable[[Tensor | None], Tensor], n_kept: int, processes: Processes) -> tuple[Tensor, Tensor]:
+    """`batch_cut` without waiting for the device; `count` is given None instead of -1."""
+    here = count(None)
+    up_to = processes.total(here).cumsum(0)
+    excess = up_to[-1] - n_kept
+    are_all_kept = excess <= 0
+    upper = torch.searchsorted(up_to, excess, right=True)  # the first bin with more than the excess
+    n_above = up_to[-1] - up_to.take(upper)
+    here = count(upper)
+    up_to = processes.total(here).cumsum(0)
+    lower = torch.searchsorted(up_to, n_above + up_to[-1] - n_kept, right=True)
+    n_ties = n_kept - (n_above + up_to[-1] - up_to.take(lower))
+    if processes.size > 1:
+        equal = here.new_zeros(processes.size)
+        equal[processes.rank] = here.take(lower)
+        left = n_ties - processes.total(equal)[: processes.rank].sum()
+        n_ties = torch.minimum(here.take(lower), left.clamp_min(0))
+    return ((upper << LOWER) + lower).masked_fill(are_all_kept, 0), n_ties.masked_fill(are_all_kept, 0)
 
 
 def batchtopk(h: Tensor, k: int, processes: Processes) -> Tensor:
     """`activations.batchtopk` of a batch whose rows several processes share."""
     bits = h.detach().float().relu().view(torch.int32).flatten()
 
-    def count(upper: int) -> Tensor:
-        if upper < 0:
-            return torch.bincount(bits[bits > 0] >> LOWER, minlength=1 << 16)
-        return torch.bincount(bits[bits >> LOWER == upper] & ((1 << LOWER) - 1), minlength=1 << LOWER)
+    def count(upper: Tensor | None) -> Tensor:
+        is_counted = (bits > 0) & (True if upper is None else bits >> LOWER == upper)
+        places = bits >> LOWER if upper is None else bits & ((1 << LOWER) - 1)
+        # torch.bincount would wait for the device.
+        return is_counted.new_zeros(1 << 16, dtype=torch.int64).index_add_(0, places, is_counted.long())
 
-    cut, n_ties = batch_cut(count, processes.rows(len(h)) * k, processes)
+    cut, n_ties = _cut(count, processes.rows(len(h)) * k, processes)
     ties = bits == cut
     kept = (bits > cut) | (ties & (ties.cumsum(0) <= n_ties))
     return torch.where(kept.view_as(h), h, 0.0).relu()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from msae.data.layout import Modality
+from msae.sae.train.ahead import ahead
 
 BLOCKS_PER_ROW = 4
 """Blocks that are in memory at once, whose rows are mixed, for each row of a batch: neighbours in a store are alike,
@@ -109,18 +109,14 @@ def block_batches(
     def load(pool: Pool) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
         return [_read(part, pool, block_rows, one) for one in modalities], pool.order
 
-    with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
-        ahead = reader.submit(load, next(todo))
-        rest: list[NDArray[np.float32]] | None = None  # rows of a batch that ends in the next pool
-        for pool in todo:
-            rows, order = ahead.result()
-            ahead = reader.submit(load, pool)
-            while len(order) + (0 if rest is None else len(rest[0])) >= size:
-                n_taken = size if rest is None else size - len(rest[0])
-                batch = _with(rest, rows, order[:n_taken])
-                order, rest = order[n_taken:], None
-                yield [one[share(size)] for one in batch]
-            rest = _with(rest, rows, order)
+    rest: list[NDArray[np.float32]] | None = None  # rows of a batch that ends in the next pool
+    for rows, order in ahead(map(load, todo)):
+        while len(order) + (0 if rest is None else len(rest[0])) >= size:
+            n_taken = size if rest is None else size - len(rest[0])
+            batch = _with(rest, rows, order[:n_taken])
+            order, rest = order[n_taken:], None
+            yield [one[share(size)] for one in batch]
+        rest = _with(rest, rows, order)
 
 
 def _read(part: Part, pool: Pool, block_rows: int, modality: Modality) -> NDArray[np.float32]:

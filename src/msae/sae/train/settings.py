@@ -97,7 +97,8 @@ class TrainSettings:
     kernel: Kernel = "auto"
     """What computes the loss. auto: compiled loops (cpu) on a CPU, plain torch (reference) elsewhere."""
     log_every: int = 50
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl. Losses are read then and before a checkpoint: a run that diverges ends
+    there."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints. Default: one a minute."""
     loggers: tuple[LoggerName, ...] = ()

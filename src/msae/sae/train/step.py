@@ -1,4 +1,4 @@
-"""One training step, and what changes from step to step: the learning rate and the rows."""
+"""One training step, and the learning rate of each. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ JUMPRELU_BANDWIDTH = 0.1
 
 
 class StepResult(NamedTuple):
-    """Figures of one step."""
+    """Figures of one step, where it was computed: to read one is to wait for the device."""
 
-    loss: float
+    loss: Float[Tensor, ""]
     """What was minimised, in units of the variance of standardised embeddings."""
-    reconstruction: float
+    reconstruction: Float[Tensor, ""]
     """Mean squared error per element at the finest level."""
-    l0: float
+    l0: Float[Tensor, ""]
     """Mean count of active latents per row."""
     fired: Bool[Tensor, " d_sae"]
     """Latents that were active in at least one row."""
-    grad_norm: float
+    grad_norm: Float[Tensor, ""]
     """Before clipping."""
 
 
@@ -75,24 +75,24 @@ def train_step(
     settings: TrainSettings,
     dead: Bool[Tensor, " d_sae"],
     *,
-    pairs: tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_in"]] | None = None,
+    pairs: Sequence[Float[Tensor, "m d_in"]] = (),
     processes: Processes = ALONE,
 ) -> StepResult:
     """Update `sae` once. The order of these lines is part of the method.
 
     Args:
-        pairs: Images and their texts, for the loss that makes them share latents.
+        pairs: Images and their texts, for the loss that makes them share latents; or nothing.
         processes: Of several, each gives its rows of the batch and of the pairs, and all make the same step.
     """
     loss = objective_of(settings, processes)(sae, x)
     total = loss.total
     if settings.auxiliary:
-        h_dead = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]
+        h_dead, W_dead = _of_the_dead(sae, x, dead)
         aid = losses.auxiliary_loss(
-            loss.residual, h_dead, sae.W_dec[dead], k=sae.d_in // 2, cap=settings.soft_cap, processes=processes
+            loss.residual, h_dead, W_dead, k=sae.d_in // 2, cap=settings.soft_cap, processes=processes
         )
         total = total + settings.auxiliary * aid
-    if pairs is not None:
+    if pairs:
         k = settings.inference_l0 or sae.d_sae
         images, texts = (activations.topk(sae.pre_activations(one), min(k, sae.d_sae)) for one in pairs)
         aligned = losses.alignment_loss(processes.gathered(images), processes.gathered(texts))
@@ -103,16 +103,25 @@ def train_step(
     # The decoder's radial gradient goes, the norm is clipped, AdamW steps, and decoder rows end with unit norm.
     grad_norm = adamw_step_(optimizer, unit_rows=sae.W_dec, max_grad_norm=settings.max_grad_norm)
     if sae.threshold is not None:
-        track_threshold_(sae.threshold, float(loss.smallest_kept))
-    return StepResult(float(total.detach()), float(loss.errors[-1]), float(loss.l0), loss.fired, grad_norm)
+        track_threshold_(sae.threshold, loss.smallest_kept)
+    return StepResult(total.detach(), loss.errors[-1], loss.l0, loss.fired, grad_norm)
+
+
+def _of_the_dead(
+    sae: SAE, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"]
+) -> tuple[Float[Tensor, "n some"], Float[Tensor, "some d_in"]]:
+    """Pre-activations and decoder rows of the dead latents; on a GPU of all, the living ones at minus infinity."""
+    if x.device.type == "cpu":  # many times cheaper; a GPU would have to be asked how many are dead
+        return (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead], sae.W_dec[dead]
+    return sae.pre_activations(x).masked_fill(~dead, -torch.inf), sae.W_dec
 
 
 @torch.no_grad()
-def track_threshold_(threshold: Float[Tensor, ""], smallest_kept: float) -> None:
-    """Move BatchTopK's running threshold towards the smallest pre-activation that a batch kept."""
-    if smallest_kept > 0:
-        known = float(threshold)
-        threshold.fill_(known + 0.01 * (smallest_kept - known) if known > 0 else smallest_kept)
+def track_threshold_(threshold: Float[Tensor, ""], smallest_kept: Float[Tensor, ""]) -> None:
+    """Move BatchTopK's running threshold towards the smallest pre-activation that a batch kept; 0 is none."""
+    known, smallest = threshold.double(), smallest_kept.double()
+    moved = torch.where(known > 0, known + 0.01 * (smallest - known), smallest)
+    threshold.copy_(torch.where(smallest > 0, moved, known))
 
 
 def learning_rate(settings: TrainSettings, step: int, n_steps: int) -> float:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,7 @@ from msae.sae.model import SAE, SAEConfig, first_not_finite, read_config
 from msae.sae.run import Run
 from msae.sae.standardize import MODALITIES, Modality, Standardizer, fit_statistics
 from msae.sae.thresholds import fit_on_store
+from msae.sae.train.ahead import on_device
 from msae.sae.train.rows import TrainingRows
 from msae.sae.train.settings import TrainSettings
 from msae.sae.train.step import StepResult, learning_rate, objective_of, train_step
@@ -89,7 +90,8 @@ class Training:
         self._is_unproven = True
         """Whether the latest checkpoint's weights have not met a sound loss yet; an older one is kept until then."""
         self._lowest_error = math.inf
-        self._pairs_ahead: Iterator[list[Raw]] | None = None
+        self._unjudged: list[StepResult] = []
+        """Steps since the last look."""
 
     def train(self, *, resume: bool) -> SAE:
         """Run every step that is still to do, and write the SAE."""
@@ -192,27 +194,31 @@ class Training:
         """
         settings = self.settings
         recent: list[StepResult] = []
+        standardizer = state.sae.standardizer.to(settings.device)
         saved_at = time.monotonic()
         bar = progress("training", total=self.n_steps, unit="steps", start=state.step)
         with bar if loggers else nullcontext(lambda _: None) as advance, _ctrl_c() as pressed:
-            for batch in itertools.islice(self._batches(state.step), self.n_steps - state.step):
-                x = torch.cat([self._standardized(state.sae, raw, one) for one, raw in batch.items()])
+            batches = on_device(self._batches(state.step), settings.device)
+            for batch in itertools.islice(batches, self.n_steps - state.step):
+                rows = list(map(standardizer.apply, batch, (*self.rows.trained, *MODALITIES)))
+                x, pairs = torch.cat(rows[: len(self.rows.trained)]), rows[len(self.rows.trained) :]
                 for group in state.optimizer.param_groups:
                     group["lr"] = group["pace"] * learning_rate(settings, state.step, self.n_steps)
-                recent.append(self._step(state, x))
+                recent.append(self._step(state, x, *pairs))
                 n_rows = self.processes.rows(len(x))
                 state.rows_since_fired = (state.rows_since_fired + n_rows).masked_fill(recent[-1].fired, 0)
                 state.step += 1
                 advance(1)
                 is_last = state.step == self.n_steps
-                if is_last:  # no step comes after it that would notice that it diverged
-                    self._check_sound(state, x)
                 is_due = (
                     state.step % settings.checkpoint_every == 0
                     if settings.checkpoint_every
                     else time.monotonic() - saved_at > 60
                 )
                 if state.step % settings.log_every == 0 or is_last:
+                    self._look(state)
+                    if is_last:  # no step comes after it that would notice that it diverged
+                        self._check_sound(state, x)
                     figures = self._figures(state, recent, x)
                     recent.clear()
                     if loggers:
@@ -236,35 +242,45 @@ class Training:
         return {
             "epoch": state.step / self.steps_per_epoch,
             "lr": float(state.optimizer.param_groups[0]["lr"]),
-            "loss": statistics.fmean(step.loss for step in recent),
-            "reconstruction": statistics.fmean(step.reconstruction for step in recent),
-            "grad_norm": statistics.fmean(step.grad_norm for step in recent),
-            "l0": recent[-1].l0,
+            "loss": statistics.fmean(_read(recent, "loss")),
+            "reconstruction": statistics.fmean(_read(recent, "reconstruction")),
+            "grad_norm": statistics.fmean(_read(recent, "grad_norm")),
+            "l0": float(recent[-1].l0),
             "sparsity": float(mean((z == 0).float().mean(), n)),
             "fvu": float(total((x - x_hat).square().sum()) / total((x - mean(x.mean(0), n)).square().sum())),
             "dead": int((state.rows_since_fired >= len(self.rows)).sum()),
         }
 
-    def _step(self, state: _State, x: Tensor) -> StepResult:
-        """One step. Its loss says whether the weights before it, which may be in a checkpoint, are sound."""
+    def _step(self, state: _State, x: Tensor, *pairs: Tensor) -> StepResult:
+        """One step, which nothing waits for; `_look` judges it later."""
         try:
             dead = state.rows_since_fired >= self.settings.dead_after
-            pairs = self._pairs(state)
             result = train_step(
                 state.sae, x, state.optimizer, self.settings, dead, pairs=pairs, processes=self.processes
             )
         except TrainingError as err:
-            raise self._diverged(state, str(err)) from err
-        if not result.reconstruction < DIVERGED:
-            raise self._diverged(state, f"the squared error is {result.reconstruction:.3g}")
-        if self._is_unproven and self.processes.is_first:
-            self._is_unproven = False
-            older, latest = self._checkpoints()[:-1], self._checkpoints()[-1:]
-            is_spoilt = result.reconstruction > max(1, SPOILT * self._lowest_error)
-            for checkpoint in latest if older and is_spoilt else older:
-                _remove_folder(checkpoint)
-        self._lowest_error = min(self._lowest_error, result.reconstruction)
+            self._look(state)
+            raise self._diverged(state.step, str(err)) from err
+        self._unjudged.append(result)
         return result
+
+    def _look(self, state: _State) -> None:
+        """Wait for the steps since the last look. The loss of each says whether the weights before it are sound, which
+        may be in a checkpoint: none is written between two looks."""
+        results, self._unjudged = self._unjudged, []
+        if not results:
+            return
+        errors = zip(_read(results, "reconstruction"), _read(results, "loss"), strict=True)
+        for step, (error, loss) in enumerate(errors, state.step - len(results)):
+            if not (error < DIVERGED and math.isfinite(loss)):
+                raise self._diverged(step, f"the squared error is {error:.3g}, the loss {loss:.3g}")
+            if self._is_unproven and self.processes.is_first:
+                self._is_unproven = False
+                older, latest = self._checkpoints()[:-1], self._checkpoints()[-1:]
+                is_spoilt = error > max(1, SPOILT * self._lowest_error)
+                for checkpoint in latest if older and is_spoilt else older:
+                    _remove_folder(checkpoint)
+            self._lowest_error = min(self._lowest_error, error)
 
     @torch.no_grad()
     def _check_sound(self, state: _State, x: Tensor) -> None:
@@ -272,36 +288,34 @@ class Training:
         try:
             error = float(objective_of(self.settings, self.processes)(state.sae, x).errors[-1])
         except TrainingError as err:
-            raise self._diverged(state, str(err)) from err
+            raise self._diverged(state.step, str(err)) from err
         if not error < DIVERGED:
-            raise self._diverged(state, f"the squared error is {error:.3g}")
+            raise self._diverged(state.step, f"the squared error is {error:.3g}")
 
-    def _diverged(self, state: _State, what: str) -> TrainingError:
-        """The error that says so; a checkpoint of the very weights whose loss diverged goes first."""
+    def _diverged(self, step: int, what: str) -> TrainingError:
+        """The error that says so; a checkpoint of the weights after `step`, whose loss diverged, goes first."""
         if not self.processes.is_first:
             self.processes.wait_for_first_to_end()
-        unsound = self._checkpoint_path(state.step)
+        unsound = self._checkpoint_path(step)
         if unsound.exists():
             _remove_folder(unsound)
         kept = self._checkpoints()
         return TrainingError(
-            f"training diverged at step {max(1, state.step)} of {self.n_steps} ({what}); "
+            f"training diverged at step {max(1, step)} of {self.n_steps} ({what}); "
             f"{f'{kept[-1]} is kept' if kept else 'there is no checkpoint from before'}; "
             f"start again in another --out with a lower --lr than {self.settings.lr:g}"
         )
 
-    def _batches(self, first_step: int) -> Iterator[Mapping[Modality, Raw]]:
-        """The embeddings of each batch from a step on."""
+    def _batches(self, first_step: int) -> Iterator[list[Raw]]:
+        """The embeddings of each step from one on: of each trained modality, then images and texts of its pairs."""
+        for batch, pairs in zip(self._rows(first_step), self._pairs(first_step), strict=False):
+            yield [*batch.values(), *pairs]
+
+    def _rows(self, first_step: int) -> Iterator[Mapping[Modality, Raw]]:
         settings = self.settings
         assert settings.batch_size is not None and settings.block_rows is not None
         if settings.block_rows > 1:
-            yield from self.rows.in_blocks(
-                settings.batch_size,
-                block_rows=settings.block_rows,
-                seed=settings.seed,
-                first_step=first_step,
-                share=self.processes.part,
-            )
+            yield from self.rows.in_blocks(settings.batch_size, **self._in_blocks(first_step))
         for epoch in itertools.count(first_step // self.steps_per_epoch):
             batches = self.rows.drawn(settings.batch_size, seed=settings.seed, epoch=epoch)
             for numbers in batches[max(0, first_step - epoch * self.steps_per_epoch) :]:
@@ -310,29 +324,23 @@ class Training:
                     for one, rows in numbers.items()
                 }
 
-    def _pairs(self, state: _State) -> tuple[Tensor, Tensor] | None:
-        """Standardised images and texts of the pairs of a step, where the settings ask for them."""
-        if not self.settings.align:
-            return None
-        assert self.rows.pairs is not None and self.settings.batch_size is not None
-        half, seed, block_rows = self.settings.batch_size // 2, self.settings.seed, self.settings.block_rows
-        assert block_rows is not None
-        if block_rows > 1:
-            if self._pairs_ahead is None:
-                self._pairs_ahead = self.rows.pairs_in_blocks(
-                    half, block_rows=block_rows, seed=seed, first_step=state.step, share=self.processes.part
-                )
-            both = next(self._pairs_ahead)
-        else:
-            rows = self.rows.drawn_pairs(half, seed=seed, step=state.step)
+    def _pairs(self, first_step: int) -> Iterator[list[Raw]]:
+        """Images and texts of the pairs of each step, or nothing where the settings do not ask for them."""
+        settings = self.settings
+        if not settings.align:
+            yield from itertools.repeat([])
+        assert self.rows.pairs is not None and settings.batch_size is not None and settings.block_rows is not None
+        half = settings.batch_size // 2
+        if settings.block_rows > 1:
+            yield from self.rows.pairs_in_blocks(half, **self._in_blocks(first_step))
+        for step in itertools.count(first_step):
+            rows = self.rows.drawn_pairs(half, seed=settings.seed, step=step)
             rows = rows[self.processes.part(len(rows))]
-            both = [self.rows.pairs.take(rows, one) for one in MODALITIES]
-        images, texts = (self._standardized(state.sae, *one) for one in zip(both, MODALITIES, strict=True))
-        return images, texts
+            yield [self.rows.pairs.take(rows, one) for one in MODALITIES]
 
-    def _standardized(self, sae: SAE, raw: Raw, modality: Modality) -> Tensor:
-        """Standardised embeddings on the device."""
-        return sae.standardizer.apply(torch.from_numpy(raw).to(self.settings.device), modality)
+    def _in_blocks(self, first_step: int) -> dict[str, Any]:
+        known = {"block_rows": self.settings.block_rows, "seed": self.settings.seed}
+        return {**known, "first_step": first_step, "share": self.processes.part}
 
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run: goes into config.json. `stores` is there where there are several."""
@@ -390,9 +398,10 @@ class Training:
         return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def _save_checkpoint(self, state: _State) -> None:
+        self._look(state)
         broken = first_not_finite(state.sae.state_dict())
         if broken:
-            raise self._diverged(state, f"{broken} has NaN or infinite values")
+            raise self._diverged(state.step, f"{broken} has NaN or infinite values")
         path = self._checkpoint_path(state.step)
         if path.exists():
             return
@@ -494,6 +503,12 @@ def _refuse_other_settings(folder: Path, mine: Mapping[str, Any], theirs: Mappin
             raise RunError(
                 f"{folder} was started with {name} {theirs_value}, not {value}; give the same, or another --out"
             )
+
+
+def _read(results: Sequence[StepResult], figure: str) -> list[float]:
+    """One figure of each step, which waits for the device."""
+    found: list[float] = torch.stack([getattr(one, figure) for one in results]).tolist()
+    return found
 
 
 def _remove_folder(path: Path) -> None:

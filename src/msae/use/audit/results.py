@@ -461,6 +461,8 @@ class Audit(Result):
             f"{self.settings.get('n_controls')} random latents",
             "rows: in how many rows the concept fires",
         ]
+        if not self.is_score and not self.settings.get("asked") and len(ranked) > 1:
+            lines.append("first comes what both moves the answers and goes with the classes: by, times the association")
         if test is not None:
             lines.insert(
                 2, f"q: the smallest false discovery rate at which one may say: it {TESTS[test]} (test {test})"
