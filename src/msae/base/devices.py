@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from contextlib import suppress
@@ -9,6 +10,16 @@ from pathlib import Path
 
 from msae.base.errors import ConfigError, first_line
 from msae.base.processes import started
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed; glibc keeps it where it lies between pieces in use.
+
+    Arrays of several sizes, made and freed block after block, would leave more and more of it.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory() -> int:

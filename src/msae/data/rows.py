@@ -147,4 +147,4 @@ def class_names(values: Iterable[Any]) -> list[str | None]:
 
 def labelled_rows(names: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
     """The rows that have a label."""
-    return np.array([row for row, name in enumerate(names) if name is not None], dtype=np.int64)
+    return np.flatnonzero(np.fromiter((name is not None for name in names), bool, len(names)))

@@ -16,6 +16,7 @@ from msae.data.contents import Embeddings
 from msae.data.layout import Modality
 from msae.data.rows import Row
 from msae.data.store import ID_COLUMNS, EmbeddingStore, RowIds
+from msae.data.tables import Metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class SampledStore(EmbeddingStore):
 
         if any(name in self.columns for name in ID_COLUMNS):
             return super().ids
-        return RowIds(self, pa.chunked_array([pa.array(map(str, self.chosen.tolist()), pa.string())]))
+        return RowIds(self, Metadata.of(pa.table({"id": pa.array(map(str, self.chosen.tolist()), pa.string())})))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,13 +95,11 @@ def sample_rows(store: EmbeddingStore, max_rows: int | None, *, seed: int = 0) -
         chosen = store.chosen[chosen]
         store = store.of
     given = {field.name: getattr(store, field.name) for field in fields(EmbeddingStore)}
-    metadata = replace(
-        store._metadata, counts=[max_rows], read=lambda names, rows=None: store._metadata.read(
-            names, chosen if rows is None else chosen[rows]
-        ),
-    )  # fmt: skip
-    rows = Embeddings(store.address, {m: SampledRows(array.shards, chosen) for m, array in store.rows.items()})
-    return SampledStore(**{**given, "rows": rows, "_metadata": metadata}, of=store, chosen=chosen, seed=seed)
+    given |= {
+        "rows": Embeddings(store.address, {m: SampledRows(array.shards, chosen) for m, array in store.rows.items()}),
+        "_metadata": store._metadata.at(chosen),
+    }
+    return SampledStore(**given, of=store, chosen=chosen, seed=seed)
 
 
 def notes_on(*stores: EmbeddingStore) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ The disk format is defined in docs/store-format.md.
 
 from __future__ import annotations
 
+import bisect
 import html
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
@@ -37,7 +38,18 @@ from msae.data.layout import (
     tables_of,
 )
 from msae.data.rows import Row, class_names, names_to_show, no_column
-from msae.data.tables import Metadata, UniqueIds, conform, records_of, text_column, values_of
+from msae.data.tables import (
+    RECENT,
+    ROWS_AT_ONCE,
+    Metadata,
+    UniqueIds,
+    conform,
+    encoded,
+    records_of,
+    row_numbers,
+    text_column,
+    values_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -192,11 +204,9 @@ class EmbeddingStore:
         rows = self[:_SHOWN]
         shown = figures_html([("", row) for row in rows], Album(self.picture_roots, NOTEBOOK_SIDE))
         if "<img" not in shown:
-            names = self.metadata.column_names
-            cells = [
-                [shorten(str(value)) for value in row.values()] for row in records_of(self.metadata.slice(0, _SHOWN))
-            ]
-            shown = table_html([names, *cells]) if cells else ""
+            table = next(self.pieces(["id", *self._others])).slice(0, _SHOWN)
+            cells = [[shorten(str(value)) for value in row.values()] for row in records_of(table)]
+            shown = table_html([table.column_names, *cells]) if cells else ""
         return f"<p>{html.escape(repr(self))}</p>{shown}"
 
     def to_pandas(self) -> pd.DataFrame:
@@ -214,12 +224,7 @@ class EmbeddingStore:
         Raises:
             StoreError: A row is out of range or holds a NaN or an infinity, or `modality` is not there.
         """
-        source, refuse = self.rows[modality], partial(self._not_finite, modality)
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            outside = int(rows.min() if rows.min() < 0 else rows.max())
-            raise StoreError(f"row {outside} is asked of {self.address}, which has the rows 0 to {len(self) - 1}")
-        return source.take(rows, refuse)
+        return self.rows[modality].take(self._checked(rows), partial(self._not_finite, modality))
 
     def between(self, start: int, stop: int, modality: Modality) -> Float32[np.ndarray, "n d_in"]:
         """The embeddings from row `start` up to `stop`, or up to the last; raises as `take` does."""
@@ -254,17 +259,17 @@ class EmbeddingStore:
         Ids are unique: where a column repeats one, the later rows have `#2`, `#3` … after it.
         """
         import pyarrow as pa
-        import pyarrow.compute as pc
 
-        known = [name for name in ID_COLUMNS if name in self.columns]
-        if not known:
+        metadata = self._metadata
+        name = next((name for name in ID_COLUMNS if name in self.columns), None)
+        if name is None:
             return RowIds(self, None)
-        column = text_column(self._metadata.read(known[:1]).column(known[0]))
-        if column.null_count or pc.count_distinct(column).as_py() != len(column):
-            values = column.to_pylist()
+        # msae's own ids are unique: embedding saw to that
+        if not (self.record and name == "id") and not metadata.is_unique(name):
+            values = text_column(metadata.read([name]).column(name)).to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
-            column = pa.chunked_array([pa.array(UniqueIds().of(named), pa.string())])
-        return RowIds(self, column)
+            metadata = Metadata.of(pa.table({name: pa.array(UniqueIds().of(named), pa.string())}))
+        return RowIds(self, metadata, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -302,9 +307,25 @@ class EmbeddingStore:
         """Everything known about each row; the first column is `id`. Read when first asked for."""
         import pyarrow as pa
 
-        table = self._metadata.read([name for name in self.columns if name != "id"])
+        table = self._metadata.read(self._others)
         ids = self.ids.to_arrow()
         return table.add_column(0, "id", ids) if table.num_columns else pa.table({"id": ids})
+
+    @property
+    def _others(self) -> list[str]:
+        """The columns beside the id."""
+        return [name for name in self.columns if name != "id"]
+
+    def pieces(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the metadata, `id` among them, of consecutive rows: never of many rows at once."""
+        import pyarrow as pa
+
+        others = [name for name in names if name != "id"]
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + ROWS_AT_ONCE, len(self)))
+            table = self._metadata.read(others, rows)
+            ids = {"id": self.ids.between(start, start + len(rows))} if "id" in names else {}
+            yield pa.table({**ids, **dict(zip(others, table.columns, strict=True))})
 
     def column(self, name: str, *, option: str | None = None) -> list[Any]:
         """One metadata column, a value per row.
@@ -315,11 +336,8 @@ class EmbeddingStore:
         Raises:
             StoreError: There is no such column; the message names the nearest one.
         """
-        if name == "id":
-            return list(self.ids)
-        if name not in self.columns:
-            raise StoreError(no_column(self.address, name, self.columns, option))
-        return values_of(self._metadata.read([name]).column(name))
+        self._check_column(name, option)
+        return list(self.ids) if name == "id" else values_of(self._metadata.read([name]).column(name))
 
     def labels(self, name: str, *, option: str | None = None) -> list[str | None]:
         """The classes in one metadata column, as text; None for rows without a label.
@@ -330,12 +348,9 @@ class EmbeddingStore:
         Raises:
             StoreError: There is no such column, or it holds lists and not one value per row.
         """
-        import pyarrow as pa
-
-        values = self.column(name, option=option)
-        if name != "id" and pa.types.is_nested(self._metadata.read([name]).column(name).type):
-            raise StoreError(f"column {name!r} of {self.address} holds lists; wanted one class per row: name another")
-        return class_names(values)
+        numbers, classes = self.coded_labels(name, option=option)
+        found: list[str | None] = np.array([*classes, None], dtype=object)[numbers].tolist()  # each text once
+        return found
 
     def coded_labels(self, name: str, *, option: str | None = None) -> tuple[Int32[np.ndarray, " n"], list[str]]:
         """The same classes as numbers, 4 bytes a row: of each row, -1 without a label, and the names of the numbers.
@@ -345,18 +360,22 @@ class EmbeddingStore:
         """
         import pyarrow as pa
 
-        if name == "id" or name not in self.columns:
-            values = pa.chunked_array([pa.array(self.labels(name, option=option), pa.string())])
-        else:
-            values = self._metadata.read([name]).column(name)
-        if pa.types.is_nested(values.type):
+        self._check_column(name, option)
+        if name != "id" and pa.types.is_nested(self._metadata.schema().field(name).type):
             raise StoreError(f"column {name!r} of {self.address} holds lists; wanted one class per row: name another")
-        coded = values.combine_chunks().dictionary_encode()
-        names = class_names(values_of(coded.dictionary))
-        classes = list(dict.fromkeys(one for one in names if one is not None))
-        number = {one: i for i, one in enumerate(classes)}
-        numbers = np.array([*(-1 if one is None else number[one] for one in names), -1], np.int32)
-        return numbers[coded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)], classes
+        number: dict[str, int] = {}
+        found = np.empty(len(self), np.int32)
+        first = 0
+        for piece in self.pieces([name]):
+            values, codes = encoded(piece.column(name))
+            own = [-1 if one is None else number.setdefault(one, len(number)) for one in class_names(values)]
+            found[first : first + len(codes)] = np.array([*own, -1], np.int32)[codes]
+            first += len(codes)
+        return found, list(number)
+
+    def _check_column(self, name: str, option: str | None) -> None:
+        if name != "id" and name not in self.columns:
+            raise StoreError(no_column(self.address, name, self.columns, option))
 
     def describe_rows(
         self, rows: Int64[np.ndarray, " n"] | Sequence[int], *, show: str | Sequence[str] = ()
@@ -367,11 +386,28 @@ class EmbeddingStore:
             show: Columns to see beside the caption; several in one text are divided by commas.
 
         Raises:
-            StoreError: There is no such column.
+            StoreError: There is no such column or row.
         """
         names = names_to_show(show, self.columns, self.address)
-        table = records_of(self.metadata.take(_row_numbers(rows)))
-        return [Row.of(int(row), metadata, names) for row, metadata in zip(rows, table, strict=True)]
+        numbers = self._checked(rows)
+        known: list[dict[str, Any]] = [{}] * len(numbers)
+        if "metadata" in vars(self):  # all are in memory already
+            known = records_of(self.metadata.take(row_numbers(numbers)))
+        elif self._others:
+            ascending, place = np.unique(numbers, return_inverse=True)
+            known = records_of(self._metadata.read(self._others, ascending).take(row_numbers(place)))
+        return [
+            Row.of(int(row), {**metadata, "id": self.ids[row]}, names)
+            for row, metadata in zip(numbers, known, strict=True)
+        ]
+
+    def _checked(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> Int64[np.ndarray, " n"]:
+        """The numbers of rows; raises `StoreError` where there is no such row."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= len(self)):
+            outside = int(numbers.min() if numbers.min() < 0 else numbers.max())
+            raise StoreError(f"row {outside} is asked of {self.address}, which has the rows 0 to {len(self) - 1}")
+        return numbers
 
     @property
     def picture_roots(self) -> tuple[Path, ...]:
@@ -409,20 +445,13 @@ class EmbeddingStore:
         )
 
 
-def _row_numbers(rows: Int64[np.ndarray, " n"] | Sequence[int]) -> pa.Array:
-    """`rows` for pyarrow. `pa.array` would import pandas where it is installed, a tenth of the time of a search."""
-    import pyarrow as pa
-
-    numbers = np.ascontiguousarray(rows, dtype=np.int64)
-    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
-
-
 class RowIds(Sequence[str]):
-    """The ids of a store's rows, turned into strings one by one as they are asked for."""
+    """The ids of a store's rows, read as they are asked for."""
 
-    def __init__(self, store: EmbeddingStore, column: pa.ChunkedArray | None) -> None:
-        self._store = store
-        self._column = column
+    def __init__(self, store: EmbeddingStore, metadata: Metadata | None, name: str = "id") -> None:
+        """Those in column `name` of `metadata`; without it, the numbers of the rows."""
+        self._store, self._metadata, self._name = store, metadata, name
+        self._texts = lru_cache(RECENT)(self._read)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -431,20 +460,32 @@ class RowIds(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[int(row)]
-        return str(row) if self._column is None else str(self._column[row].as_py())
+        if self._metadata is None:
+            return str(row)
+        number = bisect.bisect_right(self._starts, row) - 1
+        return str(self._texts(number)[row - self._starts[number]].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        if self._column is None:
-            yield from map(str, range(len(self)))
-        else:
-            for chunk in self._column.iterchunks():
-                yield from chunk.to_pylist()
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield from self.between(start, start + ROWS_AT_ONCE).to_pylist()
 
-    def to_arrow(self) -> pa.ChunkedArray | pa.Array:
-        """All ids as one column of text."""
+    def between(self, start: int, stop: int) -> pa.ChunkedArray:
+        """The ids from row `start` up to `stop`, or up to the last, as a column of text."""
         import pyarrow as pa
 
-        return pa.array(map(str, range(len(self))), pa.string()) if self._column is None else self._column
+        stop = min(stop, len(self))
+        if self._metadata is None:
+            return pa.chunked_array([pa.array(map(str, range(start, stop)), pa.string())])
+        found, number = [], bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            first, last = self._starts[number], min(stop, self._starts[number + 1])
+            found.append(self._texts(number).slice(start - first, last - start))
+            start, number = last, number + 1
+        return pa.chunked_array(found, pa.string())
+
+    def to_arrow(self) -> pa.ChunkedArray:
+        """All ids as one column of text."""
+        return self.between(0, len(self))
 
     def row_of(self, id: str) -> int:
         """The row that has this id.
@@ -452,10 +493,22 @@ class RowIds(Sequence[str]):
         Raises:
             StoreError: No row has it; the message names the nearest of the first 10,000 ids.
         """
-        for row, known in enumerate(self):
-            if known == id:
-                return row
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            some: list[str] = self.between(start, start + ROWS_AT_ONCE).to_pylist()
+            if id in some:
+                return start + some.index(id)
         raise StoreError(f"{self._store.said} has no row with the id {id!r}{nearest(id, self[:10_000])}")
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first row of each piece, and the end of the last."""
+        assert self._metadata is not None
+        return [0, *itertools.accumulate(piece.n for piece in self._metadata.pieces())]
+
+    def _read(self, number: int) -> pa.Array:
+        """The ids of a piece."""
+        assert self._metadata is not None
+        return text_column(self._metadata.pieces()[number].read([self._name]).column(0)).combine_chunks()
 
 
 def as_store(

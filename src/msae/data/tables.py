@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,10 @@ _MISSING = ("", "nan", "NaN", "NA", "N/A", "#N/A", "null", "NULL", "None")
 _SEPARATORS = (",", ";", "\t", "|")
 _OTHER_SCRIPT = re.compile(rb"(?<![A-Za-z\x80-\xff])[\xc0-\xff]{3}(?![A-Za-z])|[\x80-\xff]{4,}")
 """Words without a letter of ASCII, rare in Windows-1252: Cyrillic or Japanese in an encoding of its own."""
+ROWS_AT_ONCE = 65_536
+"""Rows of metadata that are read at once; as many as a shard has."""
+RECENT = 4
+"""Pieces of a table that are kept for the next rows that are asked for."""
 _BLOCK = 1 << 30  # bytes of a CSV that are parsed at once, at most: a row must fit into one block
 _MORE_COLUMNS = 1000
 _NOT_IN_PYTHON = (OverflowError, ValueError, KeyError)
@@ -164,6 +168,19 @@ def _value_of(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except _NOT_IN_PYTHON:
         return " ".join(pa.array([scalar], scalar.type).to_string().split()).removeprefix("[ ").removesuffix(" ]")
+
+
+def encoded(column: pa.ChunkedArray) -> tuple[list[Any], NDArray[np.int64]]:
+    """The different values of a column, and of each row which it has; one number more stands for none."""
+    import pyarrow as pa
+
+    try:
+        coded = column.combine_chunks().dictionary_encode()
+    except pa.ArrowNotImplementedError:  # of numbers of 16 bits
+        texts = [None if value is None else str(value) for value in values_of(column)]
+        coded = pa.array(texts, pa.string()).dictionary_encode()
+    values = values_of(coded.dictionary)
+    return values, coded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
 
 
 def records_of(table: pa.Table) -> list[dict[str, Any]]:
@@ -370,14 +387,21 @@ def read_footer(path: object, error: Error, end: io.BytesIO | None = None) -> pq
     return footer
 
 
+class Piece(NamedTuple):
+    """Consecutive rows of a table, which are read at once."""
+
+    n: int
+    read: Callable[[Sequence[str]], pa.Table]
+    """The given columns of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """A table in several parquet files of which only the asked columns are read, or a table in memory."""
+    """A table in several parquet files of which only the asked columns and rows are read, or a table in memory."""
 
     counts: list[int]
     """Rows of each file; empty where there is no metadata at all."""
-    read: Callable[..., pa.Table]
-    """The given columns; of ascending `rows` alone, where these are given, read file by file."""
+    pieces: Callable[[], Sequence[Piece]]
     schema: Callable[[], pa.Schema]
     """All columns with their types."""
 
@@ -390,6 +414,55 @@ class Metadata:
         """Names of the columns of float lists."""
         return tuple(column.name for column in self.schema() if _is_vector(column.type))
 
+    def read(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
+        """The given columns, of all rows or of ascending `rows`."""
+        import pyarrow as pa
+
+        nothing = _selected(self.schema(), names).empty_table()
+        pieces = (self if rows is None else self.at(rows)).pieces()
+        return pa.concat_tables([nothing, *(piece.read(names) for piece in pieces if names)])
+
+    def at(self, rows: NDArray[np.int64]) -> Metadata:
+        """The table of ascending `rows`; what was read last is kept for the next rows."""
+
+        def taken(number: int, own: pa.Array, names: Sequence[str]) -> pa.Table:
+            return self._recent[1](number, tuple(names)).take(own)
+
+        def pieces() -> list[Piece]:
+            starts = self._recent[0]
+            cuts = np.searchsorted(rows, starts)
+            found = []
+            for number in np.flatnonzero(np.diff(cuts)).tolist():
+                own = row_numbers(rows[cuts[number] : cuts[number + 1]] - starts[number])
+                found.append(Piece(len(own), partial(taken, number, own)))
+            return found
+
+        return replace(self, counts=[len(rows)], pieces=cache(pieces))
+
+    @cached_property
+    def _recent(self) -> tuple[NDArray[np.int64], Callable[[int, tuple[str, ...]], pa.Table]]:
+        """Where pieces start, with the end of the last, and what reads one and keeps the last few."""
+        pieces = self.pieces()
+        starts = np.cumsum([0, *(piece.n for piece in pieces)])
+        return starts, lru_cache(RECENT)(lambda number, names: pieces[number].read(names))
+
+    def is_unique(self, name: str) -> bool:
+        """Whether a column of text or whole numbers has a value in every row and none twice; takes 16 bytes a row."""
+        import pyarrow as pa
+
+        kind = self.schema().field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+            return False
+        hashes = [np.zeros(0, np.int64)]
+        for piece in self.pieces():
+            column = text_column(piece.read([name]).column(0))
+            if column.null_count:
+                return False
+            hashes.append(hashes_of(column.to_pylist()))
+        ordered = np.concatenate(hashes)
+        ordered.sort()
+        return not bool((ordered[1:] == ordered[:-1]).any())
+
     def without(self, names: Collection[str]) -> Metadata:
         """The other columns."""
         import pyarrow as pa
@@ -400,11 +473,9 @@ class Metadata:
     @classmethod
     def of(cls, table: pa.Table) -> Metadata:
         """The columns of a table in memory."""
-
-        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
-            return table.select(names) if rows is None else table.select(names).take(rows)
-
-        return cls([table.num_rows], read, lambda: table.schema)
+        parts = [table.slice(first, ROWS_AT_ONCE) for first in range(0, table.num_rows, ROWS_AT_ONCE)]
+        pieces = [Piece(part.num_rows, part.select) for part in parts]
+        return cls([table.num_rows], lambda: pieces, lambda: table.schema)
 
     @classmethod
     def later(cls, counts: list[int], fetch: Sequence[Callable[[], Path]], error: Error) -> Metadata:
@@ -418,19 +489,19 @@ class Metadata:
         """
 
         @cache
-        def every() -> Metadata:
+        def pieces() -> Sequence[Piece]:
             paths = [one() for one in fetch]
             found = cls.open(paths, error)
             for path, n, wanted in zip(paths, found.counts, counts, strict=True):
                 if n != wanted:
                     raise error(f"{path} holds {n:,} rows of metadata, its embeddings are {wanted:,}; make both again")
-            return found
+            return found.pieces()
 
         @cache
         def schema() -> pa.Schema:
             return common_schema([read_footer(fetch[0](), error).schema.to_arrow_schema()])
 
-        return cls(counts, lambda names, rows=None: every().read(names, rows), schema)
+        return cls(counts, pieces, schema)
 
     @classmethod
     def open(cls, paths: Sequence[Path], error: Error) -> Metadata:
@@ -443,35 +514,52 @@ class Metadata:
         import pyarrow.parquet as pq
 
         if not paths:
-            return cls([], lambda *_: pa.table({}), lambda: pa.schema([]))
+            return cls([], list, lambda: pa.schema([]))
         if paths[0].suffix.lower() == ".csv":
             return cls.of(read_table(paths[0], error))
         footers = [read_footer(path, error) for path in paths]
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
 
-        def read(names: list[str], rows: NDArray[np.int64] | None = None) -> pa.Table:
-            wanted = pa.schema([schema.field(name) for name in names])
-            tables, first = [], 0
-            for path, own, footer in zip(paths, schemas, footers, strict=True):
-                present = [name for name in wanted.names if name in own.names]
-                try:
-                    table = pq.ParquetFile(path).read(columns=present)
-                    table.validate(full=True)  # a changed byte may leave text that is not UTF-8
-                except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
-                    raise error(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
-                if present and (table.num_rows != footer.num_rows or table.column_names != present):
-                    raise error(
-                        f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
-                        f"{footer.num_rows:,} rows are promised; copy or make it again"
-                    )
-                if rows is not None:
-                    table = table.take(rows[slice(*np.searchsorted(rows, [first, first + footer.num_rows]))] - first)
-                    first += footer.num_rows
-                tables.append(conform(table, wanted))
-            return pa.concat_tables(tables)
+        def read(path: Path, own: pa.Schema, group: int, n: int, names: Sequence[str]) -> pa.Table:
+            present = [name for name in names if name in own.names]
+            if not present:
+                return pa.table([pa.nulls(n, schema.field(name).type) for name in names], list(names))
+            try:
+                table = pq.ParquetFile(path).read_row_group(group, columns=present)
+                table.validate(full=True)  # a changed byte may leave text that is not UTF-8
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+                raise error(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
+            if table.num_rows != n or table.column_names != present:
+                raise error(
+                    f"{path} is damaged: {table.num_rows:,} rows of {len(present)} columns could be read where "
+                    f"{n:,} rows are promised; copy or make it again"
+                )
+            return conform(table, _selected(schema, names))
 
-        return cls([footer.num_rows for footer in footers], read, lambda: schema)
+        pieces = []
+        for path, own, footer in zip(paths, schemas, footers, strict=True):
+            sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+            if sum(sizes) != footer.num_rows:
+                raise error(
+                    f"{path} is damaged: it has {sum(sizes):,} of {footer.num_rows:,} rows; copy or make it again"
+                )
+            pieces += [Piece(n, partial(read, path, own, group, n)) for group, n in enumerate(sizes)]
+        return cls([footer.num_rows for footer in footers], lambda: pieces, lambda: schema)
+
+
+def _selected(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([schema.field(name) for name in names])
+
+
+def row_numbers(rows: NDArray[np.int64]) -> pa.Array:
+    """`rows` for pyarrow. `pa.array` would import pandas where it is installed, a tenth of the time of a search."""
+    import pyarrow as pa
+
+    numbers = np.ascontiguousarray(rows, dtype=np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _is_vector(kind: pa.DataType) -> bool:

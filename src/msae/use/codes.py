@@ -178,12 +178,12 @@ def _write_parquet(view: View, file: Path) -> int:
         [("id", pa.string()), ("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))],
         metadata={"msae": json.dumps(_about(view))},
     )
-    ids, n_active = view.store.ids.to_arrow(), 0
+    n_active = 0
     with pq.ParquetWriter(file, schema) as writer:
         for part in codes_of(view, at_least=ROW_GROUP, title="encoding"):
             ends = pa.array(part.ends, pa.int32())
             columns = [
-                pa.array(ids.slice(part.first, len(part.counts)).to_pylist(), pa.string()),
+                view.store.ids.between(part.first, part.first + len(part.counts)),
                 pa.ListArray.from_arrays(ends, pa.array(part.latents)),
                 pa.ListArray.from_arrays(ends, pa.array(part.values)),
             ]

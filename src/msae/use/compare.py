@@ -228,17 +228,17 @@ def compare(
     effect, ends = statistics.cliffs_delta_estimate(ranked, is_a, chosen.strata)
     shares = _shares(fires, is_a, chosen.strata)
     order = np.lexsort((-np.abs(effect), np.where(q < ALPHA, 0, p), q >= ALPHA))
+    pictured = [i for i in order[:MOST_PICTURED].tolist() if q[i] < ALPHA]
+    rows_a = _strongest(views[0], chosen.rows[0], strengths[is_a], pictured)
+    rows_b = _strongest(views[1], chosen.rows[1], strengths[~is_a], pictured)
     found = []
-    for place, i in enumerate(order):
+    for i in order.tolist():
         own = columns_of[often[i]]
-        pictured = place < MOST_PICTURED and q[i] < ALPHA
         found.append(ComparedConcept(
             latent=own.latents[0], latents=own.latents, name=own.name,
             share_a=float(shares[0][i]), share_b=float(shares[1][i]),
             effect_size=float(effect[i]), low=float(ends.low[i]), high=float(ends.high[i]),
-            p=float(p[i]), q=float(q[i]),
-            rows_a=_strongest(views[0], chosen.rows[0], strengths[is_a, i]) if pictured else (),
-            rows_b=_strongest(views[1], chosen.rows[1], strengths[~is_a, i]) if pictured else (),
+            p=float(p[i]), q=float(q[i]), rows_a=rows_a.get(i, ()), rows_b=rows_b.get(i, ()),
         ))  # fmt: skip
     return Comparison(
         run=run.name, a=parts[0].shown, b=parts[1].shown, n_a=len(chosen.rows[0]), n_b=len(chosen.rows[1]),
@@ -260,7 +260,9 @@ class _Chosen(NamedTuple):
 def _check_apart(a: Part, b: Part) -> None:
     if a.store.path.resolve() != b.store.path.resolve():
         return
-    n = len(np.intersect1d(a.rows, b.rows))
+    is_in_a = np.zeros(len(a.store), bool)
+    is_in_a[a.rows] = True
+    n = np.count_nonzero(is_in_a[b.rows])
     if n:
         raise ConfigError(
             f"{a.shown} and {b.shown} share {n:,} rows; give two parts that share none, as STORE:column=value"
@@ -271,17 +273,7 @@ def _choose(
     views: Sequence[View], parts: Sequence[Part], within: Sequence[str], max_rows: int, rng: np.random.Generator
 ) -> _Chosen:
     """Rows that have a value in every column of `within`, in strata that have rows of both sides."""
-    keys: list[list[tuple[str | None, ...]]] = []
-    for part in parts:
-        labels = [part.store.labels(column, option="--within") for column in within]
-        keys.append([tuple(own[row] for own in labels) for row in part.rows])
-    number = {key: i for i, key in enumerate(sorted({k for k in keys[0] if None not in k} & set(keys[1]), key=str))}
-    if not number:
-        raise ConfigError(
-            f"{parts[0].shown} and {parts[1].shown} have no value of {' and '.join(within)} in common; "
-            f"give other columns to --within"
-        )
-    strata = [np.array([number.get(key, -1) for key in own]) for own in keys]
+    strata = _strata(parts, within)
     kept = [np.flatnonzero(own >= 0) for own in strata]
     most = max(2, min(max_rows, MAX_ENTRIES // views[0].sae.d_sae) // 2)
     taken = [np.sort(rng.permutation(own)[:most]) for own in kept]
@@ -292,6 +284,32 @@ def _choose(
     rows = (parts[0].rows[taken[0]], parts[1].rows[taken[1]])
     joined = np.concatenate([own[one] for own, one in zip(strata, taken, strict=True)])
     return _Chosen(rows, joined, {why: n for why, n in left_out.items() if n})
+
+
+def _strata(parts: Sequence[Part], within: Sequence[str]) -> list[Int64[np.ndarray, " n"]]:
+    """Of each side the stratum of every row, the rows of the same values in `within`; -1 where only one side has it."""
+    strata = [np.zeros(len(part.rows), np.int64) for part in parts]
+    keys: list[tuple[str, ...]] = [()]
+    for column in within:
+        coded = [part.store.coded_labels(column, option="--within") for part in parts]
+        values = sorted(set(coded[0][1]) & set(coded[1][1]))
+        place = {value: i for i, value in enumerate(values)}
+        found = []
+        for own, part, (codes, known) in zip(strata, parts, coded, strict=True):
+            added = np.array([*(place.get(value, -1) for value in known), -1])[codes[part.rows]]
+            own = np.where((own < 0) | (added < 0), -1, own * len(values) + added)
+            found.append(np.unique(own, return_inverse=True))
+        both = set(found[0][0].tolist()) & set(found[1][0].tolist()) - {-1}
+        key_of = {one: (*keys[one // len(values)], values[one % len(values)]) for one in both}
+        order = sorted(both, key=lambda one: str(key_of[one]))
+        keys, number = [key_of[one] for one in order], {one: i for i, one in enumerate(order)}
+        strata = [np.array([number.get(one, -1) for one in own.tolist()])[inverse] for own, inverse in found]
+    if not keys:
+        raise ConfigError(
+            f"{parts[0].shown} and {parts[1].shown} have no value of {' and '.join(within)} in common; "
+            f"give other columns to --within"
+        )
+    return strata
 
 
 class _Column(NamedTuple):
@@ -353,6 +371,12 @@ def _shares(
     return shares[0] / total, shares[1] / total
 
 
-def _strongest(view: View, rows: Int64[np.ndarray, " n"], strength: np.ndarray) -> tuple[Row, ...]:
-    best = [i for i in np.argsort(-strength, kind="stable")[:PICTURED] if strength[i] > 0]
-    return tuple(view.store.describe_rows(rows[best].tolist()))
+def _strongest(
+    view: View, rows: Int64[np.ndarray, " n"], strengths: Float32[np.ndarray, "n c"], columns: Sequence[int]
+) -> dict[int, tuple[Row, ...]]:
+    """Of some columns, the rows that have most of it."""
+    best = {i: [one for one in np.argsort(-strengths[:, i], kind="stable")[:PICTURED] if strengths[one, i] > 0]
+            for i in columns}  # fmt: skip
+    every = sorted({one for own in best.values() for one in own})
+    known = dict(zip(every, view.store.describe_rows(rows[every].tolist()), strict=True))  # at once: files are read
+    return {i: tuple(known[one] for one in own) for i, own in best.items()}

@@ -12,7 +12,7 @@ compared with True or False.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from msae.base.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from msae.data.store import EmbeddingStore
 
 LONGEST = 10_000
 """Characters of a filter."""
@@ -86,17 +88,53 @@ class Filter:
         Raises:
             ConfigError: A column is missing (the nearest is named) or holds another type than it is compared with.
         """
-        for name in self.columns:
-            if name not in table.column_names:
-                hint = nearest(name, table.column_names) or (
-                    f"; there are {', '.join(table.column_names) or 'none'}: compare one of these in --where"
-                )
-                raise ConfigError(f"there is no column {name!r} to filter by{hint}")
+        self._check(table.column_names)
         try:
             kept: NDArray[np.bool_] = self._truth(table).fill_null(False).to_numpy()
         except RecursionError:
             raise _too_deep() from None
         return kept
+
+    def rows_of(self, store: EmbeddingStore) -> NDArray[np.bool_]:
+        """Which rows of a store to keep, from one piece of its metadata after another; raises as `mask`."""
+        import pyarrow as pa
+
+        self._check(["id", *(name for name in store.columns if name != "id")])
+        known = _first_texts(store.pieces(self.columns))
+        kept = [self.mask(pa.concat_tables([known, piece]))[len(known) :] for piece in store.pieces(self.columns)]
+        return np.concatenate(kept)
+
+    def _check(self, columns: Sequence[str]) -> None:
+        for name in self.columns:
+            if name not in columns:
+                hint = nearest(name, columns) or (
+                    f"; there are {', '.join(columns) or 'none'}: compare one of these in --where"
+                )
+                raise ConfigError(f"there is no column {name!r} to filter by{hint}")
+
+
+def _first_texts(pieces: Iterable[pa.Table]) -> pa.Table:
+    """A few rows in which each column of text has one, where it has any.
+
+    Whether a column of text says true or false is a matter of all its rows: a piece of it may be blank.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found: list[pa.Table] = []
+    missing: set[str] | None = None
+    for piece in pieces:
+        if missing is None:
+            missing = {name for name in piece.column_names if pa.types.is_string(piece.column(name).type)}
+            found.append(piece.slice(0, 0))
+        for name in sorted(missing):
+            row = pc.index(pc.fill_null(pc.not_equal(piece.column(name), ""), False), True).as_py()
+            if row >= 0:
+                found.append(piece.slice(row, 1))
+                missing.remove(name)
+        if not missing:
+            break
+    return pa.concat_tables(found)
 
 
 def _has_single_equals(text: str) -> bool:

@@ -168,7 +168,7 @@ def make_subject(
     if sum(option is not None for option in (classifier, class_texts, train_store)) > 1:
         raise ConfigError("--classifier, --class-texts and --train-store each give a classifier; keep one of them")
     given = None
-    kept = np.ones(len(store), bool) if where is None else Filter.parse(where).mask(store.metadata)
+    kept = np.ones(len(store), bool) if where is None else Filter.parse(where).rows_of(store)
     if not kept.any():
         raise ConfigError(f"no row of {store.address} fits {where!r}; give another --where")
     numbers = None if target is None else numbers_of(store, target)
@@ -225,10 +225,9 @@ def numbers_of(store: EmbeddingStore, column: str) -> Float64[np.ndarray, " n"] 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    labels = store.labels(column, option="--target")  # says what is missing
-    values = store.metadata.column(column)
-    if len(set(labels) - {None}) <= MAX_CLASSES:
+    if len(store.coded_labels(column, option="--target")[1]) <= MAX_CLASSES:  # says what is missing
         return None
+    values = pa.chunked_array([chunk for piece in store.pieces([column]) for chunk in piece.column(column).chunks])
     try:
         if pa.types.is_string(values.type):
             values = pc.if_else(pc.equal(values, ""), None, values)

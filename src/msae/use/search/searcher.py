@@ -227,9 +227,8 @@ def _kept(store: EmbeddingStore, filter: Filter | None, query: Query) -> NDArray
     """The rows that may be found: those of the filter, without the query's own; None where all may."""
     if filter is None and query.row is None:
         return None
-    keep = np.ones(len(store), bool) if filter is None else filter.mask(store.metadata)
+    keep = np.ones(len(store), bool) if filter is None else filter.rows_of(store)
     if query.row is not None:
-        keep = keep.copy()
         keep[query.row] = False
     return keep
 

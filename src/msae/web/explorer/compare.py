@@ -20,7 +20,7 @@ def page(world: World, run: LoadedRun, address: Address) -> Markup:
     column = address.one("column")
     values: list[str] = []
     if world.store is not None and column in world.targets:
-        values = sorted({label for label in world.store.labels(column) if label is not None})
+        values = sorted(world.store.coded_labels(column)[1])
     is_asked = bool(address.one("a") and address.one("b"))
     return draw("compare", world, run, address, column=column, values=values, is_asked=is_asked)
 
