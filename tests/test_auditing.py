@@ -289,8 +289,9 @@ def test_what_stands_out_is_listed_by_effect_times_association_and_the_classes_o
     made = dataclasses.replace(found, concepts=concepts)
     assert [concept.name for concept in made.standing_out] == ["pulls", "moves much", "class"]
     assert made["pulls"].pull == pytest.approx(0.08) and made.ranked == made.reported() == made.standing_out
-    score = dataclasses.replace(made, classifier={**made.classifier, "is_score": True})
-    assert score.standing_out == list(concepts)  # as they come, by effect
+    of_score = tuple(dataclasses.replace(one, class_="score", is_target=False) for one in concepts)
+    score = dataclasses.replace(made, concepts=of_score, classifier={**made.classifier, "is_score": True})
+    assert [concept.name for concept in score.standing_out] == ["class", "moves much", "pulls"]  # by effect alone
 
 
 def test_a_concept_that_fires_in_training_rows_alone_is_in_the_family_of_q_values(sae, folder, biased):

@@ -6,6 +6,7 @@ import gc
 import gzip
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from msae.base.errors import MissingDependencyError, MsaeError, SourceError, Sto
 from msae.data.embed import embed
 from msae.data.embedder import Embedder
 from msae.data.sources import counted, open_source, remote
-from msae.data.sources.remote import FarFile, files_below
+from msae.data.sources.remote import FarFile, fetched, files_at, files_below
 from tests.test_embedding import files, photos, png
 from tests.test_embedding_parts import OPTIONS, tars
 from tests.test_far import Server, cli
@@ -385,6 +386,49 @@ def test_names_of_a_list_lead_nowhere_else(kept, server, memory, cache, tmp_path
     system.rm("/hostile", recursive=True)
 
 
+def test_lists_as_apache_writes_them_and_lists_without_end(server, tmp_path, monkeypatch):
+    folder = tmp_path / "web/photos"
+    folder.mkdir(parents=True)
+    for name in ("12:30.png", "a&b.png", "c d.png"):
+        (folder / name).write_bytes(png(1))
+    links = ["./12:30.png", "a&amp;b.png", "c%20d.png", "mailto:x@example.org", "javascript:x.png", "?C=N;O=D"]
+    (folder / "index.html").write_text("".join(f'<a href="{link}">x</a>' for link in links))
+    other = Server(tmp_path / "web")
+    found = files_below(f"{other.url}/photos")
+    assert sorted(found) == ["12:30.png", "a&b.png", "c d.png"]
+    assert [file.read_bytes() for file in found.values()] == [png(1)] * 3
+    other.shutdown()
+    other.server_close()
+
+    class Endless:
+        def ls(self, folder, detail):
+            return [{"name": f"{folder}loop/", "type": "directory"}]
+
+    with pytest.raises(SourceError, match="folders in folders without end"):
+        remote._linked(Endless(), "http://host/x")
+
+
+def test_a_picture_that_is_too_large_is_skipped_after_one_download(server, kept, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_MAX_PICTURE", 100)
+    (kept / "large.jsonl").write_text(json.dumps({"image": "tables/below/001.png", "caption": "x"}))
+    [item] = open_source(f"{server.url}/large.jsonl").items(0)
+    before = len(server.asked)
+    with pytest.raises(SourceError, match=r"^too large: more than 100 bytes$"), fetched(item.image):
+        pass
+    assert len(server.asked) - before <= 2
+    (kept / "large.jsonl").unlink()
+
+
+def test_where_files_cannot_be_locked_every_process_has_its_own_folder(cache, kept, memory, monkeypatch):
+    file = files_at("x", [f"{memory}/shards/000.tar"])[0]
+    assert file.passage.folder.parent == cache and not file.passage.folder.exists()
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
+    file = files_at("x", [f"{memory}/shards/000.tar"])[0]
+    with file.held() as place:
+        assert place.parent.name == str(os.getpid()) and place.parent.parent.parent == cache
+        assert place.read_bytes() == (kept / "shards/000.tar").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -410,6 +454,7 @@ BAD = {
     "memory://bucket/nothing": "memory://bucket/nothing is no source: nothing is below it; wanted a folder of images",
     "memory://bucket/nothing.tar": "memory://bucket/nothing.tar did not arrive (it is not there); check the address",
     "memory://bucket/shards/{003..005}.tar": "shards/005.tar did not arrive (it is not there)",
+    "memory://bucket/shards/{003..005.tar": "is no pattern",
     "memory://bucket/tables/below/001.png": "is no source; give the folder that it is in",
     "memory://bucket/tables": "not read",  # see below
     "memory://bucket/bad.parquet": "memory://bucket/bad.parquet is no readable parquet file",

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msae.base.errors import TrainingError
 from msae.base.loggers import Loggers
 from msae.base.processes import Processes
+from msae.sae import activations
 from msae.sae.kernels.cut import batchtopk
 from msae.sae.model import SAE
 from msae.sae.standardize import Standardizer, Statistics
@@ -184,3 +185,9 @@ def test_an_endless_reader_ends_with_the_one_who_reads():
 
 def test_the_cut_of_a_batch_on_several_processes_asks_no_device():
     assert batchtopk(torch.empty(10, 6, device="meta"), 2, Processes()).shape == (10, 6)
+
+
+def test_the_cut_takes_minus_zero_and_numbers_that_are_none_for_zeros():
+    h = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    h[3, 5], h[7, 1] = -0.0, -torch.nan
+    assert torch.equal(batchtopk(h, 4, Processes()), activations.batchtopk(h.nan_to_num(0.0), 4))

@@ -599,7 +599,8 @@ class _Shifts:
                 found[:, some] += at[..., places]
 
         size = max(1, CACHED // len(self.order))
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy and SciPy let other threads run
+        n_threads = max(1, min(torch.get_num_threads(), 4 * ENTRIES // (n_classes * max(CACHED, len(self.order)))))
+        with ThreadPoolExecutor(n_threads) as pool:  # NumPy and SciPy let other threads run
             list(pool.map(add, (slice(first, first + size) for first in range(0, len(columns), size))))
         return found
 

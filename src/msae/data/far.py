@@ -34,6 +34,7 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 """What fsspec needs for an address besides aiohttp, which the web needs."""
 _PAUSES = (0.2, 1.0)
 """Seconds before a file that broke off is asked for again."""
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError)
 _STALLED = 60.0
 """Seconds without a byte after which a connection is given up."""
 _HEADER = 4096
@@ -41,6 +42,10 @@ _HEADER = 4096
 _METADATA = ("metadata", "metadata", ".parquet")
 _CHANGES = ("ETag", "etag", "Content-MD5", "blob_id", "Last-Modified", "LastModified", "mtime", "created", "size")
 """What file systems say of a file that is different when the file is."""
+
+
+class TooLong(OSError):
+    """More bytes came than there are."""
 
 
 class Entry(NamedTuple):
@@ -192,11 +197,10 @@ def insist(ask: Callable[[], _T]) -> _T:
             err, cause = caught, caught.__cause__
             is_of_way = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
             if isinstance(err, FileNotFoundError) and isinstance(cause, Exception) and is_of_way:
-                err = (
-                    err if getattr(cause, "status", None) == 404 else cause
-                )  # fsspec calls all failures a missing file
+                # fsspec calls all failures a missing file
+                err = err if getattr(cause, "status", None) == 404 else cause
             pause = next(pauses, None)
-            if pause is None or isinstance(err, FileNotFoundError | PermissionError | NotADirectoryError):
+            if pause is None or isinstance(err, _FINAL):
                 raise err from None
             time.sleep(pause)
 
@@ -209,7 +213,7 @@ def arriving(what: str, remedy: str) -> Iterator[None]:
     except (MsaeError, ImportError):
         raise
     except Exception as err:
-        why = first_line(err) if type(err) is OSError else f"{type(err).__name__}: {first_line(err)}"
+        why = first_line(err) if type(err) in (OSError, TooLong) else f"{type(err).__name__}: {first_line(err)}"
         why = "it is not there" if isinstance(err, FileNotFoundError) else why
         if isinstance(err, PermissionError) or getattr(err, "status", None) in (401, 403):
             why, remedy = "no right to read it", "sign in as its kind of address needs it (docs/store-format.md)"
@@ -236,10 +240,15 @@ def is_whole(place: Path, entry: Entry) -> bool:
         return False
 
 
+def check_size(found: int, wanted: int) -> None:
+    """Refuse a file of which not all came, or more."""
+    if found != wanted:
+        raise OSError(f"{found:,} bytes came of {wanted:,}")
+
+
 def _check(file: Path, entry: Entry) -> None:
     found = file.stat().st_size
-    if found != entry.size:
-        raise OSError(f"{found:,} bytes came of {entry.size:,}")
+    check_size(found, entry.size)
     if entry.hash is not None and file_hash(file) != entry.hash:
         raise OSError("its bytes have another hash than store.json says")
 
@@ -393,7 +402,7 @@ def limited(size: int, advance: Callable[[int], None]) -> Any:
         def relative_update(self, inc: int = 1) -> None:
             self.value += inc
             if self.value > size:
-                raise OSError(f"more than its {size:,} bytes came")
+                raise TooLong(f"more than its {size:,} bytes came")
             advance(inc)
 
     return Counted()

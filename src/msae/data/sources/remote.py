@@ -6,7 +6,9 @@ docs/store-format.md, "Sources far away", says what is downloaded when.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import os
 import re
 import weakref
 from collections import deque
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from tempfile import TemporaryDirectory
@@ -24,9 +26,21 @@ from urllib.parse import quote, unquote
 from msae.base.errors import MsaeError, SourceError, StoreError
 from msae.base.files import alone, is_writable
 from msae.base.notices import notice
-from msae.data.far import Entry, arriving, connect, download, insist, is_whole, limited, place_of, size_of, state_of
+from msae.data.far import (
+    Entry,
+    TooLong,
+    arriving,
+    check_size,
+    connect,
+    download,
+    insist,
+    is_whole,
+    limited,
+    place_of,
+    size_of,
+    state_of,
+)
 from msae.data.images import SUFFIXES as IMAGE_SUFFIXES
-from msae.data.layout import PROTOCOLS
 
 STORAGE = ("s3://", "gs://", "memory://")
 """Beginnings of addresses in object storage."""
@@ -35,6 +49,8 @@ _REQUESTS = 16
 """Small files and headers that are asked for at once."""
 _MAX_PICTURE = 1 << 28
 """Bytes of a picture; a larger file is not read as one."""
+_DEEPEST = 32
+"""Folders in folders of a web server's lists: a link there may lead back to where it lies."""
 _CHECK = "check the address and the network"
 _AGAIN = "what is embedded is kept: type the same again"
 _A = TypeVar("_A")
@@ -49,12 +65,14 @@ class _Passage:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        weakref.finalize(self, _leave, self.folder)
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Where it is on this machine."""
-        return place_of(f"source {self.address}")
+        """Where it is on this machine; where files cannot be locked, every process has its own."""
+        folder = place_of(f"source {self.address}")
+        folder = folder if _can_lock(folder) else folder / str(os.getpid())
+        weakref.finalize(self, _leave, folder)
+        return folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +165,10 @@ class FarFile:
                     self._get(place)
                 except FileNotFoundError:
                     raise SourceError("no such file") from None
+                except TooLong:
+                    if self.size is not None:
+                        raise
+                    raise SourceError(f"too large: more than {_MAX_PICTURE:,} bytes") from None
             yield place
 
     def read_bytes(self) -> bytes:
@@ -158,8 +180,8 @@ class FarFile:
     def _get(self, place: Path) -> None:
         def get() -> None:
             self.system.get_file(self.path, str(place), callback=limited(self.size or _MAX_PICTURE, lambda _: None))
-            if self.size not in (None, n := place.stat().st_size):
-                raise OSError(f"{n:,} bytes came of {self.size:,}")
+            if self.size is not None:
+                check_size(place.stat().st_size, self.size)
 
         insist(get)
 
@@ -171,8 +193,8 @@ class FarFile:
 
         def get() -> bytes:
             data = bytes(self.system.cat_file(self.path, start=start or None))
-            if len(data) not in (n, self.size):  # a web server may send all of a file
-                raise OSError(f"{len(data):,} bytes came of {n:,}")
+            if len(data) != self.size:  # a web server may send all of a file
+                check_size(len(data), n)
             return data[len(data) - n :]
 
         with arriving(self.address, _AGAIN):
@@ -216,7 +238,7 @@ def files_below(address: str) -> dict[str, FarFile]:
         StoreError: They cannot be listed.
     """
     system, root = connect(address)
-    is_web = address.startswith("http")
+    is_web = address.startswith(WEB)
     passage = _Passage(address)
     with arriving(f"the list of files of {address}", _CHECK):
         infos = _linked(system, root) if is_web else insist(lambda: system.find(root, detail=True))
@@ -245,11 +267,11 @@ def far_picture(folder: Path | str, text: str) -> FarFile:
     Raises:
         SourceError: It lies elsewhere than pictures are fetched from.
     """
-    protocol, mark, rest = text.partition("://")
+    protocol, _, rest = text.partition("://")
     is_own = isinstance(folder, str) and text.startswith(server_of(folder))
     if text.lower().startswith(WEB) and not is_own:
         raise SourceError("on another web server than its table")  # a stranger's table would choose whom we ask
-    if mark and protocol.lower() in PROTOCOLS:
+    if is_own or text.lower().startswith(STORAGE):
         address = f"{protocol.lower()}://{rest}"
     elif re.match(r"file:|[A-Za-z]:[/\\]|[/\\]|[A-Za-z][A-Za-z0-9+.-]*://", text):
         raise SourceError("a path of another machine")
@@ -299,9 +321,14 @@ def _linked(system: Any, root: str) -> dict[str, Mapping[str, Any]]:
     """What a web server's list of a folder links to, with the lists below it; links out of it are not followed."""
     waiting, found = [root], {}
     while waiting:
-        for info in insist(partial(system.ls, f"{waiting.pop()}/", detail=True)):
-            path = str(info["name"]).rstrip("/")
-            if path not in found and _inside(path, root) and not set("?#:") & set(path[len(root) :]):
+        folder = waiting.pop()
+        if folder.count("/") > root.count("/") + _DEEPEST:
+            raise SourceError(f"{root} has folders in folders without end, such as {folder}; give a folder inside it")
+        for info in insist(partial(system.ls, f"{folder}/", detail=True)):
+            name = html.unescape(str(info["name"])).rstrip("/").removeprefix(f"{folder}/")
+            path = f"{folder}/{name.removeprefix('./')}"  # Apache writes ./ before a name with a colon
+            is_name = not re.search(r"[?#]|^[A-Za-z][A-Za-z0-9+.-]*:", name)
+            if is_name and path not in found and _inside(path, root):
                 found[path] = info
                 waiting += [path] if info["type"] == "directory" else []
     return found
@@ -315,7 +342,19 @@ def _inside(path: str, root: str) -> str:
 
 def _plain(name: str, address: str) -> str:
     """A name of the web without escapes such as %20."""
-    return unquote(name) if address.startswith("http") else name
+    return unquote(name) if address.startswith(WEB) else name
+
+
+def _can_lock(folder: Path) -> bool:
+    """Whether one process can keep others from a file there; some shared file systems, and Windows, cannot."""
+    try:
+        with alone(folder / ".try.lock"), alone(folder / ".try.lock", wait=0.0):
+            return False
+    except OSError:  # BlockingIOError; or it cannot be written, which is said where something is to be downloaded
+        return True
+    finally:
+        with suppress(OSError):  # it is in use
+            folder.rmdir()
 
 
 def _remove_unread(folder: Path) -> None:

@@ -26,7 +26,10 @@ def expand(pattern: str) -> list[str]:
         from braceexpand import braceexpand
     except ImportError:
         raise MissingDependencyError.of("braceexpand", extra="sources") from None
-    return list(braceexpand(pattern))
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as err:
+        raise SourceError(f"{pattern} is no pattern: {first_line(err)}; write one such as {{000..012}}.tar") from err
 
 
 def count(file: File) -> int:

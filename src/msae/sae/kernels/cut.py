@@ -48,7 +48,7 @@ def _cut(count: Callable[[Tensor | None], Tensor], n_kept: int, processes: Proce
 
 def batchtopk(h: Tensor, k: int, processes: Processes) -> Tensor:
     """`activations.batchtopk` of a batch whose rows several processes share."""
-    bits = h.detach().float().relu().view(torch.int32).flatten()
+    bits = h.detach().float().relu().view(torch.int32).flatten().clamp_min(0)  # relu keeps -0.0, and NaN its sign
 
     def count(upper: Tensor | None) -> Tensor:
         is_counted = (bits > 0) & (True if upper is None else bits >> LOWER == upper)

@@ -180,7 +180,10 @@ class ConceptAudit(Result):
     @property
     def pull(self) -> float:
         """Its effect times the size of its association: how far it can set the answers for the classes apart. One that
-        moves answers much but hardly goes with the classes moves them for all classes alike."""
+        moves answers much but hardly goes with the classes moves them for all classes alike. Of a score, which has no
+        classes, it is the effect."""
+        if self.class_ == SCORE:
+            return self.effect
         return 0.0 if self.main is None else self.effect * abs(self.main.effect_size)
 
     @property
@@ -329,12 +332,12 @@ class Audit(Result):
 
     @property
     def standing_out(self) -> list[ConceptAudit]:
-        """The concepts that stand out, the strongest first: by their pull, of a score by their effect alone.
+        """The concepts that stand out, those of the largest pull first.
 
         Those that bear the name of a class come last: a classifier of squares should react to squares.
         """
         found = [one for one in self.concepts if one.stands_out]
-        return found if self.is_score else sorted(found, key=lambda one: (one.is_target, -one.pull))
+        return sorted(found, key=lambda one: (one.is_target, -one.pull))
 
     @property
     def in_training_alone(self) -> list[ConceptAudit]:
