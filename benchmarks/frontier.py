@@ -375,6 +375,7 @@ def draw(records: list[dict[str, Any]]) -> None:
             fmt={"topk": "kx", "batchtopk": "k+", "jumprelu": "k1", "widths": "k2"}[kind], label=f"{kind}, for that k",
         )  # fmt: skip
     by_k.set(xscale="log", yscale="log", xlabel="latents kept in a row", ylabel="share of the variance that is lost")
+    by_k.set_ylim(0.004, 1.1)  # all components together lose nothing but rounding
     by_k.set_xticks(KEPT, [str(k) for k in KEPT], rotation=45)
     firing = {name: found for name, found in by_recipe.items() if found[0]["class_f1"] is not None}
     for i, (name, found) in enumerate(firing.items()):
