@@ -6,6 +6,7 @@ import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,7 +91,8 @@ def within(store):
         (within, 80),
     ],
 )
-def test_memory_hardly_grows_with_the_rows(paths, read, most):
+def test_memory_hardly_grows_with_the_rows(paths, read, most, monkeypatch):
+    monkeypatch.setattr(store_module, "_CHECKED_IDS", 0)  # as of large stores
     peaks = []
     for path in [paths[0], *paths]:  # the first time for what is loaded once
         store = EmbeddingStore.open(path)
@@ -284,3 +286,63 @@ def test_freed_memory_goes_back_to_the_system():
 def test_keys_among_others_are_those_that_numpy_finds(n, m):
     keys, known = (np.random.default_rng(n + m).integers(-500, 500, size=size) for size in (n, m))
     np.testing.assert_array_equal(_among(keys, known), np.isin(keys, known))
+
+
+def folder_of(path, *parts):
+    """A folder as clip-retrieval writes it, with these metadata."""
+    for name in ("img_emb", "metadata"):
+        (path / name).mkdir(parents=True)
+    for number, part in enumerate(parts):
+        np.save(path / f"img_emb/img_emb_{number}.npy", np.ones((len(part), 2), np.float32))
+        pq.write_table(part, path / f"metadata/metadata_{number}.parquet", row_group_size=7)
+    return path
+
+
+def test_a_store_elsewhere_whose_files_differ_in_type_is_read_as_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSAE_STORES", str(tmp_path / "cache"))
+    first = pa.table({"caption": list("abc"), "x": pa.nulls(3), "y": [1, 2, 3]})
+    here = EmbeddingStore.open(
+        folder_of(tmp_path / "here", first, pa.table({"caption": list("de"), "x": ["u", "v"], "y": [0.5, 1.5]}))
+    )
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path / "here"), "/streams", recursive=True)
+    far = EmbeddingStore.open("memory://streams")
+    assert far.metadata.to_pylist() == here.metadata.to_pylist()
+    assert far.labels("x") == here.labels("x") == [None, None, None, "u", "v"]
+    assert far.column("y") == [1, 2, 3, 0.5, 1.5]
+    system.rm("/streams", recursive=True)
+
+
+def test_small_row_groups_are_read_together(tmp_path, monkeypatch):
+    n, opened = 3 * PIECE + 20, []
+    table = pa.table({"caption": [f"c{i}" for i in range(n)], "kind": [i % 3 for i in range(n)]})
+    store = EmbeddingStore.open(folder_of(tmp_path / "x", table))
+    real = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda *a, **k: opened.append(len(a[1])) or real(*a, **k))
+    assert store.labels("kind") == [str(i % 3) for i in range(n)]
+    assert sum(opened) == -(-n // 7) and len(opened) == 4
+    assert [store[i].caption for i in (0, 6, 7, PIECE, n - 1)] == [f"c{i}" for i in (0, 6, 7, PIECE, n - 1)]
+
+
+def test_ids_of_a_store_of_ours_are_unique_whatever_was_written_into_it(tmp_path):
+    table = pa.table({"id": ["a", "b", "a", None]})
+    store = write_store(tmp_path / "x.store", [StorePart({"image": np.ones((4, 2), np.float16)}, table)])
+    again = EmbeddingStore.open(store.path)
+    assert list(again.ids) == ["a", "b", "a#2", "3"] and again.ids.row_of("a#2") == 2
+
+
+def test_views_of_text_are_text(tmp_path):
+    table = pa.table({"caption": pa.array(list("abc"), pa.string_view()), "y": [1, 2, 3]})
+    store = EmbeddingStore.open(folder_of(tmp_path / "x", table))
+    assert store.labels("caption") == ["a", "b", "c"] and store[1].caption == "b"
+
+
+def test_a_page_of_rows_reads_no_file_where_all_metadata_are_in_memory(paths, monkeypatch):
+    store = EmbeddingStore.open(paths[1])
+    rows = [24_000, 3, 12_345, 3]
+    before = store.describe_rows(rows)
+    assert store.metadata.num_rows == MANY
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda *_, **__: pytest.fail("a file is read"))
+    assert store.describe_rows(rows) == before
+    assert sum(len(piece) for piece in store.pieces(["id", "label"])) == MANY
+    assert next(store.pieces(["id", "label"])).column_names == ["id", "label"]

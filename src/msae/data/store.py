@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 _ROWS_DESCRIBED = 4096
 """Rows described at once while a store is iterated over."""
+_CHECKED_IDS = 100_000
+"""Rows of a store of ours up to which its ids are checked; of more, embedding saw to it that they are unique."""
 _SHOWN = 6
 """Rows that a notebook shows."""
 ID_COLUMNS = ("id", "key", "image_path")
@@ -264,8 +266,8 @@ class EmbeddingStore:
         name = next((name for name in ID_COLUMNS if name in self.columns), None)
         if name is None:
             return RowIds(self, None)
-        # msae's own ids are unique: embedding saw to that
-        if not (self.record and name == "id") and not metadata.is_unique(name):
+        is_trusted = self.record and name == "id" and len(self) > _CHECKED_IDS
+        if not is_trusted and not metadata.is_unique(name):
             values = text_column(metadata.read([name]).column(name)).to_pylist()
             named = (str(row) if value is None else value for row, value in enumerate(values))
             metadata = Metadata.of(pa.table({name: pa.array(UniqueIds().of(named), pa.string())}))
@@ -322,6 +324,9 @@ class EmbeddingStore:
 
         others = [name for name in names if name != "id"]
         for start in range(0, len(self), ROWS_AT_ONCE):
+            if "metadata" in vars(self):  # all are in memory already
+                yield self.metadata.select(["id"] * ("id" in names) + others).slice(start, ROWS_AT_ONCE)
+                continue
             rows = np.arange(start, min(start + ROWS_AT_ONCE, len(self)))
             table = self._metadata.read(others, rows)
             ids = {"id": self.ids.between(start, start + len(rows))} if "id" in names else {}
@@ -390,16 +395,16 @@ class EmbeddingStore:
         """
         names = names_to_show(show, self.columns, self.address)
         numbers = self._checked(rows)
-        known: list[dict[str, Any]] = [{}] * len(numbers)
         if "metadata" in vars(self):  # all are in memory already
             known = records_of(self.metadata.take(row_numbers(numbers)))
-        elif self._others:
+        else:  # in ascending order each piece is read once
             ascending, place = np.unique(numbers, return_inverse=True)
-            known = records_of(self._metadata.read(self._others, ascending).take(row_numbers(place)))
-        return [
-            Row.of(int(row), {**metadata, "id": self.ids[row]}, names)
-            for row, metadata in zip(numbers, known, strict=True)
-        ]
+            of_each: list[dict[str, Any]] = [{}] * len(ascending)
+            if self._others:
+                of_each = records_of(self._metadata.read(self._others, ascending))
+            of_each = [{**one, "id": self.ids[row]} for one, row in zip(of_each, ascending.tolist(), strict=True)]
+            known = [of_each[i] for i in place.tolist()]
+        return [Row.of(int(row), metadata, names) for row, metadata in zip(numbers, known, strict=True)]
 
     def _checked(self, rows: Int64[np.ndarray, " n"] | Sequence[int]) -> Int64[np.ndarray, " n"]:
         """The numbers of rows; raises `StoreError` where there is no such row."""
@@ -451,7 +456,7 @@ class RowIds(Sequence[str]):
     def __init__(self, store: EmbeddingStore, metadata: Metadata | None, name: str = "id") -> None:
         """Those in column `name` of `metadata`; without it, the numbers of the rows."""
         self._store, self._metadata, self._name = store, metadata, name
-        self._texts = lru_cache(RECENT)(self._read)
+        self._texts = lru_cache(2 * RECENT)(self._read)  # ids are small beside captions
 
     def __len__(self) -> int:
         return len(self._store)

@@ -121,6 +121,7 @@ def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             known, kind = types.get(field.name), field.type
             if pa.types.is_dictionary(kind):  # the categories of pandas are their values
                 kind = kind.value_type
+            kind = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
             types[field.name] = kind if known is None else _common_type(known, kind)
     return pa.schema(list(types.items()))
 
@@ -418,9 +419,9 @@ class Metadata:
         """The given columns, of all rows or of ascending `rows`."""
         import pyarrow as pa
 
-        nothing = _selected(self.schema(), names).empty_table()
         pieces = (self if rows is None else self.at(rows)).pieces()
-        return pa.concat_tables([nothing, *(piece.read(names) for piece in pieces if names)])
+        tables = [piece.read(names) for piece in pieces if names]
+        return pa.concat_tables(tables) if tables else _selected(self.schema(), names).empty_table()
 
     def at(self, rows: NDArray[np.int64]) -> Metadata:
         """The table of ascending `rows`; what was read last is kept for the next rows."""
@@ -521,12 +522,13 @@ class Metadata:
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         schema = common_schema(schemas)
 
-        def read(path: Path, own: pa.Schema, group: int, n: int, names: Sequence[str]) -> pa.Table:
+        def read(path: Path, footer: pq.FileMetaData, groups: Sequence[int], n: int, names: Sequence[str]) -> pa.Table:
+            own = footer.schema.to_arrow_schema()
             present = [name for name in names if name in own.names]
             if not present:
                 return pa.table([pa.nulls(n, schema.field(name).type) for name in names], list(names))
             try:
-                table = pq.ParquetFile(path).read_row_group(group, columns=present)
+                table = pq.ParquetFile(path, metadata=footer).read_row_groups(groups, columns=present)
                 table.validate(full=True)  # a changed byte may leave text that is not UTF-8
             except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
                 raise error(f"{path} is damaged ({first_line(err)}); copy or make it again") from err
@@ -538,13 +540,17 @@ class Metadata:
             return conform(table, _selected(schema, names))
 
         pieces = []
-        for path, own, footer in zip(paths, schemas, footers, strict=True):
+        for path, footer in zip(paths, footers, strict=True):
             sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
             if sum(sizes) != footer.num_rows:
                 raise error(
                     f"{path} is damaged: it has {sum(sizes):,} of {footer.num_rows:,} rows; copy or make it again"
                 )
-            pieces += [Piece(n, partial(read, path, own, group, n)) for group, n in enumerate(sizes)]
+            ends = np.cumsum([0, *sizes])
+            place = ends[:-1] // ROWS_AT_ONCE  # small groups are read together
+            for groups in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(place)) + 1):
+                n = int(ends[groups[-1] + 1] - ends[groups[0]]) if len(groups) else 0
+                pieces += [Piece(n, partial(read, path, footer, groups.tolist(), n))] if n else []
         return cls([footer.num_rows for footer in footers], lambda: pieces, lambda: schema)
 
 

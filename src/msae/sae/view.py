@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,8 +25,8 @@ from msae.sae.standardize import Modality, Standardizer, fit_statistics
 
 BLOCK_ENTRIES = 2**22
 """Activations of a block, some 16 MB: memory grows neither with the rows nor with d_sae."""
-TRIMMED = 4
-"""Blocks after which freed memory is returned. Without that a gallery of a million rows grew by 240 bytes a row."""
+TRIMMED = 1.0
+"""Seconds after which freed memory is returned. Without that a gallery of a million rows grew by 240 bytes a row."""
 FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
 
@@ -131,11 +132,13 @@ class View:
             batches = (store.take(rows[first : first + size], self.modality) for first in range(0, len(rows), size))
         total = len(store) if rows is None else len(rows)
         with progress(title, total=total, unit="rows") if title else nullcontext(lambda _: None) as advance:
-            for number, batch in enumerate(batches, 1):
+            trimmed = time.monotonic()
+            for batch in batches:
                 yield torch.from_numpy(batch).to(self.device)
                 advance(len(batch))
-                if number % TRIMMED == 0:
+                if time.monotonic() > trimmed + TRIMMED:
                     return_freed_memory()
+                    trimmed = time.monotonic()
 
     def rows(
         self, rows: NDArray[np.int64] | None = None, *, title: str | None = None

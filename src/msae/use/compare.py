@@ -229,8 +229,8 @@ def compare(
     shares = _shares(fires, is_a, chosen.strata)
     order = np.lexsort((-np.abs(effect), np.where(q < ALPHA, 0, p), q >= ALPHA))
     pictured = [i for i in order[:MOST_PICTURED].tolist() if q[i] < ALPHA]
-    rows_a = _strongest(views[0], chosen.rows[0], strengths[is_a], pictured)
-    rows_b = _strongest(views[1], chosen.rows[1], strengths[~is_a], pictured)
+    rows_a = _strongest(views[0], chosen.rows[0], strengths[: len(chosen.rows[0])], pictured)
+    rows_b = _strongest(views[1], chosen.rows[1], strengths[len(chosen.rows[0]) :], pictured)
     found = []
     for i in order.tolist():
         own = columns_of[often[i]]
