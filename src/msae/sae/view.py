@@ -25,7 +25,7 @@ from msae.sae.standardize import Modality, Standardizer, fit_statistics
 
 BLOCK_ENTRIES = 2**22
 """Activations of a block, some 16 MB: memory grows neither with the rows nor with d_sae."""
-TRIMMED = 1.0
+TRIMMED = 0.5
 """Seconds after which freed memory is returned. Without that a gallery of a million rows grew by 240 bytes a row."""
 FIT_ROWS = 8192
 """Rows read at once to fit statistics."""
