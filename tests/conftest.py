@@ -23,6 +23,22 @@ def real_vectors() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """The folder of a tiny CLIP with random weights."""
+    from tests.tiny_clip import make_encoder
+
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "clip", "clip")
+
+
+@pytest.fixture(scope="module")
+def clip(encoder):
+    """The same, loaded."""
+    from msae.data.embedder import Embedder
+
+    return Embedder.load(encoder, dtype="float32")
+
+
 @pytest.fixture(scope="session")
 def demo_world(tmp_path_factory) -> Path:
     """A folder with the msae-demo of `msae demo` on fewer scenes and with two SAEs; made once for all workers."""

@@ -18,26 +18,14 @@ from msae.base.errors import ConfigError, Interrupted, SourceError, StoreError
 from msae.cli import main
 from msae.data.chunks import gaps
 from msae.data.embed import EmbeddedPart, Share, embed
-from msae.data.embedder import Embedder
 from msae.data.sources import Source, counted, open_source
 from msae.data.sources.members import SourceItem
 from msae.data.store import EmbeddingStore
 from msae.data.tables import UniqueIds, hashes_of
 from tests.conftest import needs_posix
 from tests.test_embedding import files, photos, png
-from tests.tiny_clip import make_encoder
 
 OPTIONS = {"batch_size": 2, "dtype": "float32", "workers": 1}  # chunks of 8 samples
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "clip", "clip")
-
-
-@pytest.fixture(scope="module")
-def clip(encoder) -> Embedder:
-    return Embedder.load(encoder, dtype="float32")
 
 
 def tars(folder: Path, counts: tuple[int, ...]) -> Path:

@@ -39,6 +39,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Whether nobody may read anything."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def __exit__(self, *_) -> None:
+        self.shutdown()
+        self.server_close()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
@@ -113,10 +117,8 @@ def local(tmp_path):
 
 @pytest.fixture
 def server(local):
-    server = Server(local.path.parent)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server(local.path.parent) as server:
+        yield server
 
 
 @pytest.fixture

@@ -18,25 +18,13 @@ import pytest
 
 from msae.base.errors import MissingDependencyError, MsaeError, SourceError, StoreError
 from msae.data.embed import embed
-from msae.data.embedder import Embedder
 from msae.data.sources import counted, open_source, remote
 from msae.data.sources.remote import FarFile, fetched, files_at, files_below
 from tests.test_embedding import files, photos, png
 from tests.test_embedding_parts import OPTIONS, tars
 from tests.test_far import Server, cli
-from tests.tiny_clip import make_encoder
 
 N = 23
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "clip", "clip")
-
-
-@pytest.fixture(scope="module")
-def clip(encoder) -> Embedder:
-    return Embedder.load(encoder, dtype="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +79,8 @@ def kept(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(kept):
-    server = Server(kept)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server(kept) as server:
+        yield server
 
 
 @pytest.fixture
@@ -365,11 +351,9 @@ def test_names_of_a_list_lead_nowhere_else(kept, server, memory, cache, tmp_path
     links = ["a.tar", "../outside/000.tar", "%2e%2e/outside/001.tar", "..%2foutside/003.tar", "/outside/004.tar"]
     links += [f"{server.url}/shards/000.tar", "file:///etc/passwd", ".hidden.tar", "?C=N;O=D", "a.tar?x", "../", "/"]
     (inside / "index.html").write_text("".join(f'<a href="{link}">x</a>' for link in links))
-    other = Server(tmp_path / "web")
-    assert list(files_below(f"{other.url}/inside")) == ["a.tar"]
-    assert len(list(open_source(f"{other.url}/inside").items(0))) == 25
-    other.shutdown()
-    other.server_close()
+    with Server(tmp_path / "web") as other:
+        assert list(files_below(f"{other.url}/inside")) == ["a.tar"]
+        assert len(list(open_source(f"{other.url}/inside").items(0))) == 25
     system = fsspec.filesystem("memory")
     data = (kept / "shards/003.tar").read_bytes()
     for name in ("../../../escape.tar", "a/../../escape.tar", "..", "C:\\escape.tar", "x\n" + "y" * 300 + "\0.tar"):
@@ -386,19 +370,17 @@ def test_names_of_a_list_lead_nowhere_else(kept, server, memory, cache, tmp_path
     system.rm("/hostile", recursive=True)
 
 
-def test_lists_as_apache_writes_them_and_lists_without_end(server, tmp_path, monkeypatch):
+def test_lists_as_apache_writes_them_and_lists_without_end(tmp_path):
     folder = tmp_path / "web/photos"
     folder.mkdir(parents=True)
     for name in ("12:30.png", "a&b.png", "c d.png"):
         (folder / name).write_bytes(png(1))
     links = ["./12:30.png", "a&amp;b.png", "c%20d.png", "mailto:x@example.org", "javascript:x.png", "?C=N;O=D"]
     (folder / "index.html").write_text("".join(f'<a href="{link}">x</a>' for link in links))
-    other = Server(tmp_path / "web")
-    found = files_below(f"{other.url}/photos")
-    assert sorted(found) == ["12:30.png", "a&b.png", "c d.png"]
-    assert [file.read_bytes() for file in found.values()] == [png(1)] * 3
-    other.shutdown()
-    other.server_close()
+    with Server(tmp_path / "web") as other:
+        found = files_below(f"{other.url}/photos")
+        assert sorted(found) == ["12:30.png", "a&b.png", "c d.png"]
+        assert [file.read_bytes() for file in found.values()] == [png(1)] * 3
 
     class Endless:
         def ls(self, folder, detail):
